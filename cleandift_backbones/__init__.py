@@ -1,0 +1,30 @@
+"""Clean diffusion features as a backbone like any other: importing this registers the models with timm.
+
+    import timm, cleandift_backbones
+    model = timm.create_model("cleandift_tiny", pretrained=True, features_only=True)
+
+The import itself is light: diffusers is imported when the first model is built.
+"""
+
+from typing import TYPE_CHECKING
+
+from . import models  # noqa: F401  (registers with timm)
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .backbone import CleanDIFT
+    from .noisy import DIFT
+    from .unet import FeatureUNet
+
+
+__all__ = ["CleanDIFT", "DIFT", "FeatureUNet", "__version__"]
+
+_LAZY = {"CleanDIFT": "backbone", "DIFT": "noisy", "FeatureUNet": "unet"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

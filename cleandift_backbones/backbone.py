@@ -1,0 +1,282 @@
+"""CleanDIFT: one deterministic pass of a diffusion UNet over the clean image, under timm's model contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .latents import LatentEncoder
+from .prompts import encode_prompts
+from .unet import FeatureUNet, map_infos
+
+MIN_SIDE = 64  # shorter images would leave less than one cell in the coarsest map of an SD UNet
+
+
+def feature_list(cfg: dict, pyramid: bool = False) -> list[dict]:
+    """timm's feature_info of an architecture, fine to coarse: dicts of name, num_chs, reduction, module.
+
+    Args:
+        cfg: an entry of `models.ARCHITECTURES`.
+        pyramid: instead of all UNet maps, one map per stride from 2 on (VAE stages, then the block outputs), as
+            segmentation_models_pytorch and detectors expect.
+    """
+    widths = cfg["vae"]["block_out_channels"]
+    latent_stride = 2 ** (len(widths) - 1)
+    maps = [
+        dict(name=m.name, num_chs=m.channels, reduction=m.stride * latent_stride, module=f"unet.{m.module}")
+        for m in reversed(map_infos(cfg["unet"]))
+    ]
+    if not pyramid:
+        return maps
+    stages = [
+        dict(name=f"vae{2 ** (i + 1)}", num_chs=widths[i], reduction=2 ** (i + 1), module=f"vae.encoder.down_blocks.{i}")
+        for i in range(len(widths) - 2)
+    ]
+    return stages + [m for m in maps if m["module"].endswith(("upsamplers.0", "mid_block"))]
+
+
+def take_indices(infos: Sequence[dict], indices: int | Sequence[int]) -> list[int]:
+    """Absolute indices into a feature_info: an int means the n coarsest, a sequence keeps its order.
+
+    Raises:
+        ValueError: out of range, with the list of what there is.
+    """
+    try:
+        return feature_take_indices(len(infos), indices if isinstance(indices, int) else list(indices))[0]
+    except AssertionError as error:
+        listed = ", ".join(f"{i} = {info['name']}" for i, info in enumerate(infos))
+        raise ValueError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
+
+
+def finest_map(infos: Sequence[dict], indices: Sequence[int]) -> str:
+    """Name of the UNet map among these features that runs last: the finest.
+
+    Raises:
+        ValueError: there is none, only maps of the VAE.
+    """
+    names = [infos[i]["name"] for i in sorted(indices) if infos[i]["module"].startswith("unet.")]
+    if not names:
+        raise ValueError(f"features {list(indices)} are only maps of the VAE: ask for at least one map of the UNet")
+    return names[0]
+
+
+class CleanDIFT(nn.Module):
+    """Image -> latent -> UNet at a fixed timestep -> named maps (CleanDIFT, arXiv 2412.03439).
+
+    `feature_info` runs fine to coarse (index 0 = us10 ... 10 = mid): the reverse of the order of execution.
+
+    Args:
+        cfg: an entry of `models.ARCHITECTURES`: configs of the UNet, the VAE, the schedule and the prompt.
+        in_chans: channels of the images; pretrained first convolutions are adapted.
+        num_classes: 0 gives pooled features, otherwise a linear classifier stands on them.
+        global_pool: timm's pooling type for the classifier ("avg", "max", ...; "" returns the 4-D map).
+        drop_rate: dropout in front of the classifier.
+        final_map: the model ends at this map, and holds nothing that runs after it.
+        pyramid: offer strides 2, 4, 8, ... (see `feature_list`) instead of all maps of the UNet.
+        timestep: overrides the timestep stored with the weights (learned; 261 before training), 0..999.
+        prompt: text to condition on, one or one per image, instead of the stored empty prompt.
+        text_encoder: folder or Hub repository with `tokenizer/` and `text_encoder/`, for `prompt`.
+
+    Raises:
+        ValueError: unknown final_map; timestep out of range.
+    """
+
+    def __init__(
+        self,
+        cfg: dict,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        final_map: str = "mid",
+        pyramid: bool = False,
+        timestep: float | None = None,
+        prompt: str | Sequence[str] | None = None,
+        text_encoder: str | None = None,
+    ):
+        super().__init__()
+        if timestep is not None and not 0 <= timestep <= 999:
+            raise ValueError(f"timestep must lie in 0..999, got {timestep}")
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.text_encoder = text_encoder or cfg.get("text_encoder")
+        #: what arguments fix, weights loaded later must not replace
+        self.fixed: set[str] = {n for n, v in (("timestep", timestep), ("prompt_embeds", prompt)) if v is not None}
+        self.vae = LatentEncoder(cfg["vae"], in_chans)
+        self.unet = FeatureUNet.build(cfg["unet"], final_map)
+        self.feature_info = feature_list(cfg, pyramid)
+        embed_shape = (1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"])
+        # A given timestep is real even while the model is laid out on the meta device.
+        device = None if timestep is None else "cpu"
+        self.register_buffer("timestep", torch.tensor(float(261 if timestep is None else timestep), device=device))
+        self.register_buffer("prompt_embeds", torch.randn(embed_shape))
+        self.num_features = self.head_hidden_size = self.unet.infos[self._position(final_map)].channels
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        if prompt is not None:
+            self.set_prompt(prompt)
+
+    # --- configuration -------------------------------------------------------------------------------------------
+
+    def set_prompt(self, prompt: str | Sequence[str] | Tensor, text_encoder: str | None = None) -> None:
+        """Conditions on text (one prompt, or one per image of the batch) or on given embeddings N x L x C.
+
+        Raises:
+            ValueError: no text encoder is known for this model, or the embeddings have another width.
+        """
+        if not isinstance(prompt, Tensor):
+            source = text_encoder or self.text_encoder
+            if source is None:
+                raise ValueError(f"no text encoder is known for prompt {prompt!r}: pass text_encoder=FOLDER_OR_REPO")
+            prompt = encode_prompts(prompt, source)
+        if prompt.ndim != 3 or prompt.shape[-1] != self.prompt_embeds.shape[-1]:
+            width = self.prompt_embeds.shape[-1]
+            raise ValueError(f"prompt embeddings must be N x L x {width}, got {tuple(prompt.shape)}")
+        # While weights are awaited the buffer lies on the meta device; given embeddings stay real.
+        device = None if self.prompt_embeds.is_meta else self.prompt_embeds.device
+        self.prompt_embeds = prompt.to(device=device, dtype=self.prompt_embeds.dtype)
+
+    def _apply(self, fn, recurse=True):
+        # half() and to(bfloat16) must not round the timestep: bfloat16 has no 261.
+        timestep = self.timestep
+        super()._apply(fn, recurse)
+        if timestep.is_meta or self.timestep.is_meta:
+            self.timestep = self.timestep.float()
+        else:
+            self.timestep = timestep.to(self.timestep.device)
+        return self
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for layer-wise learning rates, shallow to deep in the order of execution."""
+        layer = "" if coarse else r"\.(?:resnets|attentions|downsamplers|upsamplers)\.(\d+)"
+        return dict(
+            stem=r"^vae|^unet\.conv_in|^unet\.time_embedding",
+            down=rf"^unet\.down_blocks\.(\d+){layer}",
+            mid=r"^unet\.mid_block",
+            up=rf"^unet\.up_blocks\.(\d+){layer}",
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes activations in the backward pass, layer by layer: same outputs and gradients, less memory."""
+        self.vae.grad_checkpointing = self.unet.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head.to(device=self.vae.encoder.conv_in.weight.device, dtype=self.vae.encoder.conv_in.weight.dtype)
+
+    # --- features ------------------------------------------------------------------------------------------------
+
+    def _position(self, name: str) -> int:
+        """Place of a UNet map in the order of execution; -1 for the VAE's, which run before."""
+        return next((i for i, info in enumerate(self.unet.infos) if info.name == name), -1)
+
+    def _take(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Absolute feature indices: None = all that are held, n = the n coarsest, a sequence = those, in its order."""
+        if indices is None:
+            last = self._position(self.unet.last_map)
+            return [i for i, info in enumerate(self.feature_info) if self._position(info["name"]) <= last]
+        return take_indices(self.feature_info, indices)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"expected images B x {self.in_chans} x H x W, got a tensor of shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected floating-point images normalised to [-1, 1], got {x.dtype}")
+        if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
+            raise ValueError(
+                f"images must be at least {MIN_SIDE} x {MIN_SIDE}, got {x.shape[2]} x {x.shape[3]}: resize them"
+            )
+
+    def _maps(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Named maps of images B x C x H x W."""
+        self._check_input(x)
+        latents, found = self.vae(x, names)
+        prompts = self.prompt_embeds
+        if prompts.shape[0] not in (1, x.shape[0]):
+            raise ValueError(f"{prompts.shape[0]} prompts were set, but the batch has {x.shape[0]} images")
+        return found | self._unet_maps(latents, prompts, [name for name in names if name not in found])
+
+    def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return self.unet(latents, self.timestep, prompts, names)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ):
+        """timm's feature interface.
+
+        Args:
+            x: B x in_chans x H x W in [-1, 1], H and W >= 64.
+            indices: into feature_info; the order is kept; int n: the n coarsest; None: all that the model holds.
+            norm: ignored, there is no norm.
+            stop_early: stop after the deepest map asked for, so that the first return is that map.
+            output_fmt: only "NCHW".
+            intermediates_only: return only the maps.
+            output_dict: return dict(image_features=final map, image_intermediates=[maps]).
+
+        Returns:
+            (final map, list of maps): maps are B x num_chs x ceil(H / reduction) x ceil(W / reduction), and the final
+            map equals forward_features(x).
+
+        Raises:
+            ValueError: index out of range, map not held, wrong format, wrong images. TypeError: images not float.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not supported: maps are NCHW")
+        wanted = [self.feature_info[i]["name"] for i in self._take(indices)]
+        if intermediates_only or stop_early:
+            # VAE maps alone end in front of the UNet; the final map is then the UNet's first.
+            final = max((name for name in wanted if self._position(name) >= 0), key=self._position, default="mid")
+        else:
+            final = self.unet.last_map
+        maps = self._maps(x, wanted if intermediates_only else [*wanted, final])
+        intermediates = [maps[name] for name in wanted]
+        if output_dict:
+            result = dict(image_intermediates=intermediates)
+            return result if intermediates_only else dict(image_features=maps[final], **result)
+        return intermediates if intermediates_only else (maps[final], intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what runs after the deepest of these maps, and the classifier; returns absolute indices."""
+        take = self._take(indices)
+        last_map = finest_map(self.feature_info, take)
+        self.unet.truncate(last_map)
+        self.num_features = self.head_hidden_size = self.unet.infos[self._position(last_map)].channels
+        if prune_head or self.head.in_features != self.num_features:
+            self.head.in_features = self.num_features
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """B x num_features x h x w: the final map (`final_map`)."""
+        return self._maps(x, [self.unet.last_map])[self.unet.last_map]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools the final map and classifies it (num_classes > 0)."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """B x num_features (num_classes = 0), B x num_classes, or the 4-D map (global_pool="")."""
+        return self.forward_head(self.forward_features(x))

@@ -1,0 +1,1 @@
+"""Distillation of clean features: projection heads, teacher and student, data, training loop."""

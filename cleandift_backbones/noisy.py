@@ -1,0 +1,69 @@
+"""DIFT, the noisy baseline (Tang et al. 2023, arXiv 2306.03881): the same parts under the same contract, fed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from .backbone import CleanDIFT
+
+
+@torch.library.custom_op("cleandift_backbones::seeded_noise", mutates_args=())
+def seeded_noise(latents: Tensor, count: int, seed: int) -> Tensor:
+    """count x C x h x w standard normal noise for latents B x C x h x w: a function of the shape and the seed alone.
+
+    Drawn in float32 on the CPU, so that it is equal on every device, in every dtype and for every batch. An operator
+    of its own, because torch.compile and torch.export cannot trace a generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((count, *latents.shape[1:]), generator=generator)
+    return noise.to(latents)
+
+
+@seeded_noise.register_fake
+def _(latents: Tensor, count: int, seed: int) -> Tensor:
+    return latents.new_empty((count, *latents.shape[1:]))
+
+
+class DIFT(CleanDIFT):
+    """Maps of the untouched UNet on noised latents, averaged over an ensemble of noises.
+
+    The image is encoded once; every image of a batch sees the same noises, so a map depends on nothing but its image,
+    the timestep and the seed.
+
+    Args:
+        cfg: an entry of `models.ARCHITECTURES`; its `scheduler` is the config of the teacher's DDPM schedule.
+        timestep: step of that schedule at which the noise is added, an integer 0..999 (DIFT, section 4: 261).
+        ensemble_size: number of noises averaged, at least 1 (DIFT: 8). They run as one batch.
+        noise_seed: seed of the noises.
+        **kwargs: those of `CleanDIFT`.
+
+    Raises:
+        ValueError: timestep, ensemble_size or noise_seed out of range.
+    """
+
+    def __init__(self, cfg: dict, timestep: int = 261, ensemble_size: int = 8, noise_seed: int = 0, **kwargs):
+        scheduler = DDPMScheduler(**cfg["scheduler"])
+        steps = scheduler.config.num_train_timesteps
+        if timestep != int(timestep) or not 0 <= timestep < steps:
+            raise ValueError(f"timestep must be an integer in 0..{steps - 1}, got {timestep}")
+        if ensemble_size != int(ensemble_size) or ensemble_size < 1:
+            raise ValueError(f"ensemble_size must be an integer of at least 1, got {ensemble_size}")
+        if noise_seed != int(noise_seed) or noise_seed < 0:
+            raise ValueError(f"noise_seed must be a non-negative integer, got {noise_seed}")
+        super().__init__(cfg, timestep=int(timestep), **kwargs)
+        self.ensemble_size, self.noise_seed = int(ensemble_size), int(noise_seed)
+        alpha = scheduler.alphas_cumprod[int(timestep)].item()
+        self.signal, self.sigma = alpha**0.5, (1 - alpha) ** 0.5
+
+    def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        count = self.ensemble_size
+        noise = seeded_noise(latents.detach(), count, self.noise_seed)
+        noisy = (self.signal * latents[:, None] + self.sigma * noise).flatten(0, 1)
+        if prompts.shape[0] > 1:
+            prompts = prompts.repeat_interleave(count, dim=0)
+        maps = self.unet(noisy, self.timestep, prompts, names)
+        return {name: x.unflatten(0, (-1, count)).mean(dim=1) for name, x in maps.items()}
