@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .unet import FeatureUNet
 
 
-__all__ = ["CleanDIFT", "DIFT", "FeatureUNet", "__version__"]
+__all__ = ["DIFT", "CleanDIFT", "FeatureUNet", "__version__"]
 
 _LAZY = {"CleanDIFT": "backbone", "DIFT": "noisy", "FeatureUNet": "unet"}
 

@@ -10,7 +10,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .latents import LatentEncoder
-from .prompts import encode_prompts
+from .prompts import PromptEncoder
 from .unet import FeatureUNet, map_infos
 
 MIN_SIDE = 64  # shorter images would leave less than one cell in the coarsest map of an SD UNet
@@ -33,7 +33,9 @@ def feature_list(cfg: dict, pyramid: bool = False) -> list[dict]:
     if not pyramid:
         return maps
     stages = [
-        dict(name=f"vae{2 ** (i + 1)}", num_chs=widths[i], reduction=2 ** (i + 1), module=f"vae.encoder.down_blocks.{i}")
+        dict(
+            name=f"vae{2 ** (i + 1)}", num_chs=widths[i], reduction=2 ** (i + 1), module=f"vae.encoder.down_blocks.{i}"
+        )
         for i in range(len(widths) - 2)
     ]
     return stages + [m for m in maps if m["module"].endswith(("upsamplers.0", "mid_block"))]
@@ -47,7 +49,7 @@ def take_indices(infos: Sequence[dict], indices: int | Sequence[int]) -> list[in
     """
     try:
         return feature_take_indices(len(infos), indices if isinstance(indices, int) else list(indices))[0]
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:  # ValueError: none at all
         listed = ", ".join(f"{i} = {info['name']}" for i, info in enumerate(infos))
         raise ValueError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
 
@@ -131,7 +133,7 @@ class CleanDIFT(nn.Module):
             source = text_encoder or self.text_encoder
             if source is None:
                 raise ValueError(f"no text encoder is known for prompt {prompt!r}: pass text_encoder=FOLDER_OR_REPO")
-            prompt = encode_prompts(prompt, source)
+            prompt = PromptEncoder(source)(prompt)
         if prompt.ndim != 3 or prompt.shape[-1] != self.prompt_embeds.shape[-1]:
             width = self.prompt_embeds.shape[-1]
             raise ValueError(f"prompt embeddings must be N x L x {width}, got {tuple(prompt.shape)}")

@@ -68,16 +68,63 @@ def open_weights(path: str | Path) -> safe_open:
         ) from error
 
 
-def read_native(
-    path: str | Path,
+class Weights:
+    """Tensors of one or more safetensors files, by name, read one at a time and only when asked for."""
+
+    def __init__(self, label: str | Path):
+        self.label = str(label)
+        self._where: dict[str, tuple[safe_open, str]] = {}
+
+    def add(self, path: str | Path, prefix: str = "") -> Weights:
+        """Takes in a file's tensors, named `prefix` + their name in the file."""
+        handle = open_weights(path)
+        self._where.update((prefix + name, (handle, name)) for name in handle.keys())  # noqa: SIM118 (no mapping)
+        return self
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def __getitem__(self, name: str) -> Tensor:
+        handle, inner = self._where[name]
+        return handle.get_tensor(inner)
+
+
+def open_native(path: str | Path) -> Weights:
+    """The weights of a native checkpoint: a file, or a folder (see `weight_files`)."""
+    weights = Weights(path)
+    for file in weight_files(path):
+        weights.add(file)
+    return weights
+
+
+def open_diffusers(folder: str | Path) -> Weights:
+    """The UNet and the VAE of a folder in diffusers' layout, under native names (`unet.*`, `vae.*`).
+
+    Raises:
+        CheckpointError: `unet/` or `vae/` has no safetensors file.
+    """
+    weights = Weights(folder)
+    for part in ("unet", "vae"):
+        files = sorted(Path(folder, part).glob("diffusion_pytorch_model*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{folder} has no {part}/diffusion_pytorch_model.safetensors: is it a diffusers folder?"
+            )
+        for file in files:
+            weights.add(file, f"{part}.")
+    return weights
+
+
+def fit(
+    weights: Weights,
     expected: Mapping[str, Tensor],
     ignorable: Callable[[str], bool],
     adapt: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> dict[str, Tensor]:
-    """Reads exactly the tensors that a model holds from a native checkpoint; nothing else is read from disk.
+    """Reads exactly the tensors that a model holds; nothing else is read from disk.
 
     Args:
-        path: a file or folder (see `weight_files`).
+        weights: of `open_native` or `open_diffusers`.
         expected: the model's state dict (may be on the meta device): names, shapes and dtypes wanted.
         ignorable: says of a name in the file but not in the model whether it belongs to the architecture's deeper,
             unused part; any other extra name is an error.
@@ -87,26 +134,27 @@ def read_native(
         name -> CPU tensor in the expected dtype, exactly the expected names.
 
     Raises:
-        CheckpointError: missing, extra or wrong-shaped keys (the first few are listed), or an unusable file.
+        CheckpointError: missing, extra or wrong-shaped keys; the first few are listed.
     """
-    where = {}
-    for file in weight_files(path):
-        handle = open_weights(file)
-        where.update(dict.fromkeys(handle.keys(), handle))
-    missing = expected.keys() - where.keys()
-    extra = {name for name in where.keys() - expected.keys() if not ignorable(name)}
+    names, path = weights.names(), weights.label
+    missing = expected.keys() - names
+    extra = {name for name in names - expected.keys() if not ignorable(name)}
     if len(missing) == len(expected):
         raise CheckpointError(
             f"{path} is no native cleandift_backbones checkpoint (keys vae.*, unet.*, timestep, prompt_embeds): "
-            f"it holds {_listed(where)}"
+            f"it holds {_listed(names)}"
         )
     if missing or extra:
-        parts = [f"missing: {_listed(missing)}"] * bool(missing) + [f"not of this model: {_listed(extra)}"] * bool(extra)
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(parts)}. Is it of another architecture, or "
-                              "was it saved from a model cut at a coarser map?")
+        parts = [f"missing: {_listed(missing)}"] * bool(missing) + [f"not of this model: {_listed(extra)}"] * bool(
+            extra
+        )
+        raise CheckpointError(
+            f"{path} does not fit the model: {'; '.join(parts)}. Is it of another architecture, or was it saved from a "
+            "model that ends at a coarser map?"
+        )
     state, wrong = {}, []
     for name, like in expected.items():
-        tensor = adapt(name, where[name].get_tensor(name))
+        tensor = adapt(name, weights[name])
         if tensor.shape != like.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(like.shape)}")
         state[name] = tensor.to(like.dtype)

@@ -13,6 +13,7 @@ from timm.models import adapt_input_conv, build_model_with_cfg, generate_default
 if TYPE_CHECKING:
     from torch import nn
 
+    from . import checkpoints
     from .backbone import CleanDIFT
 
 ASSETS = Path(__file__).parent / "assets"
@@ -61,21 +62,23 @@ ARCHITECTURES: dict[str, dict] = {
             (48, 80, 112, 112),
             "--x-",
             cross_attention_dim=96,
-            attention_head_dim=7,
+            attention_head_dim=(3, 5, 7, 7),
             norm_num_groups=16,
             use_linear_projection=True,
         ),
         vae=dict(
-            block_out_channels=(24, 48, 96), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
+            block_out_channels=(24, 48, 96),
+            layers_per_block=1,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            scaling_factor=0.6242,  # 1 / standard deviation of its latents, measured by tools/train_vae.py
         ),
         scheduler=_SD_SCHEDULE,
         prompt_length=16,
         text_encoder=str(ASSETS / "tiny_text"),
     ),
     "test": dict(
-        unet=_unet(
-            (4, 4, 8, 8), "xxx-", cross_attention_dim=6, attention_head_dim=2, norm_num_groups=2, act_fn="silu"
-        ),
+        unet=_unet((4, 4, 8, 8), "xxx-", cross_attention_dim=6, attention_head_dim=2, norm_num_groups=2, act_fn="silu"),
         vae=dict(block_out_channels=(2, 2, 4, 4), layers_per_block=1, norm_num_groups=2),
         scheduler=_SD_SCHEDULE,
         prompt_length=3,
@@ -108,18 +111,20 @@ _SD15 = partial(_cfg, 512, 64, license="mit")
 _SD21 = partial(_cfg, 768, 64, license="mit")
 _TINY = partial(_cfg, 128, 32, license="apache-2.0")
 
-default_cfgs = generate_default_cfgs({
-    "cleandift_sd15.compvis": _SD15(),
-    "cleandift_sd21.compvis": _SD21(),
-    "cleandift_tiny.emoji": _TINY(file=str(ASSETS / "cleandift_tiny.safetensors")),
-    "cleandift_sd15_pyramid.compvis": _SD15(),
-    "cleandift_sd21_pyramid.compvis": _SD21(),
-    "cleandift_tiny_pyramid.emoji": _TINY(file=str(ASSETS / "cleandift_tiny.safetensors")),
-    "dift_sd15.sd": _SD15(),
-    "dift_sd21.sd": _SD21(),
-    "dift_tiny.emoji": _TINY(file=str(ASSETS / "dift_tiny.safetensors")),
-    "test_cleandift": _cfg(128, 64, license="apache-2.0"),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "cleandift_sd15.compvis": _SD15(),
+        "cleandift_sd21.compvis": _SD21(),
+        "cleandift_tiny.emoji": _TINY(file=str(ASSETS / "cleandift_tiny.safetensors")),
+        "cleandift_sd15_pyramid.compvis": _SD15(),
+        "cleandift_sd21_pyramid.compvis": _SD21(),
+        "cleandift_tiny_pyramid.emoji": _TINY(file=str(ASSETS / "cleandift_tiny.safetensors")),
+        "dift_sd15.sd": _SD15(),
+        "dift_sd21.sd": _SD21(),
+        "dift_tiny.emoji": _TINY(file=str(ASSETS / "dift_tiny.safetensors")),
+        "test_cleandift": _cfg(128, 64, license="apache-2.0"),
+    }
+)
 
 
 def _create(variant: str, arch: str, pretrained: bool, noisy: bool = False, pyramid: bool = False, **kwargs: Any):
@@ -133,8 +138,10 @@ def _create(variant: str, arch: str, pretrained: bool, noisy: bool = False, pyra
     cfg = ARCHITECTURES[arch]
     infos = feature_list(cfg, pyramid)
     # The block outputs that the paper evaluates: us9, us6, us3, mid; a pyramid gives all of its levels.
-    default = tuple(range(len(infos))) if pyramid else tuple(
-        i for i, info in enumerate(infos) if info["module"].endswith(("upsamplers.0", "mid_block"))
+    default = (
+        tuple(range(len(infos)))
+        if pyramid
+        else tuple(i for i, info in enumerate(infos) if info["module"].endswith(("upsamplers.0", "mid_block")))
     )
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
@@ -169,27 +176,38 @@ def load_pretrained(model: CleanDIFT, cache_dir: str | Path | None = None) -> No
     from . import checkpoints
 
     cfg = model.pretrained_cfg
-    path = _locate(cfg, cache_dir)
+    weights = checkpoints.open_native(_locate(cfg, cache_dir))
     classes = model.num_classes
     keep_head = classes and classes == cfg.get("num_classes")
     if not keep_head:
         model.reset_classifier(0)
+    load_weights(model, weights)
+    if classes and not keep_head:
+        model.reset_classifier(classes)
+
+
+def load_weights(model: CleanDIFT, weights: checkpoints.Weights, given: dict[str, torch.Tensor] | None = None) -> None:
+    """Assigns weights to everything that a model holds (also one on the meta device), strictly.
+
+    Args:
+        weights: of `checkpoints.open_native` or `open_diffusers`.
+        given: tensors to use instead of those in the file, by name (what the model's arguments fix is kept anyway).
+    """
+    from .checkpoints import fit
 
     def ignorable(name: str) -> bool:
         deeper = name.startswith("unet.") and name.removeprefix("unet.") in model.unet.dropped_keys
-        return deeper or name.startswith(("vae.decoder.", "vae.post_quant_conv.", "head."))
+        return name in fixed or deeper or name.startswith(("vae.decoder.", "vae.post_quant_conv.", "head."))
 
     def adapt(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name == f"{cfg['first_conv']}.weight" and tensor.shape[1] != model.in_chans:
+        if name == "vae.encoder.conv_in.weight" and tensor.shape[1] != model.in_chans:
             return adapt_input_conv(model.in_chans, tensor)
         return tensor
 
-    state = model.state_dict()
-    fixed = {name: state.pop(name) for name in model.fixed}
-    state = checkpoints.read_native(path, state, lambda name: name in fixed or ignorable(name), adapt)
+    expected = model.state_dict()
+    fixed = {name: expected[name] for name in model.fixed} | (given or {})
+    state = fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt)
     model.load_state_dict(state | fixed, strict=True, assign=True)
-    if classes and not keep_head:
-        model.reset_classifier(classes)
 
 
 def _locate(cfg: dict, cache_dir: str | Path | None) -> Path:

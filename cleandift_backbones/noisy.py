@@ -46,7 +46,8 @@ class DIFT(CleanDIFT):
     """
 
     def __init__(self, cfg: dict, timestep: int = 261, ensemble_size: int = 8, noise_seed: int = 0, **kwargs):
-        scheduler = DDPMScheduler(**cfg["scheduler"])
+        with torch.device("cpu"):  # a model laid out on the meta device still needs the schedule's numbers
+            scheduler = DDPMScheduler(**cfg["scheduler"])
         steps = scheduler.config.num_train_timesteps
         if timestep != int(timestep) or not 0 <= timestep < steps:
             raise ValueError(f"timestep must be an integer in 0..{steps - 1}, got {timestep}")

@@ -9,33 +9,39 @@ import torch
 from torch import Tensor
 
 
-def encode_prompts(texts: str | Sequence[str], source: str | Path) -> Tensor:
-    """Encodes prompts as Stable Diffusion does: padded or cut to the tokenizer's length, last hidden state.
+class PromptEncoder:
+    """Tokenizer and text encoder of a Stable Diffusion, on the CPU in float32.
 
     Args:
-        texts: one prompt, or one per image.
         source: a folder in diffusers' layout or a Hub repository, with `tokenizer/` and `text_encoder/`.
-
-    Returns:
-        N x L x C float32 tensor on the CPU.
 
     Raises:
         ImportError: transformers is not installed.
         OSError: the source is not there (raised by transformers, naming it).
-        TypeError: texts are not strings.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"prompts must be strings, got {texts!r}")
-    try:
-        from transformers import AutoTokenizer, CLIPTextModel
-    except ImportError as error:
-        raise ImportError("prompts need transformers: pip install 'cleandift_backbones[text]'") from error
-    with torch.device("cpu"):  # a model under construction may have made meta the default device
-        tokenizer = AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer")
-        encoder = CLIPTextModel.from_pretrained(str(source), subfolder="text_encoder", use_safetensors=True).float().eval()
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        with torch.no_grad():
-            return encoder(tokens.input_ids).last_hidden_state
+
+    def __init__(self, source: str | Path):
+        try:
+            from transformers import AutoTokenizer, CLIPTextModel
+        except ImportError as error:
+            raise ImportError("prompts need transformers: pip install 'cleandift_backbones[text]'") from error
+        with torch.device("cpu"):  # a model under construction may have made meta the default device
+            self.tokenizer = AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer")
+            encoder = CLIPTextModel.from_pretrained(str(source), subfolder="text_encoder", use_safetensors=True)
+        self.encoder = encoder.float().eval()
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """One or more prompts -> N x L x C, padded or cut to the tokenizer's length L: the last hidden state.
+
+        Raises:
+            TypeError: texts are not strings.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"prompts must be strings, got {texts!r}")
+        length = self.tokenizer.model_max_length
+        with torch.device("cpu"), torch.no_grad():
+            tokens = self.tokenizer(
+                texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            return self.encoder(tokens.input_ids).last_hidden_state

@@ -1,0 +1,117 @@
+"""The typed recipe of a distillation: YAML files that inherit from one base, and overrides from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+@dataclass
+class DataRecipe:
+    path: str = MISSING  # folder of pictures: metadata.jsonl with file_name and text, or side-car .txt, or no captions
+    heldout: str | None = None  # folder for validation; default: every 20th picture of path
+    size: int | None = None  # side in pixels; default: the model's own
+    background: str = "white"  # what shows through transparent pictures: white, or random (with random placement)
+
+
+@dataclass
+class HeadsRecipe:
+    depth: int = 3  # residual blocks per head; 0: no heads, features are compared as they are
+    conditioning: str = "film"  # film (the paper's best) or adarms (the published weights)
+    gated: bool = True
+
+
+@dataclass
+class Recipe:
+    model: str = MISSING  # a cleandift_* model name: the student
+    teacher: str = MISSING  # the dift_* model name that it learns from
+    teacher_weights: str | None = None  # native safetensors of the teacher; default: the model's own
+    output_dir: str = MISSING
+    data: DataRecipe = field(default_factory=DataRecipe)
+    maps: dict[str, float] | None = None  # map name -> weight; default: all, equally
+    heads: HeadsRecipe = field(default_factory=HeadsRecipe)
+    loss: str = "cosine"  # cosine, l1 or l2
+    timestep_levels: int = 3  # noise levels per picture and step, one from each of as many bins
+    timestep_range: list[int] = field(default_factory=lambda: [1, 999])
+    text: str = "distilled"  # caption (both get it), empty (neither), distilled (only the teacher)
+    batch_size: int = 8
+    max_steps: int = 400
+    learning_rate: float = 2e-6
+    heads_learning_rate: float | None = None  # default: learning_rate
+    warmup_steps: int = 400
+    final_rate: float = 1.0  # part of the rate left at the end of a cosine; 1: constant after the warm-up
+    weight_decay: float = 0.0
+    ema: float = 0.0  # decay of the weights' average that is exported; 0: the weights themselves
+    clip: float = 1.0
+    timestep: float = 261.0  # start of the student's learned timestep
+    seed: int = 0
+    num_workers: int = 2
+    checkpoint_every: int = 100
+    validate_every: int = 100
+    log_every: int = 10
+    resume: str = "auto"  # auto goes on from output_dir's checkpoint; never refuses a folder that has one
+    device: str = "auto"
+    save_dtype: str = "float16"  # of the exported model.safetensors: float16, bfloat16 or float32
+
+
+_CHOICES = {
+    "loss": ("cosine", "l1", "l2"),
+    "text": ("caption", "empty", "distilled"),
+    "data.background": ("white", "random"),
+    "heads.conditioning": ("film", "adarms"),
+    "resume": ("auto", "never"),
+    "save_dtype": ("float16", "bfloat16", "float32"),
+}
+_POSITIVE = ("timestep_levels", "batch_size", "max_steps", "learning_rate", "checkpoint_every", "validate_every")
+
+
+def read_yaml(path: str | Path) -> DictConfig:
+    """A YAML file over the one that its `base` field names, relative to it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path} does not exist: see configs/finetune/")
+    config = OmegaConf.load(path)
+    base = config.pop("base", None)
+    return OmegaConf.merge(read_yaml(path.parent / base), config) if base else config
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: a YAML file, as in configs/finetune/.
+        overrides: "field=value" or "group.field=value".
+
+    Raises:
+        ValueError: unknown field, wrong type, value out of range, or a field that has no default and was not given.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not field=value, e.g. data.path=PICTURES")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
+        missing = OmegaConf.missing_keys(merged)
+        if missing:
+            raise ValueError(f"no value for {', '.join(sorted(missing))}: give e.g. {sorted(missing)[0]}=VALUE")
+        for name, allowed in _CHOICES.items():
+            if OmegaConf.select(merged, name) not in allowed:
+                value = OmegaConf.select(merged, name)
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        for name in _POSITIVE:
+            if not merged[name] > 0:
+                raise ValueError(f"{name} must be above 0, got {merged[name]}")
+        low, high = merged.timestep_range
+        if not 0 <= low < high <= 999:
+            raise ValueError(f"timestep_range must be two numbers of 0..999, the smaller first, got [{low}, {high}]")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"recipe {path}: {str(error).splitlines()[0]}") from error
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes the resolved recipe as YAML."""
+    OmegaConf.save(OmegaConf.structured(recipe), path)

@@ -1,0 +1,384 @@
+"""Plumbing that every training script shares: seeded batches, schedule, EMA, checkpoints, log, signals.
+
+A script reads as
+
+    run = Run(out, {"unet": unet}, optimizer, settings=settings, ...)
+    with run:
+        for step in run:
+            run.update(loss_of(step))
+            run.track(images=batch, loss=loss)
+
+All randomness of a step comes from `(seed, step)` (see `step_generator` and `batch_indices`), so a resumed run sees
+the batches and the noise that an uninterrupted one would have seen, and no generator's state has to be kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+__all__ = [
+    "EMA",
+    "JsonLog",
+    "Run",
+    "add_run_arguments",
+    "autocast",
+    "batch_indices",
+    "lr_factor",
+    "pick_device",
+    "step_generator",
+]
+
+_STARTED = time.monotonic()  # a command's own time limit counts what it spends on reading pictures, too
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that torch cannot use."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device: use --device cpu")
+    return device
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA; off elsewhere, where it was measured to gain nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def mix_seed(*parts: int) -> int:
+    """Folds integers into one seed below 2**63 (splitmix64), so that neighbouring parts give unrelated seeds."""
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return state >> 1
+
+
+def step_generator(device: torch.device, *parts: int) -> torch.Generator:
+    """A generator on `device` whose numbers depend on `parts` (seed, step, ...) alone."""
+    return torch.Generator(device).manual_seed(mix_seed(*parts))
+
+
+def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
+    """Which of `count` samples step number `step` trains on: int64, `batch_size` of them.
+
+    Epochs are seeded permutations laid end to end, so that every sample comes up once before any comes up again.
+    """
+    if batch_size < 1 or count < 1:
+        raise ValueError(f"batch_size={batch_size} of {count} samples: both must be at least 1")
+    first, last = step * batch_size, (step + 1) * batch_size
+    parts = []
+    for epoch in range(first // count, (last - 1) // count + 1):
+        order = torch.randperm(count, generator=step_generator(torch.device("cpu"), seed, epoch, 1))
+        parts.append(order[max(first - epoch * count, 0) : last - epoch * count])
+    return torch.cat(parts)
+
+
+def lr_factor(step: int, progress: float, warmup: int, floor: float = 0.05) -> float:
+    """Linear warm-up over `warmup` steps times a cosine from 1 to `floor` over `progress` in [0, 1]."""
+    cosine = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return min(1.0, (step + 1) / max(warmup, 1)) * cosine
+
+
+class EMA:
+    """Exponential moving average of the parameters of several modules, kept in fp32.
+
+    The decay grows as (1 + n) / (10 + n) with the number n of updates up to `decay`, so that the start is forgotten.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay {decay}: give a number in [0, 1)")
+        self.decay = decay
+        self.parameters = {f"{k}/{n}": p for k, m in modules.items() for n, p in m.named_parameters()}
+        self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, count: int) -> None:
+        """Takes the current parameters in; `count` is the number of updates before this one."""
+        decay = min(self.decay, (1 + count) / (10 + count))
+        current = [p.detach().float() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The modules hold the averaged parameters inside this context, and their own again after it."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._write(self.shadow)
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, source: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(source[name])
+
+
+class JsonLog:
+    """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes."""
+
+    def __init__(self, path: Path, start: int):
+        self.path = path
+        kept = []
+        if start and path.is_file():
+            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= start]
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text("".join(kept))
+        os.replace(aside, path)
+
+    def write(self, **values: float | int | str | list) -> None:
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(rounded) + "\n")
+
+
+class Run:
+    """One training run in a folder: counts steps, sets the rate, keeps the EMA, saves, resumes, logs and stops in time.
+
+    Iterate over it for the step numbers. The schedule follows the larger of step / max_steps and time / max_minutes;
+    time counts over all resumes, so that a run of a fixed time ends annealed. `finished` tells whether the end was
+    reached; otherwise (time limit of this command, SIGTERM, Ctrl-C) the checkpoint holds all that is needed to go on.
+
+    Args:
+        out: folder for checkpoint.safetensors and log.jsonl; created.
+        modules: what is trained, by name.
+        optimizer: over parameters of `modules`; its groups' rates are the peak rates.
+        settings: numbers and strings in which a resumed run must agree with the checkpoint (batch size, seed, ...).
+        max_steps, max_minutes: the end of the schedule; at least one.
+        stop_minutes: save and stop this command after so long, counted from its start.
+        resume: "auto" goes on from the folder's checkpoint if there is one; "never" refuses a folder that has one.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: dict,
+        max_steps: int | None = None,
+        max_minutes: float | None = None,
+        stop_minutes: float | None = None,
+        warmup: int = 200,
+        floor: float = 0.05,
+        ema_decay: float = 0.999,
+        clip: float = 1.0,
+        save_steps: int = 1000,
+        save_minutes: float = 10.0,
+        log_steps: int = 50,
+        resume: str = "auto",
+    ):
+        if max_steps is None and max_minutes is None:
+            raise ValueError("give max_steps or max_minutes: a run needs an end")
+        for name, value in (("max_steps", max_steps), ("max_minutes", max_minutes), ("stop_minutes", stop_minutes)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        self.out, self.modules, self.optimizer, self.settings = Path(out), modules, optimizer, settings
+        self.max_steps, self.max_minutes, self.stop_minutes = max_steps, max_minutes, stop_minutes
+        self.warmup, self.floor, self.clip = warmup, floor, clip
+        self.save_steps, self.save_minutes, self.log_steps = save_steps, save_minutes, log_steps
+        self.ema = EMA(modules, ema_decay)
+        self.step, self.spent, self.finished = 0, 0.0, False
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self._sums: dict[str, Tensor] = {}
+        self._tracked, self._images, self._signal = 0, 0, 0
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / CHECKPOINT
+        if path.is_file():
+            if resume != "auto":
+                raise FileExistsError(f"{path} exists: use --resume auto to go on, or another --out")
+            self._load(path)
+        self.log = JsonLog(self.out / "log.jsonl", self.step)
+        self._began = self._saved = self._flushed = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds of training, over all resumes."""
+        return self.spent + time.monotonic() - self._began
+
+    def progress(self) -> float:
+        """How much of the schedule is used up; 1 at the end."""
+        by_steps = self.step / self.max_steps if self.max_steps else 0.0
+        by_time = self.elapsed() / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return max(by_steps, by_time)
+
+    def __enter__(self) -> Run:
+        """From here on SIGTERM and Ctrl-C end the loop after the current step with a checkpoint; a second is obeyed."""
+
+        def remember(number: int, _frame: object) -> None:
+            self._signal = number
+            signal.signal(number, self._handlers[number])
+
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._handlers:
+            signal.signal(number, remember)
+        self._began = self._saved = self._flushed = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def __iter__(self) -> Iterator[int]:
+        with tqdm(total=self.max_steps, initial=self.step, desc=self.out.name, unit="step", mininterval=1) as self.bar:
+            while self.progress() < 1:
+                factor = lr_factor(self.step, self.progress(), self.warmup, self.floor)
+                for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                    group["lr"] = peak * factor
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                if self.step % self.log_steps == 0:
+                    self.flush()
+                spent = (time.monotonic() - _STARTED) / 60
+                if self._signal or (self.stop_minutes and spent >= self.stop_minutes):
+                    self.save()
+                    reason = signal.Signals(self._signal).name if self._signal else f"{self.stop_minutes} minutes"
+                    self.bar.write(f"stopped by {reason} after step {self.step}: --resume auto goes on from {self.out}")
+                    return
+                late = time.monotonic() - self._saved > 60 * self.save_minutes
+                if late or self.step % self.save_steps == 0:
+                    self.save()
+        self.flush()
+        self.save()
+        self.finished = True
+
+    @property
+    def exit_code(self) -> int:
+        """What the script should end with: 0, or 128 + the number of the signal that stopped it."""
+        return 128 + self._signal if self._signal else 0
+
+    def update(self, loss: Tensor) -> None:
+        """Gradient, clipping, optimizer step, EMA."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        self.optimizer.step()
+        self.ema.update(self.step)
+        self._add("grad_norm", norm)
+
+    def track(self, images: int, **values: Tensor) -> None:
+        """Adds one step's scalars to the means that the next log line reports; nothing waits for the device here."""
+        for name, value in values.items():
+            self._add(name, value)
+        self._tracked, self._images = self._tracked + 1, self._images + images
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def flush(self) -> None:
+        """Writes a log line with the means since the last one. Raises FloatingPointError if one is not finite."""
+        if not self._tracked:
+            return
+        means = {name: float(total) / self._tracked for name, total in self._sums.items()}
+        now = time.monotonic()
+        rate = self._images / max(now - self._flushed, 1e-9)
+        self._sums, self._tracked, self._images, self._flushed = {}, 0, 0, now
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.log.write(step=self.step, minutes=self.elapsed() / 60, lr=float(f"{lr:.4g}"), images_per_s=rate, **means)
+        self.bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()} | {"img/s": f"{rate:.0f}"}, refresh=False)
+        broken = [name for name, value in means.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"{broken} not finite before step {self.step}: lower --lr; the last checkpoint stands"
+            )
+
+    def save(self) -> None:
+        """Everything that a resumed run needs, in one file, written aside and renamed."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"model/{k}/{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
+        tensors |= {f"ema/{name}": t for name, t in self.ema.shadow.items()}
+        scalars: dict[str, float] = {}
+        for index, values in optimizer["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{index}/{name}"] = value
+                else:
+                    scalars[f"{index}/{name}"] = value
+        state = {
+            "step": self.step,
+            "spent": self.elapsed(),
+            "settings": self.settings,
+            "groups": optimizer["param_groups"],
+            "scalars": scalars,
+        }
+        path, aside = self.out / CHECKPOINT, self.out / f".{CHECKPOINT}.part"
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, aside, {"state": json.dumps(state)})
+        os.replace(aside, path)
+        self._saved = time.monotonic()
+
+    def _load(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        changed = {k: (v, self.settings.get(k)) for k, v in state["settings"].items() if self.settings.get(k) != v}
+        if changed:
+            told = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
+            raise ValueError(f"{path} belongs to another run: {told}. Give the same options, or another --out")
+        for key, module in self.modules.items():
+            prefix = f"model/{key}/"
+            module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        for name, shadow in self.ema.shadow.items():
+            shadow.copy_(tensors[f"ema/{name}"])
+        states: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                states.setdefault(int(index), {})[key] = tensor
+        for name, value in state["scalars"].items():
+            index, key = name.split("/")
+            states.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": states, "param_groups": state["groups"]})
+        for parameter, values in self.optimizer.state.items():
+            for (
+                key,
+                value,
+            ) in values.items():  # back to the parameter's memory layout: the fused kernels want them equal
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        self.step, self.spent = state["step"], state["spent"]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float) -> None:
+    """The options that all training scripts share."""
+    add = parser.add_argument
+    add("--data", required=True, help="folder of pictures with train/ and heldout/ (tools/make_pictures.py writes it)")
+    add("--out", required=True, help="folder for the result, the checkpoint, the log and the sheets")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--seed", type=int, default=0, help="equal seeds give equal runs on equal machines (default: 0)")
+    add("--batch-size", type=int, default=batch_size, help=f"pictures a step (default: {batch_size})")
+    add("--lr", type=float, default=lr, help=f"peak learning rate of AdamW (default: {lr})")
+    add("--warmup", type=int, default=500, help="steps of linear warm-up (default: 500)")
+    add("--max-steps", type=int, help="end of the schedule in steps (default: none, the time decides)")
+    add("--max-minutes", type=float, help="end of the schedule in minutes of training, over all resumes")
+    add("--stop-minutes", type=float, help="save and stop this command after so long; --resume auto goes on later")
+    add("--resume", choices=("auto", "never"), default="auto", help="go on from --out's checkpoint (default: auto)")
+    add("--save-steps", type=int, default=1000, help="a checkpoint every N steps, and every 10 minutes (default: 1000)")
+    add("--eval-steps", type=int, default=500, help="held-out figures every N steps (default: 500)")
+    add("--sample-steps", type=int, default=2500, help="a sheet of pictures every N steps (default: 2500)")
+    add("--save-dtype", choices=("fp32", "fp16"), default="fp32", help="precision of the final folder (default: fp32)")
+    add("--ema", type=float, default=0.999, help="decay of the weights' moving average (default: 0.999)")
+    add("--size", type=int, help="resize the pictures to this side in pixels (default: as they are)")
+    add("--compile", action="store_true", help="torch.compile: slower to start, faster to run on a GPU")

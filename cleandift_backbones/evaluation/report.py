@@ -1,0 +1,288 @@
+"""Results of a benchmark as JSON, as a Markdown table with a verdict in words, and as a plot (needs matplotlib)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .bootstrap import Tally, concept_weights, difference, rate_interval
+
+VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy")
+COLOURS = {"clean": "#c2410c", "noisy": "#1d4ed8", "teacher": "#0f766e", "baseline": "#6b7280", "control": "#a1a1aa"}
+
+
+@dataclass(eq=False)
+class Row:
+    """One run: a model with settings, measured.
+
+    Attributes:
+        label: rows of one label share a line of the table, which shows the best of them.
+        kind: "clean", "noisy", "teacher" (the untouched teacher on clean pictures), "control" or "baseline".
+        settings: what tells this run from others: timestep, ensemble, ...
+        results: {map name: {metric: Tally}}.
+        seconds: time taken.
+    """
+
+    label: str
+    kind: str
+    results: dict[str, dict[str, Tally]]
+    settings: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Best:
+    """The best run and map of some rows on one metric."""
+
+    row: Row
+    map: str
+    tally: Tally
+
+
+def best_of(rows: Sequence[Row], metric: str) -> Best | None:
+    """The run and map of the highest rate; None if nothing was measured."""
+    found = [
+        Best(row, name, tallies[metric]) for row in rows for name, tallies in row.results.items() if metric in tallies
+    ]
+    return max(found, key=lambda best: best.tally.rate, default=None)
+
+
+@dataclass
+class Report:
+    """All rows of a table, with what is needed to repeat it.
+
+    Attributes:
+        metrics: {key: heading}. info: command, data, sizes, ... (JSON values).
+    """
+
+    rows: list[Row]
+    metrics: dict[str, str]
+    info: dict
+    seed: int = 0
+
+    def __post_init__(self):
+        first = next(tally for row in self.rows for tallies in row.results.values() for tally in tallies.values())
+        self.weights = concept_weights(len(first.hits), seed=self.seed)
+
+    def of_kind(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row.kind == kind]
+
+    def to_json(self) -> dict:
+        """Everything: every map of every run with its interval, and the comparisons."""
+        runs = []
+        for row in self.rows:
+            maps = {
+                name: {m: dict(rate=t.rate, interval=rate_interval(t, self.weights)) for m, t in tallies.items()}
+                for name, tallies in row.results.items()
+            }
+            runs.append(dict(label=row.label, kind=row.kind, **row.settings, seconds=round(row.seconds, 2), maps=maps))
+        return dict(self.info, versions=versions(), seed=self.seed, runs=runs, comparisons=self.comparisons())
+
+    def comparisons(self) -> list[dict]:
+        """Best clean against best noisy run (each over all its maps and settings), per metric, paired over concepts."""
+        result = []
+        for metric in self.metrics:
+            clean, noisy = best_of(self.of_kind("clean"), metric), best_of(self.of_kind("noisy"), metric)
+            if clean and noisy:
+                delta, low, high = difference(clean.tally, noisy.tally, self.weights)
+                result.append(
+                    dict(
+                        metric=metric, clean=_where(clean), noisy=_where(noisy), difference=delta, interval=(low, high)
+                    )
+                )
+        return result
+
+    def verdicts(self) -> list[str]:
+        """The comparisons in words, a sentence per metric."""
+        sentences = []
+        for item in self.comparisons():
+            delta, (low, high) = item["difference"], item["interval"]
+            if low > 0:
+                words = f"clean wins by {100 * delta:.1f} points"
+            elif high < 0:
+                words = f"clean loses by {-100 * delta:.1f} points"
+            else:
+                words = f"no clear winner: clean minus noisy is {100 * delta:+.1f} points"
+            sides = "; ".join(
+                f"{side} {100 * item[side]['rate']:.1f} % ({item[side]['text']})" for side in ("clean", "noisy")
+            )
+            heading = self.metrics[item["metric"]]
+            sentences.append(
+                f"**{heading}**: {words} [{100 * low:+.1f}, {100 * high:+.1f}]. {sides[0].upper()}{sides[1:]}."
+            )
+        return sentences
+
+    def table(self) -> str:
+        """A Markdown table: a line per label, a column per metric; the best of each column in bold."""
+        labels = list(dict.fromkeys(row.label for row in self.rows))
+        top = {m: best.tally.rate for m in self.metrics if (best := best_of(self.rows, m))}
+        lines = ["| features | " + " | ".join(self.metrics.values()) + " |", "| --- |" + " --- |" * len(self.metrics)]
+        for label in labels:
+            rows = [row for row in self.rows if row.label == label]
+            cells = []
+            for metric in self.metrics:
+                best = best_of(rows, metric)
+                if best is None:
+                    cells.append("")
+                    continue
+                low, high = rate_interval(best.tally, self.weights)
+                number = f"{100 * best.tally.rate:.1f}"
+                number = f"**{number}**" if best.tally.rate == top[metric] else number
+                note = best.map + (f", {_settings(best.row)}" if len(rows) > 1 else "") if best.map else ""
+                cells.append(f"{number} [{100 * low:.1f}, {100 * high:.1f}]" + (f" {note}" if note else ""))
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def map_table(self, metric: str) -> str:
+        """A Markdown table of one metric by map: the clean model, the best noisy run of each map, the teacher on clean pictures."""
+        kinds = {"clean": "clean", "noisy": "noisy, best run", "teacher": "teacher on clean pictures, best t"}
+        kinds = {kind: title for kind, title in kinds.items() if self.of_kind(kind)}
+        names = list(dict.fromkeys(name for kind in kinds for row in self.of_kind(kind) for name in row.results))
+        lines = [f"| {self.metrics[metric]} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+        for kind, title in kinds.items():
+            rates = [
+                max(
+                    (r.results[n][metric].rate for r in self.of_kind(kind) if metric in r.results.get(n, {})),
+                    default=np.nan,
+                )
+                for n in names
+            ]
+            lines.append(f"| {title} | " + " | ".join(f"{100 * rate:.1f}" for rate in rates) + " |")
+        return "\n".join(lines)
+
+    def markdown(self, about: str) -> str:
+        """Heading, verdict, table, tables by map, and how it was made."""
+        verdicts = "\n".join(f"- {sentence}" for sentence in self.verdicts())
+        by_map = (
+            "\n\n".join(self.map_table(m) for m in self.metrics)
+            if self.of_kind("clean") or self.of_kind("noisy")
+            else ""
+        )
+        made = ", ".join(f"{name} {number}" for name, number in versions().items())
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.info.items())
+        parts = [
+            about,
+            f"## Clean against the best noisy run\n\n{verdicts}" if verdicts else "",
+            f"## Table\n\nPer cent, with 95 % intervals (bootstrap over concepts), best map.\n\n{self.table()}",
+            f"## By map\n\n{by_map}" if by_map else "",
+            f"## How it was made\n\n{facts}\n- seed: {self.seed}\n- versions: {made}",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def plot(self, path: Path) -> None:
+        """The noisy curve over the timestep against the clean line, a panel per metric, as a PNG."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+        with plt.rc_context(style):
+            columns = min(2, len(self.metrics))
+            rows = -(-len(self.metrics) // columns)
+            figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False)
+            for axis, (metric, heading) in zip(axes.flat, self.metrics.items()):
+                self._panel(axis, metric)
+                axis.set_title(heading, loc="left", fontweight="bold")
+            for axis in axes.flat[len(self.metrics) :]:
+                axis.remove()
+            entries: dict = {}
+            for axis in axes.flat:
+                handles, labels = axis.get_legend_handles_labels()
+                entries |= dict(zip(labels, handles))
+            figure.legend(
+                entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0)
+            )
+            figure.tight_layout(rect=(0, 0.05 + 0.06 * (-(-len(entries) // 3)) / rows, 1, 1), h_pad=2, w_pad=2)
+            _written(path, lambda temporary: figure.savefig(temporary, dpi=160, format="png"))
+            plt.close(figure)
+
+    def _panel(self, axis, metric: str) -> None:
+        swept = [row for row in self.rows if row.kind in ("noisy", "teacher") and "timestep" in row.settings]
+        labels = dict.fromkeys((row.kind, row.settings.get("ensemble")) for row in swept)
+        styles = ["-", "--", ":", "-."]
+        for number, (kind, ensemble) in enumerate(labels):
+            runs = [row for row in swept if (row.kind, row.settings.get("ensemble")) == (kind, ensemble)]
+            runs.sort(key=lambda row: row.settings["timestep"])
+            bests = [best for row in runs if (best := best_of([row], metric))]
+            if not bests:
+                continue
+            steps = [best.row.settings["timestep"] for best in bests]
+            bounds = np.array([rate_interval(best.tally, self.weights) for best in bests]).T * 100
+            label = (
+                f"noisy, {ensemble} noise{'s' if ensemble > 1 else ''}" if kind == "noisy" else "teacher, clean picture"
+            )
+            line_style = styles[number % 4] if kind == "noisy" else "-"
+            values = [100 * best.tally.rate for best in bests]
+            axis.plot(steps, values, line_style, color=COLOURS[kind], marker="o", ms=3.5, lw=1.5, label=label)
+            if kind == "noisy" and number == 0:
+                axis.fill_between(steps, *bounds, color=COLOURS[kind], alpha=0.1, lw=0)
+        flat = [row for row in self.rows if row not in swept]
+        labels = dict.fromkeys(row.label for row in flat)
+        for number, label in enumerate(labels):
+            rows = [row for row in flat if row.label == label]
+            best = best_of(rows, metric)
+            if best is None:
+                continue
+            kind, value = rows[0].kind, 100 * best.tally.rate
+            clean = kind == "clean"
+            line = "-" if clean else styles[(number + 1) % 4]
+            axis.axhline(value, color=COLOURS[kind], ls=line, lw=2.2 if clean else 1.1, label=label)
+            if clean:
+                low, high = rate_interval(best.tally, self.weights)
+                axis.axhspan(100 * low, 100 * high, color=COLOURS[kind], alpha=0.1, lw=0)
+        axis.set_ylabel("per cent")
+        if swept:
+            axis.set_xlabel("timestep t of the noise")
+        else:
+            axis.set_xticks([])
+        axis.grid(axis="y", alpha=0.2)
+
+    def write(self, folder: str | os.PathLike, about: str) -> list[Path]:
+        """Writes results.json, results.md and results.png into a folder and returns their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"results.{ending}" for ending in ("json", "md", "png")]
+        text = json.dumps(self.to_json(), indent=1) + "\n"
+        _written(paths[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        _written(paths[1], lambda temporary: temporary.write_text(self.markdown(about), encoding="utf-8"))
+        self.plot(paths[2])
+        return paths
+
+
+def _settings(row: Row) -> str:
+    names = {"timestep": "t", "ensemble": "noises"}
+    return ", ".join(f"{names.get(key, key)}={value}" for key, value in row.settings.items())
+
+
+def _where(best: Best) -> dict:
+    text = ", ".join(part for part in (best.row.label, best.map) if part)
+    return dict(rate=best.tally.rate, label=best.row.label, map=best.map, **best.row.settings, text=text)
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes aside and renames, so that no half-written file is ever seen."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

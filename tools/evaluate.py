@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Measure feature maps on held-out emoji: cross-style retrieval and eye correspondence, in one table.
+
+    python tools/evaluate.py --suite emoji --data data/emoji --out results
+
+takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over timesteps and
+ensembles, its untouched UNet on clean pictures, cleandift_tiny, and a random network; any other timm model name can join.
+It writes results.json, results.md and results.png, and says whether clean features win, and by how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from tqdm import tqdm
+
+from cleandift_backbones.evaluation import emoji, report
+from cleandift_backbones.evaluation.features import (
+    PIXELS,
+    Extractor,
+    ModelError,
+    load_extractor,
+    resolve_device,
+)
+from cleandift_backbones.images import ImageError
+
+ABOUT = """# Held-out emoji: what the features are worth
+
+Retrieval: the share of pictures whose nearest picture (cosine) in another style shows the same concept, mean over ordered pairs
+of styles, each counting the same. "Pooled map" compares spatial means, "whole map" flattened maps minus their mean over all pictures.
+Eyes: PCK@{alpha} per point, left and right eye, all ordered pairs of styles; the tolerance is {alpha} of the picture's side. "Centred"
+takes the pictures as they are, where an eye is mostly near the place it has in the other style: compare with "same position".
+"Placed" shrinks each picture to {low}..{high} of the canvas at a random place (and measures the tolerance on the shrunk side) and mirrors
+half of the targets, so that position does not help. Pictures lie on plain light grey {grey}. The best map, and for the
+noisy and teacher rows the best timestep, are chosen on these same pictures, for every row alike."""
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        plan, device = _check(args)
+        suite = emoji.load_suite(args.data, args.size, args.eyes, args.limit_concepts, args.seed, progress=True)
+        result = _run(args, plan, suite, device)
+        paths = result.write(
+            args.out, ABOUT.format(alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND)
+        )
+    except (ModelError, emoji.SuiteError, ImageError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(result.table(), *result.verdicts(), sep="\n")
+    print("wrote", *paths)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--suite", choices=["emoji"], default="emoji", help="what to measure")
+    parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
+    parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", default=[PIXELS, "dift_tiny", "cleandift_tiny"],
+        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights; a dift_* model is swept; "
+        "a cleandift_* model brings its random twin",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timesteps", nargs="+", type=int, metavar="T", default=[1, 50, 100, 200, 300, 400],
+        help="of the dift_* models (noise added), and of their UNets on clean pictures; 0..999",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ensemble", nargs="+", type=int, metavar="N", default=[1, 8], help="noises averaged by dift_* models"
+    )
+    parser.add_argument("--maps", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
+    parser.add_argument("--placements", type=int, default=2, help="random placements of each picture with eyes")
+    parser.add_argument("--limit-concepts", type=int, metavar="N", help="use only N concepts, for a quick look")
+    parser.add_argument(
+        "--shared-noise", action="store_true", help="one noise for all pictures instead of one per style"
+    )
+    parser.add_argument(
+        "--student-weights", metavar="FILE", help="safetensors for the cleandift_* models, instead of the shipped"
+    )
+    parser.add_argument(
+        "--teacher-weights", metavar="FILE", help="safetensors for the dift_* models, instead of the shipped"
+    )
+    parser.add_argument("--eyes", default=str(emoji.EYES_FILE), help="JSON of eye centres")
+    parser.add_argument("--batch-size", type=int, help="pictures per pass; default 32, and 256 on a GPU")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="of placements, noises, random weights and the bootstrap")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
+    """Finds what is wrong before any long work; returns the runs to make."""
+    for name, values, low, high in (
+        ("--timesteps", args.timesteps, 0, 999),
+        ("--ensemble", args.ensemble, 1, 1024),
+        ("--size", [args.size], 64, 4096),
+        ("--placements", [args.placements], 1, 1000),
+        ("--limit-concepts", [args.limit_concepts], 2, None),
+        ("--batch-size", [args.batch_size], 1, None),
+        ("--threads", [args.threads], 1, None),
+        ("--seed", [args.seed], 0, None),
+    ):
+        for value in values:
+            if value is not None and not low <= value <= (high or value):
+                raise ModelError(f"{name} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise OSError(f"--out {args.out} is a file; give a folder")
+    for name in ("student_weights", "teacher_weights"):
+        if (path := getattr(args, name)) and not Path(path).is_file():
+            raise OSError(f"--{name.replace('_', '-')} {path}: no such file")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    plan = _plan(args)
+    for run in {(run["model"], str(run["kwargs"].get("pretrained_cfg_overlay"))): run for run in plan}.values():
+        load_extractor(run["model"], _chosen(args, run["model"]), run["pretrained"], size=args.size, **run["kwargs"])
+    return plan, device
+
+
+def _plan(args: argparse.Namespace) -> list[dict]:
+    """Every run: label, kind, model, pretrained, kwargs of create_model, settings to show."""
+    plan = []
+
+    def add(label, kind, model, pretrained=True, settings=None, **kwargs):
+        plan.append(
+            dict(label=label, kind=kind, model=model, pretrained=pretrained, settings=settings or {}, kwargs=kwargs)
+        )
+
+    for name in dict.fromkeys(args.models):
+        if name.startswith("random:"):
+            add(f"{name.removeprefix('random:')}, random weights", "control", name.removeprefix("random:"), False)
+        elif name.startswith("dift_"):
+            weights = _overlay(args.teacher_weights)
+            for count in args.ensemble:
+                for step in args.timesteps:
+                    settings = dict(timestep=step, ensemble=count)
+                    label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
+                    add(label, "noisy", name, settings=settings, timestep=step, ensemble_size=count, **weights)
+            for step in args.timesteps:
+                weights = _overlay(args.teacher_weights) or _twin_weights(name)
+                label = f"{name}'s UNet on the clean picture, best t"
+                add(label, "teacher", f"clean{name}", settings=dict(timestep=step), timestep=step, **weights)
+        elif name.startswith("cleandift_"):
+            add(name, "clean", name, **_overlay(args.student_weights))
+            add(f"{name}, random weights", "control", name, False)
+        else:
+            add("pixels, 32 x 32" if name == PIXELS else name, "baseline", name)
+    return plan
+
+
+def _overlay(file: str | None) -> dict:
+    return dict(pretrained_cfg_overlay=dict(file=file)) if file else {}
+
+
+def _twin_weights(name: str) -> dict:
+    """Where the weights of a dift_* model come from, for its clean twin to load."""
+    config = timm.get_pretrained_cfg(name).to_dict()
+    found = {key: config[key] for key in ("file", "hf_hub_id", "hf_hub_filename") if config.get(key)}
+    return dict(pretrained_cfg_overlay=found) if found else {}
+
+
+def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
+    if args.maps == ["all"] or model == PIXELS:
+        return None
+    return [int(name) if name.lstrip("-").isdigit() else name for name in args.maps]
+
+
+def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device: torch.device) -> report.Report:
+    started = time.perf_counter()
+    benchmark = emoji.Benchmark(suite, args.placements, args.seed, not args.shared_noise)
+    batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
+    rows = [report.Row("same position", "baseline", {"": benchmark.same_position()})]
+    for run in tqdm(plan, desc="runs", unit="run"):
+        clock = time.perf_counter()
+        torch.manual_seed(args.seed)
+        extractor: Extractor = load_extractor(
+            run["model"], _chosen(args, run["model"]), run["pretrained"], device, args.size, **run["kwargs"]
+        )
+        count = run["kwargs"].get("ensemble_size", 1)
+        results = benchmark.run(extractor, max(1, batch_size // count))
+        rows.append(report.Row(run["label"], run["kind"], results, run["settings"], time.perf_counter() - clock))
+    info = dict(
+        suite="emoji",
+        command=shlex.join(["python", *sys.argv]),
+        concepts=len(suite.names),
+        styles=", ".join(sorted(set(suite.styles))),
+        pictures=len(suite.pictures),
+        pictures_with_eyes=len(suite.eyes),
+        concepts_with_eyes=len(set(benchmark.pair_concepts)),
+        eye_pairs=len(benchmark.pairs),
+        placements=args.placements,
+        size=args.size,
+        noise="one for all pictures" if args.shared_noise else "another for each style",
+        weights=_digests(plan),
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    return report.Report(rows, emoji.METRICS, info, args.seed)
+
+
+def _digests(plan: list[dict]) -> dict[str, str]:
+    """First digits of the SHA-256 of local weight files, so that a table can be told to belong to them."""
+    digests = {}
+    for run in plan:
+        if not run["pretrained"] or run["model"] == PIXELS or ":" in run["model"]:
+            continue
+        file = run["kwargs"].get("pretrained_cfg_overlay", {}).get("file") or timm.get_pretrained_cfg(run["model"]).file
+        if file and (path := Path(file)).is_file() and path.name not in digests:
+            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return digests
+
+
+if __name__ == "__main__":
+    main()

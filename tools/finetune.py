@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Distils a clean student (CleanDIFT) from a noisy teacher, by a recipe.
+
+    python tools/finetune.py configs/finetune/cleandift_tiny.yaml data.path=emoji/train output_dir=runs/tiny
+
+Every field of the recipe can be overridden as field=value; `--fields` lists them with their values. The run saves
+checkpoints and goes on from the last one when started again; Ctrl-C and SIGTERM save first. It ends with
+output_dir/model.safetensors, which timm.create_model(..., pretrained_cfg_overlay=dict(file=PATH)) loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from cleandift_backbones.distill.recipe import load_recipe, read_yaml
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file, see configs/finetune/")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. data.path=DIR max_steps=400")
+    parser.add_argument("--fields", action="store_true", help="print all fields of the recipe and stop")
+    options = parser.parse_args(arguments)
+    if options.fields:
+        from omegaconf import OmegaConf
+
+        from cleandift_backbones.distill.recipe import Recipe
+
+        print(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(Recipe), read_yaml(options.recipe))))
+        return 0
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        from cleandift_backbones.distill.train import distill
+
+        return distill(recipe)
+    except (ValueError, FileExistsError, FileNotFoundError, RuntimeError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+#!/usr/bin/env python
+"""Trains the small VAE (128 px -> 32 x 32 x 4 latents) that the small teacher's diffusion runs on.
+
+Writes OUT/vae (a diffusers AutoencoderKL folder: EMA weights, scaling_factor = 1 / root mean square of the latents),
+OUT/reconstructions.png (held-out pictures above their reconstructions) and OUT/log.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures, save_png
+from cleandift_backbones.distill.trainer import (
+    Run,
+    add_run_arguments,
+    autocast,
+    batch_indices,
+    mix_seed,
+    pick_device,
+    step_generator,
+)
+
+HELDOUT = 128  # pictures that the held-out figures are taken on
+PREVIEW = 16  # pictures on the sheet
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser, batch_size=32, lr=1e-3)
+    add = parser.add_argument
+    add("--widths", default="24,48,96", help="channels at strides 1, 2 and 4, each a multiple of 8 (default: 24,48,96)")
+    add("--kl", type=float, default=3e-4, help="weight of the KL term, a mean over latent numbers (default: 3e-4)")
+    add("--crop", type=int, default=64, help="train on random squares of this side; 0: whole pictures (default: 64)")
+    add("--gradient", type=float, default=1.0, help="weight of the finite-difference term (default: 1)")
+    options = parser.parse_args(arguments)
+    if options.max_steps is None and options.max_minutes is None:
+        options.max_minutes = 3.0 if pick_device(options.device).type == "cuda" else 90.0
+    return options
+
+
+def build_vae(widths: list[int], size: int) -> AutoencoderKL:
+    """An AutoencoderKL of stride 4 with 4 latent channels and no attention, so that it takes any size cheaply."""
+    if len(widths) != 3 or any(width % 8 for width in widths):
+        raise ValueError(f"--widths {widths}: give three multiples of 8, such as 24,48,96")
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=size,
+    )
+
+
+def gradient_loss(difference: Tensor) -> Tensor:
+    """Mean absolute finite differences of the error B x 3 x H x W at full and at half scale: it punishes lost edges."""
+    total = difference.new_zeros(())
+    for scaled in (difference, F.avg_pool2d(difference, 2)):
+        total = total + scaled.diff(dim=-1).abs().mean() + scaled.diff(dim=-2).abs().mean()
+    return total / 4
+
+
+def vae_terms(vae: AutoencoderKL, pictures: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """Reconstruction and KL terms of one batch, in fp32. `noise`: B x 4 x h x w standard normal numbers."""
+    mean, logvar = vae.quant_conv(vae.encoder(pictures)).float().chunk(2, 1)
+    logvar = logvar.clamp(-30, 20)
+    latents = mean + noise * (0.5 * logvar).exp()
+    difference = vae.decoder(vae.post_quant_conv(latents)).float() - pictures
+    return {
+        "l1": difference.abs().mean(),
+        "gradient": gradient_loss(difference),
+        "kl": 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
+    }
+
+
+@torch.no_grad()
+def evaluate(vae: AutoencoderKL, pictures: Tensor) -> tuple[dict[str, float | list], Tensor]:
+    """Held-out figures with the posterior's mean, and the reconstructions of `pictures` in [-1, 1]."""
+    moments, rebuilt = [], []
+    for batch in pictures.split(32):
+        posterior = vae.encode(batch).latent_dist
+        moments.append(torch.stack([posterior.mean, posterior.std]).float().cpu())
+        rebuilt.append(vae.decode(posterior.mean).sample.float())
+    mean, std = torch.cat(moments, 1)
+    rebuilt = torch.cat(rebuilt).clamp(-1, 1)
+    error = (rebuilt - pictures) / 2
+    figures = {
+        "heldout_l1": float(error.abs().mean()),
+        "heldout_psnr": float(-10 * error.square().mean((1, 2, 3)).log10().mean()),
+        "latent_rms": float((mean.square() + std.square()).mean().sqrt()),
+        "latent_mean": [round(v, 3) for v in mean.mean((0, 2, 3)).tolist()],
+        "channel_std": [round(v, 3) for v in mean.std((0, 2, 3)).tolist()],
+        "posterior_std": float(std.mean()),
+    }
+    return figures, rebuilt
+
+
+def export(vae: AutoencoderKL, scale: float, dtype: torch.dtype, folder: Path) -> None:
+    """Writes `vae` with its scaling_factor as a diffusers folder, aside first."""
+    vae = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).to(dtype)
+    vae.register_to_config(scaling_factor=round(scale, 5))
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    vae.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device, out = pick_device(options.device), Path(options.out)
+    torch.manual_seed(mix_seed(options.seed, 0))
+    torch.set_float32_matmul_precision("high")
+    train = load_pictures(Path(options.data) / "train", options.size)[0].to(device)
+    side = train.shape[-1]
+    if side % 4 or options.crop % 4 or not 0 <= options.crop <= side:
+        raise ValueError(
+            f"--crop {options.crop} of pictures of {side} pixels: both must be multiples of 4, the crop no larger"
+        )
+    heldout = load_pictures(Path(options.data) / "heldout", options.size)[0]
+    chosen = torch.linspace(0, len(heldout) - 1, min(HELDOUT, len(heldout))).long()  # spread over the styles
+    chosen = chosen[batch_indices(0, len(chosen), len(chosen), options.seed)]  # mixed for the sheet
+    heldout, composed = heldout[chosen].to(device), Compositor()
+    shown = composed(heldout, step_generator(device, options.seed, 1, 2))
+    shown[: PREVIEW // 2] = compose_plain(heldout[: PREVIEW // 2])
+
+    vae = build_vae([int(width) for width in options.widths.split(",")], train.shape[-1])
+    vae = vae.to(device, memory_format=torch.channels_last)
+    count = sum(p.numel() for p in vae.encoder.parameters())
+    print(f"{len(train)} pictures on {device}; the encoder has {count:,} parameters", flush=True)
+    terms = torch.compile(vae_terms) if options.compile else vae_terms
+    render = torch.compile(composed.render) if options.compile else composed.render
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
+    )
+    settings = {
+        k: getattr(options, k)
+        for k in ("seed", "batch_size", "lr", "warmup", "widths", "kl", "gradient", "crop", "ema")
+    }
+    run = Run(
+        out,
+        {"vae": vae},
+        optimizer,
+        settings=settings | {"pictures": len(train), "size": train.shape[-1]},
+        max_steps=options.max_steps,
+        max_minutes=options.max_minutes,
+        stop_minutes=options.stop_minutes,
+        warmup=options.warmup,
+        ema_decay=options.ema,
+        save_steps=options.save_steps,
+        resume=options.resume,
+    )
+
+    def report(done: int) -> float:
+        with run.ema.applied():
+            figures, rebuilt = evaluate(vae, shown)
+        run.log.write(step=done, minutes=run.elapsed() / 60, **figures)
+        pairs = torch.cat([torch.cat([shown[i : i + 8], rebuilt[i : i + 8]]) for i in range(0, PREVIEW, 8)])
+        save_png(contact_sheet(pairs, min(8, len(shown))), out / "reconstructions.png")
+        print(f"step {done}: {figures}", flush=True)
+        return figures["latent_rms"]
+
+    with run:
+        for step in run:
+            generator = step_generator(device, options.seed, step)
+            index = batch_indices(step, options.batch_size, len(train), options.seed).to(device, non_blocking=True)
+            rgba = train[index]
+            pictures = render(rgba, composed.draw(len(rgba), device, generator))
+            if options.crop:  # one place for the whole batch: the placement of the emoji varies anyway
+                top, left = batch_indices(step, 2, pictures.shape[-1] - options.crop + 1, options.seed).tolist()
+                pictures = pictures[..., top : top + options.crop, left : left + options.crop]
+            pictures = pictures.contiguous(memory_format=torch.channels_last)
+            side = pictures.shape[-1] // 4
+            noise = torch.randn(len(rgba), 4, side, side, device=device, generator=generator)
+            with autocast(device):
+                parts = terms(vae, pictures, noise)
+            loss = parts["l1"] + options.gradient * parts["gradient"] + options.kl * parts["kl"]
+            run.update(loss)
+            run.track(len(rgba), loss=loss, **parts)
+            if (step + 1) % options.eval_steps == 0:
+                report(step + 1)
+    if run.finished:
+        dtype = torch.float16 if options.save_dtype == "fp16" else torch.float32
+        with run.ema.applied():
+            export(vae, 1 / report(run.step), dtype, out / "vae")
+        print(f"wrote {out / 'vae'} after {run.step} steps and {run.elapsed() / 60:.1f} minutes")
+    return run.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
