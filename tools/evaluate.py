@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--maps", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
-    parser.add_argument("--placements", type=int, default=2, help="random placements of each picture with eyes")
+    parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
     parser.add_argument("--limit-concepts", type=int, metavar="N", help="use only N concepts, for a quick look")
     parser.add_argument(
         "--shared-noise", action="store_true", help="one noise for all pictures instead of one per style"
@@ -185,6 +185,7 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
     started = time.perf_counter()
     benchmark = emoji.Benchmark(suite, args.placements, args.seed, not args.shared_noise)
     batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
+    latents: dict[bytes, torch.Tensor] = {}
     rows = [report.Row("same position", "baseline", {"": benchmark.same_position()})]
     for run in tqdm(plan, desc="runs", unit="run"):
         clock = time.perf_counter()
@@ -192,6 +193,7 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
         extractor: Extractor = load_extractor(
             run["model"], _chosen(args, run["model"]), run["pretrained"], device, args.size, **run["kwargs"]
         )
+        extractor.remember_latents(latents)
         count = run["kwargs"].get("ensemble_size", 1)
         results = benchmark.run(extractor, max(1, batch_size // count))
         rows.append(report.Row(run["label"], run["kind"], results, run["settings"], time.perf_counter() - clock))

@@ -212,7 +212,7 @@ class Benchmark:
             DIFT does for the two pictures of a pair. False: one noise for all pictures, which favours equal positions.
     """
 
-    def __init__(self, suite: Suite, placements: int = 2, seed: int = 0, independent_noise: bool = True):
+    def __init__(self, suite: Suite, placements: int = 1, seed: int = 0, independent_noise: bool = True):
         self.suite, self.seed, self.independent_noise = suite, seed, independent_noise
         self.eyed = list(suite.eyes)
         position = {i: n for n, i in enumerate(self.eyed)}

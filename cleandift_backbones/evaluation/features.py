@@ -7,6 +7,7 @@ maps = extract(extractor, pictures)          # {"us10": N x C x h x w, ..., "mid
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 import cleandift_backbones  # noqa: F401  registers this package's models with timm
 
 from ..images import to_tensor
+from ..latents import LatentEncoder
 
 PIXELS = "pixels"
 Pictures = Sequence[Image.Image | np.ndarray | torch.Tensor] | torch.Tensor
@@ -79,12 +81,49 @@ class Extractor:
             outputs = [y.permute(0, 3, 1, 2) for y in outputs]
         return dict(zip(self.maps, outputs, strict=True))
 
+    def remember_latents(self, memory: dict[bytes, torch.Tensor]) -> None:
+        """Shares encoded pictures with other runs through `memory`, if the model is one of this package's."""
+        core = getattr(self.model, "model", self.model)
+        if isinstance(getattr(core, "vae", None), LatentEncoder):
+            core.vae = RememberedLatents(core.vae, memory)
+
     def reseed(self, seed: int) -> bool:
         """Draws other noises from now on, if the model is one that uses noise (DIFT); says whether it is."""
         noisy = [module for module in self.model.modules() if hasattr(module, "noise_seed")]
         for module in noisy:
             module.noise_seed = seed
         return bool(noisy)
+
+
+class RememberedLatents(nn.Module):
+    """A model's image encoder that encodes no picture twice: a sweep over timesteps needs each latent once.
+
+    Args:
+        vae: `latents.LatentEncoder`.
+        memory: latents by content of picture and encoder; may be shared by models, also by models of different weights.
+    """
+
+    def __init__(self, vae: nn.Module, memory: dict[bytes, torch.Tensor]):
+        super().__init__()
+        self.vae, self.memory = vae, memory
+        self.digest = _digest(*vae.state_dict().values())
+
+    def forward(self, images: torch.Tensor, maps: Iterable[str] = ()) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if set(maps) & set(self.vae.map_infos):
+            return self.vae(images, maps)
+        keys = [self.digest + _digest(image) for image in images]
+        new = [i for i, key in enumerate(keys) if key not in self.memory]
+        if new:
+            latents, _ = self.vae(images[new])
+            self.memory.update(zip([keys[i] for i in new], latents, strict=True))
+        return torch.stack([self.memory[key] for key in keys]), {}
+
+
+def _digest(*tensors: torch.Tensor) -> bytes:
+    state = hashlib.blake2b()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.digest()
 
 
 def _line(error: Exception) -> str:
