@@ -171,6 +171,7 @@ def save_native(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, aside, dict(metadata or {}))
+        aside.chmod(0o644)  # safetensors makes it readable for its owner alone
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Pictures from disk, read the same way by every tool, and their way into a model.
 
-`read_image` turns whatever Pillow can open (grey, palette, RGBA, 16-bit, float, CMYK, rotated by EXIF, animated) into plain
-8-bit RGB or says in one sentence why it cannot; `to_input` turns a picture into a normalised tensor.
+`read_image` turns whatever Pillow can open (grey, palette, RGBA, 16-bit, float, CMYK, rotated by EXIF, animated) into
+plain 8-bit RGB or says in one sentence why it cannot; `to_input` turns a picture into a normalised tensor.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def read_image(
     orientation is applied; the first frame of an animation is taken.
 
     Raises:
-        ImageError: the file is missing, empty, no image, truncated, holds pixels that are not finite or out of range, or has
-            a side shorter than `min_side` pixels.
+        ImageError: the file is missing, empty, no image, truncated, holds pixels that are not finite or out of range,
+            or has a side shorter than `min_side` pixels.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,7 +64,7 @@ def read_image(
     rgb = _to_rgb(image, path, background)
     if min(rgb.size) < min_side:
         raise ImageError(
-            f"{path}: {rgb.width}x{rgb.height} pixels, but both sides must be at least {min_side}; give a larger picture"
+            f"{path}: {rgb.width}x{rgb.height} pixels, but both sides must be at least {min_side}; give a larger one"
         )
     return rgb
 
@@ -83,7 +83,7 @@ def _to_rgb(image: Image.Image, path: Path, background: Sequence[int]) -> Image.
 
 
 def _to_uint8(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8: integers are taken as 16-bit, floats as 0..1 or, if larger, as 0..255."""
+    """Grey values of more than 8 bits as uint8: integers count as 16-bit, floats as 0..1 or, if larger, 0..255."""
     if not np.isfinite(pixels).all():
         raise ImageError(
             f"{path}: {int((~np.isfinite(pixels)).sum())} pixels are not finite (NaN or infinite); repair them"
@@ -102,7 +102,8 @@ def _to_uint8(pixels: np.ndarray, path: Path) -> np.ndarray:
 def to_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
     """A picture as a float32 tensor 3 x H x W in 0..1.
 
-    Takes a Pillow image of any mode, a uint8 or float (0..1) array H x W x 3 or H x W, or a float (0..1) or uint8 tensor 3 x H x W.
+    Takes a Pillow image of any mode, a uint8 or float (0..1) array H x W x 3 or H x W, or a float (0..1) or uint8
+    tensor 3 x H x W.
 
     Raises:
         ImageError: another shape, pixels that are not finite, or floats outside 0..1.
@@ -141,9 +142,11 @@ def to_input(
 
     Args:
         image: what `to_tensor` takes.
-        size: height and width of the result in pixels, or one number for a square. Unused, and may be None, with mode "keep".
-        mode: "squash" resizes both sides regardless of aspect; "pad" fits the whole picture in, centred, and fills the rest
-            with `mean` (zeros after normalisation); "crop" covers the size and cuts the centre out; "keep" does not resize.
+        size: height and width of the result in pixels, or one number for a square. Unused, and may be None, with mode
+            "keep".
+        mode: "squash" resizes both sides regardless of aspect; "pad" fits the whole picture in, centred, and fills the
+            rest with `mean` (zeros after normalisation); "crop" covers the size and cuts the centre out; "keep" does
+            not resize.
 
     Raises:
         ImageError: see `to_tensor`.

@@ -5,9 +5,9 @@
     python tools/demo.py --images a.jpg b.jpg             points of a.jpg found in b.jpg
     python tools/demo.py --model resnet18 --maps layer3   any timm model
 
-Per pair it writes matches_*.png (points of one picture, where each is found in the other, and how alike every place there is), pca_*.png
-(three strongest directions of each map as colours), for cleandift_* models clean_vs_noisy_*.png (the same features
-from the untouched diffusion model fed with noise), and overview.png.
+Per pair it writes matches_*.png (points of one picture, where each is found in the other, and how alike every place
+there is), pca_*.png (three strongest directions of each map as colours) and, for cleandift_* models,
+clean_vs_noisy_*.png (the same from the untouched diffusion model fed with noise); and overview.png.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must st
 NOISY_TIMESTEP = 261  # DIFT's own choice
 POINTS = 4
 BATCH = 8
+LARGEST = 1024
 
 
 class UsageError(ValueError):
@@ -60,6 +61,7 @@ class Pair:
     a: Image.Image
     b: Image.Image
     points: torch.Tensor | None = None
+    labels: Sequence[str] = ()  # what the points mark, if that is known
     maps: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # C x h x w of a and of b
     noisy: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
@@ -91,7 +93,9 @@ def main() -> None:
             print(f"wrote {out / name}  ({image.width} x {image.height})", flush=True)
     except (UsageError, ModelError, ImageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(f"{args.model}: {len(pairs)} pairs, points matched on {matched}, {time.perf_counter() - started:.1f} s in all")
+    print(
+        f"{args.model}: {len(pairs)} pairs, points matched on {matched}, {time.perf_counter() - started:.1f} s in all"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,11 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         "--images", nargs="+", metavar="FILE", help="your own pictures: the first is compared with each of the others"
     )
     parser.add_argument(
-        "--points", nargs="+", metavar="X,Y", help="points in the first of --images, as fractions of its width and height;"
-        " without them a few are chosen where both pictures agree",
+        "--points", nargs="+", metavar="X,Y",
+        help="points in the first of --images, as fractions of its width and height; without them a few are chosen "
+        "where both pictures agree",
     )  # fmt: skip
     parser.add_argument("--maps", nargs="+", metavar="MAP", help="maps to show, by name or index; default: up to three")
-    parser.add_argument("--match-map", metavar="MAP", help="map to match points on; default: us6, or the middle one shown")
+    parser.add_argument(
+        "--match-map", metavar="MAP", help="map to match points on; default: us6, or the middle one shown"
+    )
     parser.add_argument("--size", type=int, help="side that the model gets pictures in; default: the model's own")
     parser.add_argument("--out", default="demo", help="folder for the figures")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
@@ -129,7 +136,7 @@ def _read_pairs(args: argparse.Namespace) -> list[Pair]:
         if len(args.images) < 2:
             raise UsageError(f"--images got only {args.images[0]}; give two files or more")
         points = torch.tensor([_point(text) for text in args.points]) if args.points else None
-        first, *others = (read_image(path, BACKGROUND) for path in args.images)
+        first, *others = (_read(path) for path in args.images)
         stems = [Path(path).stem for path in args.images]
         names = [f"{stems[0]}_{stem}" for stem in stems[1:]]
         names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names, 1)]
@@ -138,11 +145,17 @@ def _read_pairs(args: argparse.Namespace) -> list[Pair]:
         raise UsageError("--points belong to pictures of your own; give --images too")
     listing = json.loads((SAMPLES / "pairs.json").read_text(encoding="utf-8"))["pairs"]
     return [
-        Pair(item["a"].split("_")[0] + ("_photo" if "photo" in item["a"] else ""),
-             read_image(SAMPLES / item["a"], BACKGROUND), read_image(SAMPLES / item["b"], BACKGROUND),
-             torch.tensor(item["points"]))
+        Pair(item["a"].split("_")[0] + ("-photo" if "photo" in item["a"] else ""),
+             _read(SAMPLES / item["a"]), _read(SAMPLES / item["b"]), torch.tensor(item["points"]), item["names"])
         for item in listing
     ]  # fmt: skip
+
+
+def _read(path: str | Path) -> Image.Image:
+    """A picture, shrunk if it is larger than figures and models can make use of."""
+    image = read_image(path, BACKGROUND)
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return image
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -171,7 +184,7 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
         shown = ["us3", "us6", "us9"]
     else:
         step = max(1, len(names) // 3)
-        shown = names[:: -step][:3][::-1]
+        shown = names[::-step][:3][::-1]
     if args.match_map:
         matched = names[map_indices(infos, _integer(args.match_map))[0]]
     else:
@@ -220,8 +233,11 @@ def _attach(
 
 
 def choose_points(image: Image.Image, source: torch.Tensor, target: torch.Tensor, count: int = POINTS) -> torch.Tensor:
-    """Places worth looking for: cells of the source map that are mutual nearest neighbours with a cell of the target map and
-    lie where the picture has detail, spread out by farthest-point selection. Up to `count` x 2, fractions of the picture."""
+    """Places worth looking for: up to `count` x 2, as fractions of the picture.
+
+    They are cells of the source map that are mutual nearest neighbours with a cell of the target map and lie where the
+    picture has detail, spread out by farthest-point selection.
+    """
     height, width = source.shape[-2:]
     a, b = (F.normalize(m.float().flatten(1).T, dim=1) for m in (source, target))
     similarity = a @ b.T
@@ -277,7 +293,8 @@ def _draw_matches(pair: Pair, model: str, matched: str) -> Image.Image:
     found, heats = _match(pair, pair.maps[matched])
     panels = [_marked(pair), Panel(pair.b, "best matches", figures.mark_points(found, pair.sizes()[1]))]
     panels += [_heat_panel(pair, found, heats, i, f"similarity to point {i + 1}") for i in range(len(heats))]
-    return figures.grid([panels], f"{pair.name}: {model}, map {matched}")
+    note = "   ".join(f"{number} {label}" for number, label in enumerate(pair.labels, 1))
+    return figures.grid([panels], f"{pair.name}: {model}, map {matched}", note=note)
 
 
 def _smooth(small: Image.Image, like: Image.Image) -> Image.Image:

@@ -3,9 +3,10 @@
 
     python tools/evaluate.py --suite emoji --data data/emoji --out results
 
-takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over timesteps and
-ensembles, its untouched UNet on clean pictures, cleandift_tiny, and a random network; any other timm model name can join.
-It writes results.json, results.md and results.png, and says whether clean features win, and by how much.
+takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over
+timesteps and ensembles, its untouched UNet on clean pictures, cleandift_tiny, and a random network; any other timm
+model name can join. It writes results.json, results.md and results.png, and says whether clean features win, and by how
+much.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ from cleandift_backbones.images import ImageError
 
 ABOUT = """# Held-out emoji: what the features are worth
 
-Retrieval: the share of pictures whose nearest picture (cosine) in another style shows the same concept, mean over ordered pairs
-of styles, each counting the same. "Pooled map" compares spatial means, "whole map" flattened maps minus their mean over all pictures.
-Eyes: PCK@{alpha} per point, left and right eye, all ordered pairs of styles; the tolerance is {alpha} of the picture's side. "Centred"
-takes the pictures as they are, where an eye is mostly near the place it has in the other style: compare with "same position".
-"Placed" shrinks each picture to {low}..{high} of the canvas at a random place (and measures the tolerance on the shrunk side) and mirrors
-half of the targets, so that position does not help. Pictures lie on plain light grey {grey}. The best map, and for the
-noisy and teacher rows the best timestep, are chosen on these same pictures, for every row alike."""
+Retrieval: the share of pictures whose nearest picture (cosine) in another style shows the same concept, mean over
+ordered pairs of styles, each counting the same. "Pooled map" compares spatial means, "whole map" flattened maps minus
+their mean over all pictures.
+
+Eyes: PCK@{alpha} per point, left and right eye, all ordered pairs of styles; the tolerance is {alpha} of the picture's
+side. "Centred" takes the pictures as they are, where an eye is mostly near the place it has in the other style: compare
+with "same position". "Placed" shrinks each picture to {low}..{high} of the canvas at a random place (and measures the
+tolerance on the shrunk side) and mirrors half of the targets, so that position does not help.
+
+Pictures lie on plain light grey {grey}. The best map, and for the noisy and teacher rows the best timestep, are chosen
+on these same pictures, for every row alike."""
 
 
 def main() -> None:
@@ -69,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", default=[PIXELS, "dift_tiny", "cleandift_tiny"],
-        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights; a dift_* model is swept; "
-        "a cleandift_* model brings its random twin",
+        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights; a dift_* model is "
+        "swept; a cleandift_* model brings its random twin",
     )  # fmt: skip
     parser.add_argument(
         "--timesteps", nargs="+", type=int, metavar="T", default=[1, 50, 100, 200, 300, 400],

@@ -40,6 +40,8 @@ class Recipe:
     text: str = "distilled"  # caption (both get it), empty (neither), distilled (only the teacher)
     batch_size: int = 8
     max_steps: int = 400
+    max_minutes: float | None = None  # ends the run after so long, over all resumes, if max_steps does not come first
+    stop_after: int | None = None  # stop this command after so many steps in all; start it again to go on
     learning_rate: float = 2e-6
     heads_learning_rate: float | None = None  # default: learning_rate
     warmup_steps: int = 400

@@ -105,6 +105,8 @@ def distill(recipe: Recipe) -> int:
         optimizer,
         settings={name: getattr(recipe, name) for name in keep} | {"pictures": len(pictures), "size": size},
         max_steps=recipe.max_steps,
+        max_minutes=recipe.max_minutes,
+        stop_steps=recipe.stop_after,
         warmup=recipe.warmup_steps,
         floor=recipe.final_rate,
         ema_decay=recipe.ema,
@@ -155,7 +157,7 @@ def distill(recipe: Recipe) -> int:
             run.track(len(images), loss=loss, **each)
             if (step + 1) % recipe.validate_every == 0:
                 validate(step + 1)
-    if run.step >= recipe.max_steps:
+    if run.finished:
         with run.ema.applied():
             student.timestep.copy_(module.timestep.detach())
             export(student, out, getattr(torch, recipe.save_dtype), dict(recipe=json.dumps(vars(recipe), default=vars)))

@@ -165,7 +165,7 @@ class Run:
         optimizer: over parameters of `modules`; its groups' rates are the peak rates.
         settings: numbers and strings in which a resumed run must agree with the checkpoint (batch size, seed, ...).
         max_steps, max_minutes: the end of the schedule; at least one.
-        stop_minutes: save and stop this command after so long, counted from its start.
+        stop_minutes, stop_steps: save and stop this command after so long, counted from its start, or after so many steps.
         resume: "auto" goes on from the folder's checkpoint if there is one; "never" refuses a folder that has one.
     """
 
@@ -179,6 +179,7 @@ class Run:
         max_steps: int | None = None,
         max_minutes: float | None = None,
         stop_minutes: float | None = None,
+        stop_steps: int | None = None,
         warmup: int = 200,
         floor: float = 0.05,
         ema_decay: float = 0.999,
@@ -190,11 +191,13 @@ class Run:
     ):
         if max_steps is None and max_minutes is None:
             raise ValueError("give max_steps or max_minutes: a run needs an end")
-        for name, value in (("max_steps", max_steps), ("max_minutes", max_minutes), ("stop_minutes", stop_minutes)):
+        limits = dict(max_steps=max_steps, max_minutes=max_minutes, stop_minutes=stop_minutes, stop_steps=stop_steps)
+        for name, value in limits.items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
         self.out, self.modules, self.optimizer, self.settings = Path(out), modules, optimizer, settings
-        self.max_steps, self.max_minutes, self.stop_minutes = max_steps, max_minutes, stop_minutes
+        self.max_steps, self.max_minutes = max_steps, max_minutes
+        self.stop_minutes, self.stop_steps = stop_minutes, stop_steps
         self.warmup, self.floor, self.clip = warmup, floor, clip
         self.save_steps, self.save_minutes, self.log_steps = save_steps, save_minutes, log_steps
         self.ema = EMA(modules, ema_decay)
@@ -250,9 +253,14 @@ class Run:
                 if self.step % self.log_steps == 0:
                     self.flush()
                 spent = (time.monotonic() - _STARTED) / 60
-                if self._signal or (self.stop_minutes and spent >= self.stop_minutes):
+                reasons = [signal.Signals(self._signal).name] if self._signal else []
+                if self.stop_minutes and spent >= self.stop_minutes:
+                    reasons.append(f"its limit of {self.stop_minutes} minutes")
+                if self.stop_steps and self.step >= self.stop_steps and self.progress() < 1:
+                    reasons.append(f"its limit of {self.stop_steps} steps")
+                if reasons:
                     self.save()
-                    reason = signal.Signals(self._signal).name if self._signal else f"{self.stop_minutes} minutes"
+                    reason = " and ".join(reasons)
                     self.bar.write(f"stopped by {reason} after step {self.step}: --resume auto goes on from {self.out}")
                     return
                 late = time.monotonic() - self._saved > 60 * self.save_minutes

@@ -17,8 +17,8 @@ RESAMPLES = 2000
 class Tally:
     """Hits and trials, each K concepts x G groups.
 
-    The rate is the mean over groups of hits / trials, pooled over concepts. Groups are style pairs in retrieval; PCK per
-    point has a single one.
+    The rate is the mean over groups of hits / trials, pooled over concepts. Groups are style pairs in retrieval; PCK
+    per point has a single one.
     """
 
     hits: np.ndarray
@@ -30,10 +30,11 @@ class Tally:
         return float(self.resampled(np.ones((1, len(self.hits))))[0])
 
     def resampled(self, weights: np.ndarray) -> np.ndarray:
-        """Rates under weights R x K of the concepts: R numbers. Groups without trials are left out of the mean."""
+        """Rates under weights R x K of the concepts: R numbers; groups without trials are left out, NaN if all are."""
         hits, trials = weights @ self.hits, weights @ self.trials
-        with np.errstate(invalid="ignore"):
-            return np.nanmean(np.where(trials > 0, hits / np.maximum(trials, 1), np.nan), axis=1)
+        groups = (trials > 0).sum(1)
+        rates = (hits / np.maximum(trials, 1)).sum(1)
+        return np.where(groups > 0, rates / np.maximum(groups, 1), np.nan)
 
 
 def concept_weights(concepts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Semantic correspondence: where in the target picture is the thing that a point marks in the source picture?
 
-The protocol of DIFT ("Emergent Correspondence from Image Diffusion", section 4) and of CleanDIFT: both maps are upsampled
-bilinearly to their pictures' sizes, the source map is read at the point's pixel, and the pixel of the target map with
-the largest cosine similarity is the answer.
+The protocol of DIFT ("Emergent Correspondence from Image Diffusion", section 4) and of CleanDIFT: both maps are
+upsampled bilinearly to their pictures' sizes, the source map is read at the point's pixel, and the pixel of the target
+map with the largest cosine similarity is the answer.
 
 Nothing of that size is ever built here. Upsampling is linear, so the dot product with a source vector can be taken on
 the small map and upsampled afterwards; and the squared length of an upsampled vector is a quadratic form in the dot

@@ -4,11 +4,11 @@ Cross-style retrieval, and matching the eyes of one drawing in another of the sa
 made by tools/make_pictures.py (DIR/heldout/STYLE/KEY.png with metadata.jsonl), eye centres from emoji_eyes.json beside
 this file; the pictures are put on plain light grey.
 
-Eyes are matched in two ways. `centred`: the pictures as they are. Emoji fill their canvas, so that an eye is mostly near
-the place where it was in the other drawing; the row "same position" (answer = the source point) says how far that alone
-goes. `placed`: every picture is shrunk to 0.6..0.9 of the canvas and put at a random place, and half of the target
-pictures are mirrored, so that position does not help. A mirrored face's left eye is the one that is seen at the left
-afterwards (as for every face), so labels change sides.
+Eyes are matched in two ways. `centred`: the pictures as they are. Emoji fill their canvas, so that an eye is mostly
+near the place where it was in the other drawing; the row "same position" (answer = the source point) says how far that
+alone goes. `placed`: every picture is shrunk to 0.6..0.9 of the canvas and put at a random place, and half of the
+target pictures are mirrored, so that position does not help. A mirrored face's left eye is the one that is seen at the
+left afterwards (as for every face), so labels change sides.
 """
 
 from __future__ import annotations

@@ -22,7 +22,6 @@ from tqdm import tqdm
 import cleandift_backbones  # noqa: F401  registers this package's models with timm
 
 from ..images import to_tensor
-from ..latents import LatentEncoder
 
 PIXELS = "pixels"
 Pictures = Sequence[Image.Image | np.ndarray | torch.Tensor] | torch.Tensor
@@ -84,7 +83,7 @@ class Extractor:
     def remember_latents(self, memory: dict[bytes, torch.Tensor]) -> None:
         """Shares encoded pictures with other runs through `memory`, if the model is one of this package's."""
         core = getattr(self.model, "model", self.model)
-        if isinstance(getattr(core, "vae", None), LatentEncoder):
+        if hasattr(getattr(core, "vae", None), "map_infos"):  # a LatentEncoder, whose module imports diffusers
             core.vae = RememberedLatents(core.vae, memory)
 
     def reseed(self, seed: int) -> bool:
@@ -122,6 +121,7 @@ class RememberedLatents(nn.Module):
 def _digest(*tensors: torch.Tensor) -> bytes:
     state = hashlib.blake2b()
     for tensor in tensors:
+        state.update(str(tuple(tensor.shape)).encode())
         state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return state.digest()
 
@@ -210,7 +210,8 @@ def load_extractor(
     """Any timm model as an extractor of feature maps, in evaluation mode.
 
     Args:
-        model_name: a timm model name (`cleandift_tiny`, `resnet18`, `vit_small_patch14_dinov2`, `hf-hub:...`), or "pixels".
+        model_name: a timm model name (`cleandift_tiny`, `resnet18`, `vit_small_patch14_dinov2`, `hf-hub:...`), or
+            "pixels".
         map: the map or maps wanted, by name (`us6`, `layer3`, `blocks.11`) or index; None for all. Nothing that only
             other maps need is computed where the model allows that.
         pretrained: False for random weights.
@@ -261,8 +262,8 @@ def extract(
 
     Args:
         extractor: from `load_extractor`.
-        pictures: N x 3 x H x W in 0..1, or a sequence of what `images.to_tensor` takes; they need one common size unless
-            the extractor resizes.
+        pictures: N x 3 x H x W in 0..1, or a sequence of what `images.to_tensor` takes; they need one common size
+            unless the extractor resizes.
         batch_size: pictures per pass.
         progress: shows a bar; a string is its label.
         store: device that keeps the maps; None: where they are computed.

@@ -1,4 +1,4 @@
-"""Pictures of features, drawn with Pillow alone: numbered points, heat maps, PCA colours, and grids of labelled panels."""
+"""Pictures of features, drawn with Pillow alone: points, heat maps, PCA colours, grids of labelled panels."""
 
 from __future__ import annotations
 

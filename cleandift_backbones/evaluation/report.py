@@ -141,7 +141,7 @@ class Report:
         return "\n".join(lines)
 
     def map_table(self, metric: str) -> str:
-        """A Markdown table of one metric by map: the clean model, the best noisy run of each map, the teacher on clean pictures."""
+        """A Markdown table of one metric by map: the clean model, and each map's best noisy and teacher runs."""
         kinds = {"clean": "clean", "noisy": "noisy, best run", "teacher": "teacher on clean pictures, best t"}
         kinds = {kind: title for kind, title in kinds.items() if self.of_kind(kind)}
         names = list(dict.fromkeys(name for kind in kinds for row in self.of_kind(kind) for name in row.results))

@@ -1,7 +1,7 @@
 """Cross-style retrieval: is the nearest picture in another style a picture of the same thing?
 
-Query: a picture of concept c in style A; gallery: all pictures in style B; a hit if the nearest by cosine has concept c.
-Reported is the mean over ordered pairs of styles, every pair counting the same however many pictures it has.
+Query: a picture of concept c in style A; gallery: all pictures in style B; a hit if the nearest by cosine has concept
+c. Reported is the mean over ordered pairs of styles, every pair counting the same however many pictures it has.
 """
 
 from __future__ import annotations

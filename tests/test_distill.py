@@ -1,0 +1,267 @@
+"""Heads, the loss, the recipe, and a whole small distillation that really learns."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from cleandift_backbones.distill.heads import FiLM, ProjectionHeads, rms_norm
+from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
+from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.models import ARCHITECTURES
+from cleandift_backbones.unet import FeatureUNet
+
+TEST = ARCHITECTURES["test"]
+RECIPE = "configs/finetune/cleandift_tiny.yaml"
+
+
+# --- heads -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditioning", ["film", "adarms"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_heads_start_as_the_identity_and_train(conditioning, gated):
+    heads = ProjectionHeads({"mid": 6, "us6": 4}, depth=2, conditioning=conditioning, gated=gated)
+    maps = {"mid": torch.randn(3, 6, 2, 5), "us6": torch.randn(3, 4, 4, 3)}
+    out = heads(maps, torch.tensor([1, 500, 999]))
+    for name, x in maps.items():
+        torch.testing.assert_close(out[name], x)
+    optimizer = torch.optim.Adam(heads.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        out = heads(maps, torch.tensor([1, 500, 999]))
+        sum((x - 1).square().mean() for x in out.values()).backward()
+        optimizer.step()
+    assert [n for n, p in heads.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("conditioning", ["film", "adarms"])
+def test_head_equals_a_loop_over_positions(conditioning):
+    """Every sample is conditioned on its own timestep, whatever the batch (the public code broadcasts wrongly)."""
+    torch.manual_seed(0)
+    heads = ProjectionHeads({"mid": 4}, depth=1, conditioning=conditioning)
+    for p in heads.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x, t = torch.randn(3, 4, 2, 3), torch.tensor([5.0, 300.0, 999.0])
+    out = heads({"mid": x}, t)["mid"]
+    layer = heads.adapters["mid"].layers[0]
+    for b in range(3):
+        angle = 2 * torch.pi * t[b] / 999 * heads.time_emb.weight[:, 0]
+        condition = heads.mapping(heads.time_in_proj(torch.cat([angle.cos(), angle.sin()])[None]))[0]
+        weights = layer.norm.linear.weight @ condition
+        for i in range(2):
+            for j in range(3):
+                v = x[b, :, i, j]
+                if conditioning == "film":
+                    n = v * (1 + weights[:4]) + weights[4:]
+                else:
+                    n = v / (v.square().mean() + 1e-6).sqrt() * (1 + weights)
+                up, gate = (layer.up_proj.weight @ n).chunk(2)
+                expected = v + layer.down_proj.weight @ (up * gate * torch.sigmoid(gate))
+                torch.testing.assert_close(out[b, :, i, j], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_film_shift_is_not_its_scale():
+    film = FiLM(2, 1)
+    film.linear.weight.data = torch.tensor([[0.0], [0.0], [3.0], [4.0]])
+    torch.testing.assert_close(film(torch.ones(1, 1, 2), torch.ones(1, 1)), torch.tensor([[[4.0, 5.0]]]))
+
+
+def test_rms_norm_in_half_precision_is_computed_wide():
+    x = torch.full((1, 4), 300.0).half()  # its squares overflow float16
+    torch.testing.assert_close(rms_norm(x, torch.ones(4)), torch.ones(1, 4).half())
+
+
+def test_published_head_names():
+    names = set(ProjectionHeads({"us3": 8}, conditioning="adarms").state_dict())
+    assert {"time_emb.weight", "time_in_proj.weight", "mapping.in_norm.scale"} <= names
+    for i in range(3):
+        for part in ("norm.linear", "up_proj", "down_proj"):
+            assert f"adapters.us3.layers.{i}.{part}.weight" in names
+
+
+# --- loss --------------------------------------------------------------------------------------------------------------
+
+
+def test_timesteps_are_stratified():
+    t = stratified_timesteps(4000, 3, torch.Generator().manual_seed(0))
+    assert t.shape == (4000, 3) and t.dtype == torch.int64
+    for i, (low, high) in enumerate([(1, 333), (334, 666), (667, 999)]):
+        column = t[:, i]
+        assert column.min() >= low and column.max() <= high
+        assert column.min() < low + 5 and column.max() > high - 5
+    assert stratified_timesteps(50, 2, None, 1, 400).max() <= 400
+
+
+def test_map_losses():
+    a, b = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    cosines = [
+        torch.dot(a[n, :, i, j], b[n, :, i, j]) / a[n, :, i, j].norm() / b[n, :, i, j].norm()
+        for n in range(2)
+        for i in range(3)
+        for j in range(4)
+    ]
+    torch.testing.assert_close(map_loss(a, b), -torch.stack(cosines).mean())
+    torch.testing.assert_close(map_loss(a, b, "l1"), (a - b).abs().mean())
+    torch.testing.assert_close(map_loss(a, b, "l2"), (a - b).square().mean())
+    with pytest.raises(ValueError, match="huber"):
+        map_loss(a, b, "huber")
+
+
+def distiller(maps, heads=True):
+    torch.manual_seed(0)
+    teacher, student = FeatureUNet.build(TEST["unet"]), FeatureUNet.build(TEST["unet"])
+    channels = {i.name: i.channels for i in student.infos if i.name in maps}
+    head = ProjectionHeads(channels, depth=1) if heads else None
+    if heads:
+        for p in head.adapters.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return Distiller(teacher, student, DDPMScheduler(**TEST["scheduler"]), maps, head)
+
+
+def test_one_student_pass_serves_all_levels():
+    """Equal loss and gradients to a student pass for every noise level, with as many passes as images."""
+    module = distiller({"mid": 1.0, "us6": 3.0})
+    latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 4, 16, 16)
+    timesteps, prompt = torch.tensor([[1, 400, 999], [50, 500, 700]]), torch.randn(2, 3, 6)
+    empty = torch.randn(1, 3, 6)
+    passes = []
+    module.student.conv_in.register_forward_hook(lambda m, a, o: passes.append(len(o)))
+    total, each = module(latents, timesteps, noise, prompt, empty)
+    total.backward()
+    assert passes == [2] and set(each) == {"mid", "us6"}
+    torch.testing.assert_close(total.detach(), (each["mid"] + 3 * each["us6"]) / 4)
+    gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    losses = []
+    for b in range(2):
+        for i in range(3):
+            t = timesteps[b : b + 1, i]
+            noisy = module.scheduler.add_noise(latents[b : b + 1], noise[b : b + 1, i], t)
+            with torch.no_grad():
+                target = module.teacher(noisy, t, prompt[b : b + 1], ["mid", "us6"])
+            guess = module.heads(module.student(latents[b : b + 1], module.timestep, empty, ["mid", "us6"]), t)
+            losses.append((map_loss(guess["mid"], target["mid"]) + 3 * map_loss(guess["us6"], target["us6"])) / 4)
+    plain = torch.stack(losses).mean()
+    torch.testing.assert_close(plain, total, rtol=1e-4, atol=1e-5)
+    plain.backward()
+    assert gradients["timestep"].abs() > 0 and not any(n.startswith("teacher") for n in gradients)
+    for n, p in module.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradients[n], rtol=1e-3, atol=1e-5)
+
+
+def test_teacher_stays_frozen():
+    module = distiller({"mid": 1.0}).train()
+    assert module.student.training and not module.teacher.training
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+
+
+# --- recipe ------------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_inherits_and_overrides():
+    recipe = load_recipe(RECIPE, ["data.path=x", "output_dir=y", "max_steps=7", "heads.conditioning=adarms"])
+    assert (recipe.data.path, recipe.output_dir, recipe.max_steps) == ("x", "y", 7)
+    assert recipe.model == "cleandift_tiny" and recipe.timestep_levels == 3 and recipe.heads.conditioning == "adarms"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["colour=red"], "colour"),
+        (["data.pfad=x"], "pfad"),
+        (["max_steps=many"], "many"),
+        (["max_steps=0"], "max_steps must be above 0, got 0"),
+        (["loss=huber"], "loss must be one of cosine, l1, l2, got 'huber'"),
+        (["text=image"], "text must be one of"),
+        (["timestep_range=[500,100]"], "timestep_range"),
+        (["max_steps"], "not field=value"),
+        ([], "no value for data.path, output_dir"),
+    ],
+)
+def test_bad_recipes(overrides, message):
+    given = overrides if not overrides else ["data.path=x", "output_dir=y", *overrides]
+    with pytest.raises(ValueError, match=message):
+        load_recipe(RECIPE, given)
+
+
+# --- the whole ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for i in range(8):
+        image = Image.new("RGBA", (64, 64))
+        image.paste((30 * i, 200 - 20 * i, 90, 255), (8 + i, 16, 40 + i, 56))
+        image.save(folder / f"{i}.png")
+        lines.append(json.dumps(dict(file_name=f"{i}.png", text=f"red box {i}")))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def finetune(pictures, out, *overrides):
+    from tools.finetune import main
+
+    fixed = ["data.size=64", "batch_size=2", "num_workers=0", "checkpoint_every=2", "validate_every=100", "log_every=1"]
+    return main([RECIPE, f"data.path={pictures}", f"output_dir={out}", "device=cpu", *fixed, *overrides])
+
+
+@pytest.mark.slow
+def test_finetune_resumes_exactly_and_loads(pictures, tmp_path):
+    import timm
+
+    assert finetune(pictures, tmp_path / "whole", "max_steps=4", "save_dtype=float32") == 0
+    # The same run, stopped after two steps by its own limit, then continued.
+    assert finetune(pictures, tmp_path / "parts", "max_steps=4", "save_dtype=float32", "stop_after=2") == 0
+    assert not (tmp_path / "parts/model.safetensors").exists()
+    assert finetune(pictures, tmp_path / "parts", "max_steps=4", "save_dtype=float32") == 0
+    whole, parts = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=0)
+    overlay = dict(file=str(tmp_path / "whole/model.safetensors"))
+    student = timm.create_model("cleandift_tiny", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
+    teacher = timm.create_model(
+        "cleandift_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=timm.get_pretrained_cfg("dift_tiny").file),
+        features_only=True,
+    )
+    x = torch.randn(1, 3, 64, 64)
+    assert not torch.equal(student(x)[0], teacher(x)[0])
+    recipe = yaml.safe_load((tmp_path / "whole/recipe.yaml").read_text())
+    assert recipe["max_steps"] == 4 and recipe["timestep_levels"] == 3
+
+
+@pytest.mark.slow
+def test_finetune_learns(pictures, tmp_path):
+    """Thirty steps bring the loss on held-out pictures down."""
+    assert finetune(
+        pictures, tmp_path / "run", "max_steps=30", "warmup_steps=5", "validate_every=30", "text=empty", "log_every=10"
+    ) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    validation = [line["validation"] for line in lines if "validation" in line]
+    assert validation[-1] < validation[0] - 0.001
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.path=/nowhere"], "no pictures in /nowhere"),
+        (["maps={us11: 1}"], "unknown map 'us11'"),
+        (["teacher_weights=/nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["device=cuda:7"], "cuda"),
+        (["model=cleandift_sd99"], "cleandift_sd99"),
+    ],
+)
+def test_finetune_errors_write_nothing(pictures, tmp_path, capsys, overrides, message):
+    with pytest.raises(SystemExit) as error:
+        finetune(pictures, tmp_path / "out", "max_steps=2", *overrides)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
