@@ -1,0 +1,58 @@
+"""What the documentation says is run: Python blocks as they stand, command lines against the tools' own parsers."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    for page in PAGES:
+        for number, code in enumerate(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)):
+            yield pytest.param(page, code, id=f"{page.stem}-{number}")
+
+
+def test_pages_are_found():
+    assert len(PAGES) >= 4 and list(blocks("python")) and list(blocks("bash"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+    for path in ROOT.iterdir():  # blocks may read the checkout, and write to a folder of their own
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {})
+
+
+@pytest.mark.parametrize("page, code", blocks("bash"))
+def test_command_lines(page, code, capsys, monkeypatch):
+    """Every line is a target of the Makefile, an installation, or a tool whose parser takes the arguments."""
+    targets = re.findall(r"^([\w/-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for line in code.strip().splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] in ("pip", "git", "cd"):
+            continue
+        if words[0] == "make":
+            assert words[1] in targets
+            continue
+        assert words[0] == "python", line
+        # A last argument that no parser knows: it must be the only thing the parser complains about.
+        monkeypatch.setattr(sys, "argv", [*words[1:], "--surely-unknown"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+        assert stop.value.code == 2
+        assert re.search(r"error: unrecognized arguments: --surely-unknown\n", capsys.readouterr().err), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
