@@ -1,4 +1,4 @@
-"""image -> latent: the encoder half of diffusers' AutoencoderKL, deterministic (the posterior's mean, never a sample)."""
+"""image -> latent: the encoder half of diffusers' AutoencoderKL, deterministic (the posterior's mean, no sample)."""
 
 from __future__ import annotations
 

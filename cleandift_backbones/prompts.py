@@ -17,7 +17,7 @@ class PromptEncoder:
 
     Raises:
         ImportError: transformers is not installed.
-        OSError: the source is not there (raised by transformers, naming it).
+        OSError: the source is not there or holds no text encoder.
     """
 
     def __init__(self, source: str | Path):
@@ -25,9 +25,15 @@ class PromptEncoder:
             from transformers import AutoTokenizer, CLIPTextModel
         except ImportError as error:
             raise ImportError("prompts need transformers: pip install 'cleandift_backbones[text]'") from error
-        with torch.device("cpu"):  # a model under construction may have made meta the default device
-            self.tokenizer = AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer")
-            encoder = CLIPTextModel.from_pretrained(str(source), subfolder="text_encoder", use_safetensors=True)
+        try:
+            with torch.device("cpu"):  # a model under construction may have made meta the default device
+                self.tokenizer = AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer")
+                encoder = CLIPTextModel.from_pretrained(str(source), subfolder="text_encoder", use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"no text encoder could be loaded from {source} (a folder or Hub repository with tokenizer/ and "
+                f"text_encoder/ is wanted): {str(error).splitlines()[0]}"
+            ) from error
         self.encoder = encoder.float().eval()
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:

@@ -95,8 +95,9 @@ def test_classifier_is_kept_only_if_it_fits(tmp_path):
 def test_folder_round_trip(tmp_path, kwargs):
     """timm's own hub folder, read back through local-dir:."""
     model = make(**kwargs)
-    save_for_hf(model, tmp_path, model_args=kwargs and dict(final_map=kwargs.get("final_map", "mid")),
-                safe_serialization=True)
+    save_for_hf(
+        model, tmp_path, model_args=kwargs and dict(final_map=kwargs.get("final_map", "mid")), safe_serialization=True
+    )
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     torch.testing.assert_close(loaded(X), model(X))
     features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(10,)).eval()
@@ -146,7 +147,7 @@ def test_missing_extra_and_wrong_shaped_keys(native):
     path, _ = native
     state = load_file(path)
     save_file({k: v for k, v in state.items() if "time_embedding" not in k}, path)
-    with pytest.raises(CheckpointError, match=r"missing: unet.time_embedding.linear_1.bias, .*does not fit|fit.*missing"):
+    with pytest.raises(CheckpointError, match=r"does not fit.*missing: unet.time_embedding.linear_1.bias"):
         load(path)
     save_file({**state, "unet.surprise": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match=r"not of this model: unet.surprise"):

@@ -19,7 +19,7 @@ TEST = ARCHITECTURES["test"]
 RECIPE = "configs/finetune/cleandift_tiny.yaml"
 
 
-# --- heads -------------------------------------------------------------------------------------------------------------
+# --- heads ---
 
 
 @pytest.mark.parametrize("conditioning", ["film", "adarms"])
@@ -84,7 +84,7 @@ def test_published_head_names():
             assert f"adapters.us3.layers.{i}.{part}.weight" in names
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------
+# --- loss ---
 
 
 def test_timesteps_are_stratified():
@@ -161,7 +161,7 @@ def test_teacher_stays_frozen():
     assert not any(p.requires_grad for p in module.teacher.parameters())
 
 
-# --- recipe ------------------------------------------------------------------------------------------------------------
+# --- recipe ---
 
 
 def test_recipe_inherits_and_overrides():
@@ -190,7 +190,7 @@ def test_bad_recipes(overrides, message):
         load_recipe(RECIPE, given)
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------------
+# --- the whole ---
 
 
 @pytest.fixture
@@ -230,7 +230,9 @@ def test_finetune_resumes_exactly_and_loads(pictures, tmp_path):
     overlay = dict(file=str(tmp_path / "whole/model.safetensors"))
     student = timm.create_model("cleandift_tiny", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
     teacher = timm.create_model(
-        "cleandift_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=timm.get_pretrained_cfg("dift_tiny").file),
+        "cleandift_tiny",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=timm.get_pretrained_cfg("dift_tiny").file),
         features_only=True,
     )
     x = torch.randn(1, 3, 64, 64)
@@ -242,9 +244,18 @@ def test_finetune_resumes_exactly_and_loads(pictures, tmp_path):
 @pytest.mark.slow
 def test_finetune_learns(pictures, tmp_path):
     """Thirty steps bring the loss on held-out pictures down."""
-    assert finetune(
-        pictures, tmp_path / "run", "max_steps=30", "warmup_steps=5", "validate_every=30", "text=empty", "log_every=10"
-    ) == 0
+    assert (
+        finetune(
+            pictures,
+            tmp_path / "run",
+            "max_steps=30",
+            "warmup_steps=5",
+            "validate_every=30",
+            "text=empty",
+            "log_every=10",
+        )
+        == 0
+    )
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     validation = [line["validation"] for line in lines if "validation" in line]
     assert validation[-1] < validation[0] - 0.001

@@ -32,7 +32,7 @@ def make(name="test_cleandift", seed=0, **kwargs):
     return timm.create_model(name, **kwargs).eval()
 
 
-# --- registration ------------------------------------------------------------------------------------------------------
+# --- registration ---
 
 
 def test_registered():
@@ -74,7 +74,7 @@ def test_import_is_light():
         _ = cleandift_backbones.CleanDift
 
 
-# --- features_only -----------------------------------------------------------------------------------------------------
+# --- features_only ---
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -166,7 +166,7 @@ def test_pyramid():
         make("cleandift_tiny_pyramid", features_only=True, out_indices=(0,))
 
 
-# --- forward_intermediates, pruning --------------------------------------------------------------------------------------
+# --- forward_intermediates, pruning ---
 
 
 def test_forward_intermediates_every_mode():
@@ -220,7 +220,7 @@ def test_prune_intermediate_layers():
     assert make().prune_intermediate_layers(1) == [10]
 
 
-# --- classifier, pooling, input channels -----------------------------------------------------------------------------------
+# --- classifier, pooling, input channels ---
 
 
 def test_pooling_and_classifier():
@@ -271,7 +271,7 @@ def test_bad_images(x, error, message):
         make(features_only=True)(x)
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------
+# --- training ---
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -330,7 +330,7 @@ def test_deterministic_and_batch_independent():
             torch.testing.assert_close(both[1:2], model(x[1:2])[0], rtol=1e-4, atol=1e-5)
 
 
-# --- dtypes, formats, copies ---------------------------------------------------------------------------------------------------
+# --- dtypes, formats, copies ---
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -356,7 +356,7 @@ def test_meta_device():
     with torch.device("meta"):
         model = timm.create_model("cleandift_tiny", features_only=True)
     assert {t.device.type for t in model.state_dict().values()} == {"meta"}
-    assert [tuple(x.shape) for x in model(torch.empty(1, 3, 64, 64, device="meta"))][0] == (1, 80, 16, 16)
+    assert model(torch.empty(1, 3, 64, 64, device="meta"))[0].shape == (1, 80, 16, 16)
 
 
 def test_deepcopy_pickle_state_dict(tmp_path):
@@ -404,7 +404,7 @@ def test_export_dynamic_size():
         torch.testing.assert_close(program.module()(other), model(other))
 
 
-# --- prompts -------------------------------------------------------------------------------------------------------------------
+# --- prompts ---
 
 
 def test_prompt_embeddings_change_the_maps():

@@ -36,8 +36,8 @@ def test_equals_a_plain_loop():
             noisy = scheduler.add_noise(latents, noise[None].expand_as(latents), torch.tensor([300, 300]))
             maps = inner.unet(noisy, 300, inner.prompt_embeds, ["us6", "mid"])
             totals = {name: total + maps[name] for name, total in totals.items()}
-        for x, total in zip(model(x), totals.values()):
-            torch.testing.assert_close(x, total / 3, rtol=1e-4, atol=1e-5)
+        for found, total in zip(model(x), totals.values()):
+            torch.testing.assert_close(found, total / 3, rtol=1e-4, atol=1e-5)
 
 
 def test_reproducible_whatever_the_batch():

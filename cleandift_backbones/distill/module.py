@@ -16,7 +16,7 @@ from .heads import ProjectionHeads
 def stratified_timesteps(
     batch: int, levels: int, generator: torch.Generator | None = None, low: int = 1, high: int = 999
 ) -> Tensor:
-    """One integer timestep per image and bin: B x I int64 on the CPU, bin i of I equal parts of low..high (paper: 3)."""
+    """One integer timestep per image and bin: B x I int64 on the CPU, bin i of I equal parts of low..high."""
     edges = torch.linspace(low, high + 1, levels + 1)
     where = torch.rand((batch, levels), generator=generator)
     return (edges[:-1] + where * (edges[1:] - edges[:-1])).long().clamp(low, high)

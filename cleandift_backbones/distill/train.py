@@ -161,9 +161,8 @@ def distill(recipe: Recipe) -> int:
         with run.ema.applied():
             student.timestep.copy_(module.timestep.detach())
             export(student, out, getattr(torch, recipe.save_dtype), dict(recipe=json.dumps(vars(recipe), default=vars)))
-        print(
-            f"wrote {out / checkpoints.NATIVE_NAME} after {run.step} steps; learned timestep {float(module.timestep):.2f}"
-        )
+        learned = float(module.timestep)
+        print(f"wrote {out / checkpoints.NATIVE_NAME} after {run.step} steps; learned timestep {learned:.2f}")
     return run.exit_code
 
 

@@ -165,7 +165,7 @@ class Run:
         optimizer: over parameters of `modules`; its groups' rates are the peak rates.
         settings: numbers and strings in which a resumed run must agree with the checkpoint (batch size, seed, ...).
         max_steps, max_minutes: the end of the schedule; at least one.
-        stop_minutes, stop_steps: save and stop this command after so long, counted from its start, or after so many steps.
+        stop_minutes, stop_steps: save and stop this command after so long, from its start, or after so many steps.
         resume: "auto" goes on from the folder's checkpoint if there is one; "never" refuses a folder that has one.
     """
 
