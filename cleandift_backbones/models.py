@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -236,61 +237,80 @@ def _locate(cfg: dict, cache_dir: str | Path | None) -> Path:
         ) from error
 
 
-@register_model
+_ARGUMENTS = """
+
+    Args:
+        pretrained: load the weights of the pretrained_cfg; pretrained_cfg_overlay=dict(file=PATH) names a native file.
+        features_only: return a list of maps instead of pooled features; out_indices chooses them (0 = us10, the finest,
+            ... 10 = mid; default (1, 4, 7, 10) = us9, us6, us3, mid).
+        final_map: without features_only, the map that the model ends at (default "mid").
+        num_classes, global_pool, in_chans, drop_rate: as everywhere in timm.
+        timestep: overrides the stored one, 0..999. prompt: text, or one per image (needs transformers).
+"""
+_NOISY_ARGUMENTS = "        ensemble_size: noises averaged (8). noise_seed: equal seeds give equal maps (0).\n"
+
+
+def _register(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Registers with timm, and completes the docstring that torch.hub.help shows."""
+    entrypoint.__doc__ += _ARGUMENTS + (_NOISY_ARGUMENTS if entrypoint.__name__.startswith("dift_") else "")
+    return register_model(entrypoint)
+
+
+@_register
 def cleandift_sd15(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CleanDIFT on Stable Diffusion 1.5: 11 maps of 320 to 1280 channels, strides 8 to 64; 512 px."""
     return _create("cleandift_sd15", "sd15", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def cleandift_sd21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CleanDIFT on Stable Diffusion 2.1: 11 maps of 320 to 1280 channels, strides 8 to 64; 768 px."""
     return _create("cleandift_sd21", "sd21", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def cleandift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """CleanDIFT on this project's small emoji diffusion model: 11 maps, strides 4 to 32; 128 px. Weights included."""
     return _create("cleandift_tiny", "tiny", pretrained, **kwargs)
 
 
-@register_model
+@_register
 def cleandift_sd15_pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """cleandift_sd15 with one map per stride 2, 4, 8, ..., 64 (VAE stages, then block outputs)."""
     return _create("cleandift_sd15_pyramid", "sd15", pretrained, pyramid=True, **kwargs)
 
 
-@register_model
+@_register
 def cleandift_sd21_pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """cleandift_sd21 with one map per stride 2, 4, 8, ..., 64 (VAE stages, then block outputs)."""
     return _create("cleandift_sd21_pyramid", "sd21", pretrained, pyramid=True, **kwargs)
 
 
-@register_model
+@_register
 def cleandift_tiny_pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """cleandift_tiny with one map per stride 2, 4, 8, 16, 32 (VAE stage, then block outputs)."""
     return _create("cleandift_tiny_pyramid", "tiny", pretrained, pyramid=True, **kwargs)
 
 
-@register_model
+@_register
 def dift_sd15(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DIFT on Stable Diffusion 1.5, the noisy baseline: timestep=261, ensemble_size=8, noise_seed=0."""
     return _create("dift_sd15", "sd15", pretrained, noisy=True, **kwargs)
 
 
-@register_model
+@_register
 def dift_sd21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DIFT on Stable Diffusion 2.1, the noisy baseline: timestep=261, ensemble_size=8, noise_seed=0."""
     return _create("dift_sd21", "sd21", pretrained, noisy=True, **kwargs)
 
 
-@register_model
+@_register
 def dift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """DIFT on the small emoji diffusion model, cleandift_tiny's teacher. Weights included."""
     return _create("dift_tiny", "tiny", pretrained, noisy=True, **kwargs)
 
 
-@register_model
+@_register
 def test_cleandift(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A few thousand random parameters in SD's four-level topology, for tests."""
     return _create("test_cleandift", "test", pretrained, **kwargs)
