@@ -223,6 +223,14 @@ def test_evaluate_makes_the_table(folder, monkeypatch, capsys):
     data = json.loads((out / "results.json").read_text())
     assert [len(run["maps"]) for run in data["runs"]] == [1, 1, 11, 6]
     assert data["concepts"] == 5 and data["eye_pairs"] == 18 and data["command"].startswith("python tools/evaluate.py")
+    # Started again, it takes every finished run from disk, with the same result.
+    monkeypatch.setattr(emoji.Benchmark, "run", None)
+    run_evaluate(
+        monkeypatch, "--data", folder / "data", "--eyes", folder / "eyes.json", "--out", out, "--size", 64,
+        "--models", *models, "--device", "cpu",
+    )  # fmt: skip
+    again = json.loads((out / "results.json").read_text())
+    assert again["runs"] == data["runs"]
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def _draw(
     if models[1]:
         for pair in pairs:
             yield f"clean_vs_noisy_{pair.name}.png", _draw_comparison(pair, models, matched)
-    yield "overview.png", _draw_overview(pairs if len(pairs) < 4 else [*pairs[:2], pairs[-1]], models, matched)
+    yield "overview.png", _draw_overview(pairs[:3], models, matched)
 
 
 def _marked(pair: Pair) -> Panel:

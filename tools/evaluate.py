@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import shlex
 import sys
@@ -192,7 +193,13 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
     batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
     latents: dict[bytes, torch.Tensor] = {}
     rows = [report.Row("same position", "baseline", {"": benchmark.same_position()})]
+    data = hashlib.sha256(suite.pictures.numpy()).hexdigest() + json.dumps([suite.concepts, suite.styles])
+    data += json.dumps({i: marks.tolist() for i, marks in suite.eyes.items()})
     for run in tqdm(plan, desc="runs", unit="run"):
+        path = Path(args.out, "runs", f"{_key(args, run, data)}.safetensors")
+        if path.is_file():
+            rows.append(report.Row.load(path))
+            continue
         clock = time.perf_counter()
         torch.manual_seed(args.seed)
         extractor: Extractor = load_extractor(
@@ -202,6 +209,7 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
         count = run["kwargs"].get("ensemble_size", 1)
         results = benchmark.run(extractor, max(1, batch_size // count))
         rows.append(report.Row(run["label"], run["kind"], results, run["settings"], time.perf_counter() - clock))
+        rows[-1].save(path)
     info = dict(
         suite="emoji",
         command=shlex.join(["python", *sys.argv]),
@@ -221,6 +229,13 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
         seconds=round(time.perf_counter() - started, 1),
     )
     return report.Report(rows, emoji.METRICS, info, args.seed)
+
+
+def _key(args: argparse.Namespace, run: dict, data: str) -> str:
+    """Names a run by all that its numbers depend on, so that an interrupted command goes on where it stopped."""
+    options = [args.size, args.seed, args.placements, args.shared_noise, args.maps]
+    told = json.dumps([data, options, _digests([run]), run], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:20]
 
 
 def _digests(plan: list[dict]) -> dict[str, str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from .bootstrap import Tally, concept_weights, difference, rate_interval
 
@@ -35,6 +37,33 @@ class Row:
     results: dict[str, dict[str, Tally]]
     settings: dict = field(default_factory=dict)
     seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Writes the row as one safetensors file, aside and then renamed."""
+        arrays = {
+            f"{name}/{metric}/{part}": np.ascontiguousarray(getattr(tally, part), dtype=np.float64)
+            for name, tallies in self.results.items()
+            for metric, tally in tallies.items()
+            for part in ("hits", "trials")
+        }
+        told = dict(label=self.label, kind=self.kind, settings=self.settings, seconds=self.seconds)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(arrays, aside, {"row": json.dumps(told)})
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Row:
+        """Reads a row that `save` wrote."""
+        with safe_open(path, "np") as file:
+            told = json.loads(file.metadata()["row"])
+            results: dict[str, dict[str, Tally]] = {}
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                name, metric, part = key.rsplit("/", 2)
+                if part == "hits":
+                    tally = Tally(file.get_tensor(key), file.get_tensor(f"{name}/{metric}/trials"))
+                    results.setdefault(name, {})[metric] = tally
+        return cls(results=results, **told)
 
 
 @dataclass
