@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
@@ -48,8 +50,10 @@ def take_indices(infos: Sequence[dict], indices: int | Sequence[int]) -> list[in
         ValueError: out of range, with the list of what there is.
     """
     try:
-        return feature_take_indices(len(infos), indices if isinstance(indices, int) else list(indices))[0]
-    except (AssertionError, ValueError) as error:  # ValueError: none at all
+        whole = isinstance(indices, (int, np.integer))
+        plain = operator.index(indices) if whole else [operator.index(i) for i in indices]
+        return feature_take_indices(len(infos), plain)[0]
+    except (AssertionError, ValueError, TypeError) as error:  # out of range, none at all, not numbers
         listed = ", ".join(f"{i} = {info['name']}" for i, info in enumerate(infos))
         raise ValueError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
 
@@ -103,6 +107,12 @@ class CleanDIFT(nn.Module):
         super().__init__()
         if timestep is not None and not 0 <= timestep <= 999:
             raise ValueError(f"timestep must lie in 0..999, got {timestep}")
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(
+                f"in_chans must be at least 1 and num_classes at least 0, got {in_chans} and {num_classes}"
+            )
+        if num_classes and not global_pool:
+            raise ValueError("a classifier needs pooled features: give global_pool='avg', or num_classes=0 for the map")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.text_encoder = text_encoder or cfg.get("text_encoder")
@@ -177,6 +187,8 @@ class CleanDIFT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
+        if num_classes and not (self.head.global_pool.pool_type if global_pool is None else global_pool):
+            global_pool = "avg"  # a classifier needs pooled features
         self.head.reset(num_classes, global_pool)
         self.head.to(device=self.vae.encoder.conv_in.weight.device, dtype=self.vae.encoder.conv_in.weight.dtype)
 

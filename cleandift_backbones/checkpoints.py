@@ -150,23 +150,32 @@ def fit(
         )
         raise CheckpointError(
             f"{path} does not fit the model: {'; '.join(parts)}. Is it of another architecture, or was it saved from a "
-            "model that ends at a coarser map?"
+            "model that ends at a coarser map? Then ask only for maps that it holds, or save it with final_map='us10'"
         )
     state, wrong = {}, []
     for name, like in expected.items():
         tensor = adapt(name, weights[name])
+        if not tensor.is_floating_point():
+            wrong.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
         if tensor.shape != like.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(like.shape)}")
         state[name] = tensor.to(like.dtype)
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{path} has wrong shapes: {'; '.join(wrong[:5])}{more}")
+        raise CheckpointError(f"{path} has unfit tensors: {'; '.join(wrong[:5])}{more}")
     return state
 
 
 def save_native(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a state dict as safetensors, aside first and then renamed, so that a crash never leaves half a file."""
     path = Path(path)
+    if all(name.startswith("model.") for name in state):  # of a features_only model, which wraps the backbone
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    if "prompt_embeds" in state and len(state["prompt_embeds"]) != 1:
+        count = len(state["prompt_embeds"])
+        raise ValueError(
+            f"{count} prompts are set; weights are saved with one: call set_prompt with a single text first"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

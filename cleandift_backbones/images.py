@@ -69,6 +69,17 @@ def read_image(
     return rgb
 
 
+def check_folder(path: str | os.PathLike) -> None:
+    """Raises OSError unless a folder is at `path`, or can be made there, and can be written to. Makes nothing."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path}: {folder} is a file, not a folder; give another folder")
+    if not os.access(folder, os.W_OK | os.X_OK) or str(folder).startswith(("/proc", "/sys")):
+        raise PermissionError(f"{path}: nothing can be written to {folder}; give another folder")
+
+
 def _to_rgb(image: Image.Image, path: Path, background: Sequence[int]) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # one channel of 16-bit or 32-bit integers, or of floats
         return Image.fromarray(_to_uint8(np.asarray(image), path)).convert("RGB")

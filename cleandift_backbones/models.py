@@ -150,7 +150,11 @@ def _create(variant: str, arch: str, pretrained: bool, noisy: bool = False, pyra
                 f"feature_cls {kwargs['feature_cls']!r} is not supported: fine maps run last here, which only timm's "
                 "'getter' (the default) handles. Leave feature_cls out"
             )
-        kwargs["final_map"] = finest_map(infos, take_indices(infos, kwargs.get("out_indices", default)))
+        if kwargs.get("final_map", "mid") not in [info["name"] for info in infos]:
+            raise ValueError(f"unknown map {kwargs['final_map']!r}: with features_only, choose maps by out_indices")
+        # A folder's config may name the map that its model ended at; the features asked for decide.
+        kwargs["out_indices"] = take_indices(infos, kwargs.get("out_indices", default))
+        kwargs["final_map"] = finest_map(infos, kwargs["out_indices"])
     elif "out_indices" in kwargs:
         raise ValueError("out_indices needs features_only=True")
     # With weights to come nothing is initialised: parameters stay on the meta device until they are assigned.
@@ -201,7 +205,7 @@ def load_weights(model: CleanDIFT, weights: checkpoints.Weights, given: dict[str
         return name in fixed or deeper or name.startswith(("vae.decoder.", "vae.post_quant_conv.", "head."))
 
     def adapt(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name == "vae.encoder.conv_in.weight" and tensor.shape[1] != model.in_chans:
+        if name == "vae.encoder.conv_in.weight" and tensor.ndim == 4 and tensor.shape[1] != model.in_chans:
             return adapt_input_conv(model.in_chans, tensor)
         return tensor
 

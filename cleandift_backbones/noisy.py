@@ -28,6 +28,17 @@ def _(latents: Tensor, count: int, seed: int) -> Tensor:
     return latents.new_empty((count, *latents.shape[1:]))
 
 
+def _integer(name: str, value: int, low: int, high: int) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value // 1
+        or not low <= value <= high
+    ):
+        raise ValueError(f"{name} must be an integer in {low}..{high}, got {value!r}")
+    return int(value)
+
+
 class DIFT(CleanDIFT):
     """Maps of the untouched UNet on noised latents, averaged over an ensemble of noises.
 
@@ -48,17 +59,19 @@ class DIFT(CleanDIFT):
     def __init__(self, cfg: dict, timestep: int = 261, ensemble_size: int = 8, noise_seed: int = 0, **kwargs):
         with torch.device("cpu"):  # a model laid out on the meta device still needs the schedule's numbers
             scheduler = DDPMScheduler(**cfg["scheduler"])
-        steps = scheduler.config.num_train_timesteps
-        if timestep != int(timestep) or not 0 <= timestep < steps:
-            raise ValueError(f"timestep must be an integer in 0..{steps - 1}, got {timestep}")
-        if ensemble_size != int(ensemble_size) or ensemble_size < 1:
-            raise ValueError(f"ensemble_size must be an integer of at least 1, got {ensemble_size}")
-        if noise_seed != int(noise_seed) or noise_seed < 0:
-            raise ValueError(f"noise_seed must be a non-negative integer, got {noise_seed}")
-        super().__init__(cfg, timestep=int(timestep), **kwargs)
-        self.ensemble_size, self.noise_seed = int(ensemble_size), int(noise_seed)
-        alpha = scheduler.alphas_cumprod[int(timestep)].item()
+        timestep = _integer("timestep", timestep, 0, scheduler.config.num_train_timesteps - 1)
+        count = _integer("ensemble_size", ensemble_size, 1, 2**20)
+        seed = _integer("noise_seed", noise_seed, 0, 2**63 - 1)
+        super().__init__(cfg, timestep=timestep, **kwargs)
+        self.ensemble_size, self.noise_seed = count, seed
+        alpha = scheduler.alphas_cumprod[timestep].item()
         self.signal, self.sigma = alpha**0.5, (1 - alpha) ** 0.5
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # The noise level belongs to the timestep that was asked for: a checkpoint's own must not come between them.
+        timestep = self.timestep.clone()  # loading copies in place
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.timestep = timestep
 
     def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         count = self.ensemble_size

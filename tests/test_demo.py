@@ -107,7 +107,7 @@ def test_samples_are_complete(demo, monkeypatch):
         (["--size", "32"], "--size 32 is too small; give at least 64"),
         (["--threads", "0"], "--threads 0 is too small"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
-        (["--out", "text.png"], "--out text.png is a file; give a folder"),
+        (["--out", "text.png"], "is a file, not a folder; give another folder"),
     ],
 )
 def test_refuses_in_one_line(demo, monkeypatch, tmp_path, capsys, arguments, words):

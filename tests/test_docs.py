@@ -31,7 +31,7 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     exec(compile(code, str(page), "exec"), {})
 
 
-@pytest.mark.parametrize("page, code", blocks("bash"))
+@pytest.mark.parametrize("page, code", list(blocks("bash")))
 def test_command_lines(page, code, capsys, monkeypatch):
     """Every line is a target of the Makefile, an installation, or a tool whose parser takes the arguments."""
     targets = re.findall(r"^([\w/-]+):", (ROOT / "Makefile").read_text(), re.M)

@@ -80,8 +80,11 @@ def test_image_is_encoded_once():
         (dict(timestep=1000), "timestep must be an integer in 0..999, got 1000"),
         (dict(timestep=-1), "timestep"),
         (dict(timestep=2.5), "timestep must be an integer"),
-        (dict(ensemble_size=0), "ensemble_size must be an integer of at least 1, got 0"),
+        (dict(ensemble_size=0), "ensemble_size must be an integer in 1.*got 0"),
         (dict(noise_seed=-3), "noise_seed"),
+        (dict(noise_seed=2**64), "noise_seed"),
+        (dict(timestep=float("nan")), "timestep"),
+        (dict(ensemble_size=True), "ensemble_size"),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -102,3 +105,11 @@ def test_gradient_prompts_and_export():
     torch.testing.assert_close(program.module()(x.detach())[0], model(x.detach())[0])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x.detach())[0], model(x.detach())[0])
+
+
+def test_loading_keeps_timestep_and_noise_level_together():
+    model, other = make(timestep=100), make(timestep=400, seed=1)
+    model.load_state_dict(other.state_dict())
+    assert model.model.timestep == 100 and model.model.signal != other.model.signal
+    x = images()
+    torch.testing.assert_close(model(x)[0], make(timestep=100, seed=1)(x)[0])

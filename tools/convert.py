@@ -35,7 +35,8 @@ def check_configs(folder: Path, cfg: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder with unet/, vae/, scheduler/, text_encoder/, tokenizer/")
-    parser.add_argument("--model", required=True, help="what it is, e.g. dift_tiny, dift_sd21, cleandift_sd15")
+    names = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
+    parser.add_argument("--model", required=True, choices=names, help="what the folder holds")
     parser.add_argument("--out", required=True, type=Path, help="the file to write")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
     options = parser.parse_args(arguments)

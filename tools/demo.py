@@ -39,7 +39,7 @@ from cleandift_backbones.evaluation.features import (
     resolve_device,
 )
 from cleandift_backbones.evaluation.figures import Mark, Panel
-from cleandift_backbones.images import ImageError, read_image, to_tensor
+from cleandift_backbones.images import ImageError, check_folder, read_image, to_tensor
 
 SAMPLES = Path(cleandift_backbones.__file__).parent / "assets" / "samples"
 BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
@@ -125,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read_pairs(args: argparse.Namespace) -> list[Pair]:
     """All pictures, read before any long work."""
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file; give a folder")
+    check_folder(args.out)
     if args.size is not None and args.size < 64:
         raise UsageError(f"--size {args.size} is too small; give at least 64")
     if args.threads is not None and args.threads < 1:

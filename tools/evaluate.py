@@ -32,7 +32,7 @@ from cleandift_backbones.evaluation.features import (
     load_extractor,
     resolve_device,
 )
-from cleandift_backbones.images import ImageError
+from cleandift_backbones.images import ImageError, check_folder
 
 ABOUT = """# Held-out emoji: what the features are worth
 
@@ -121,8 +121,7 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
         for value in values:
             if value is not None and not low <= value <= (high or value):
                 raise ModelError(f"{name} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise OSError(f"--out {args.out} is a file; give a folder")
+    check_folder(args.out)
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise OSError(f"--{name.replace('_', '-')} {path}: no such file")
@@ -197,8 +196,10 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
     data += json.dumps({i: marks.tolist() for i, marks in suite.eyes.items()})
     for run in tqdm(plan, desc="runs", unit="run"):
         path = Path(args.out, "runs", f"{_key(args, run, data)}.safetensors")
-        if path.is_file():
+        # The weights behind a name such as hf-hub:... are not known before they are loaded: never taken from disk.
+        if path.is_file() and ":" not in run["model"]:
             rows.append(report.Row.load(path))
+            tqdm.write(f"{run['label']}: taken from {path}; delete it to measure again")
             continue
         clock = time.perf_counter()
         torch.manual_seed(args.seed)

@@ -22,19 +22,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. data.path=DIR max_steps=400")
     parser.add_argument("--fields", action="store_true", help="print all fields of the recipe and stop")
     options = parser.parse_args(arguments)
-    if options.fields:
-        from omegaconf import OmegaConf
-
-        from cleandift_backbones.distill.recipe import Recipe
-
-        print(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(Recipe), read_yaml(options.recipe))))
-        return 0
     try:
+        if options.fields:
+            from omegaconf import OmegaConf
+
+            from cleandift_backbones.distill.recipe import Recipe
+
+            print(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(Recipe), read_yaml(options.recipe))))
+            return 0
         recipe = load_recipe(options.recipe, options.overrides)
         from cleandift_backbones.distill.train import distill
 
         return distill(recipe)
-    except (ValueError, FileExistsError, FileNotFoundError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 

@@ -39,6 +39,7 @@ from cleandift_backbones.distill.trainer import (
     batch_indices,
     mix_seed,
     pick_device,
+    run_script,
     step_generator,
 )
 
@@ -381,4 +382,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

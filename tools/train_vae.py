@@ -27,6 +27,7 @@ from cleandift_backbones.distill.trainer import (
     batch_indices,
     mix_seed,
     pick_device,
+    run_script,
     step_generator,
 )
 
@@ -200,4 +201,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

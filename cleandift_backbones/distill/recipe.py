@@ -9,6 +9,8 @@ from pathlib import Path
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..models import ARCHITECTURES
+
 
 @dataclass
 class DataRecipe:
@@ -68,7 +70,15 @@ _CHOICES = {
     "resume": ("auto", "never"),
     "save_dtype": ("float16", "bfloat16", "float32"),
 }
-_POSITIVE = ("timestep_levels", "batch_size", "max_steps", "learning_rate", "checkpoint_every", "validate_every")
+_POSITIVE = (
+    "timestep_levels",
+    "batch_size",
+    "max_steps",
+    "learning_rate",
+    "checkpoint_every",
+    "validate_every",
+    "log_every",
+)
 
 
 def read_yaml(path: str | Path) -> DictConfig:
@@ -106,9 +116,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for name in _POSITIVE:
             if not merged[name] > 0:
                 raise ValueError(f"{name} must be above 0, got {merged[name]}")
-        low, high = merged.timestep_range
-        if not 0 <= low < high <= 999:
-            raise ValueError(f"timestep_range must be two numbers of 0..999, the smaller first, got [{low}, {high}]")
+        span = list(merged.timestep_range)
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= 999 or span[1] - span[0] + 1 < merged.timestep_levels:
+            raise ValueError(
+                f"timestep_range must be two numbers of 0..999, in order, with room for timestep_levels, got {span}"
+            )
+        if merged.maps is not None and (not merged.maps or not all(weight > 0 for weight in merged.maps.values())):
+            raise ValueError(f"maps must give every map a weight above 0, got {dict(merged.maps)}")
+        if merged.data.size is not None and merged.data.size < 64:
+            raise ValueError(f"data.size must be at least 64 pixels, got {merged.data.size}")
+        student, _, architecture = merged.model.partition("_")
+        if student != "cleandift" or merged.teacher != f"dift_{architecture}" or architecture not in ARCHITECTURES:
+            names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")
+            raise ValueError(f"model and teacher must be one of {names}; got {merged.model} with {merged.teacher}")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(f"recipe {path}: {str(error).splitlines()[0]}") from error

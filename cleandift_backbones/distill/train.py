@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
+from ..images import check_folder
 from ..models import ARCHITECTURES
 from ..prompts import PromptEncoder
 from .compose import compose_plain
@@ -52,6 +53,7 @@ def distill(recipe: Recipe) -> int:
     Returns:
         exit code: 0, or 128 + the number of the signal that stopped the run (its checkpoint is saved).
     """
+    check_folder(recipe.output_dir)
     device = pick_device(recipe.device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(mix_seed(recipe.seed, 0))
@@ -160,10 +162,19 @@ def distill(recipe: Recipe) -> int:
     if run.finished:
         with run.ema.applied():
             student.timestep.copy_(module.timestep.detach())
-            export(student, out, getattr(torch, recipe.save_dtype), dict(recipe=json.dumps(vars(recipe), default=vars)))
-        learned = float(module.timestep)
+            export(student, out, getattr(torch, recipe.save_dtype), dict(recipe=method(recipe)))
+        learned = float(module.timestep.detach())
         print(f"wrote {out / checkpoints.NATIVE_NAME} after {run.step} steps; learned timestep {learned:.2f}")
     return run.exit_code
+
+
+def method(recipe: Recipe) -> str:
+    """The recipe as JSON without what concerns one machine only: paths, device, workers."""
+    fields = json.loads(json.dumps(vars(recipe), default=vars))
+    for name in ("output_dir", "teacher_weights", "device", "num_workers", "resume"):
+        fields.pop(name)
+    fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}
+    return json.dumps(fields)
 
 
 def export(student: torch.nn.Module, out: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:

@@ -19,8 +19,9 @@ import json
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +40,7 @@ __all__ = [
     "batch_indices",
     "lr_factor",
     "pick_device",
+    "run_script",
     "step_generator",
 ]
 
@@ -367,6 +369,15 @@ class Run:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.step, self.spent = state["step"], state["spent"]
+
+
+def run_script(main: Callable[[], int]) -> int:
+    """A script's exit code; what the user can mend is told in one line, with code 2."""
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float) -> None:
