@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -166,8 +167,16 @@ def fit(
     return state
 
 
-def save_native(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a state dict as safetensors, aside first and then renamed, so that a crash never leaves half a file."""
+def save_native(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a state dict as safetensors, aside first and then renamed, so that a crash never leaves half a file.
+
+    `dtype` converts everything but the timestep, which half precision would round.
+    """
     path = Path(path)
     if all(name.startswith("model.") for name in state):  # of a features_only model, which wraps the backbone
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -176,6 +185,8 @@ def save_native(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping
         raise ValueError(
             f"{count} prompts are set; weights are saved with one: call set_prompt with a single text first"
         )
+    if dtype is not None:
+        state = {name: tensor if name == "timestep" else tensor.to(dtype) for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -48,9 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             model = timm.create_model(options.model, final_map="us10")
         given = {"prompt_embeds": PromptEncoder(options.source)(""), "timestep": torch.tensor(261.0)}
         load_weights(model, weights, given)
-        dtype = getattr(torch, options.dtype)
-        state = {name: t if name == "timestep" else t.to(dtype) for name, t in model.state_dict().items()}
-        checkpoints.save_native(state, options.out, {"model": options.model})
+        state = model.state_dict()
+        checkpoints.save_native(state, options.out, {"model": options.model}, getattr(torch, options.dtype))
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     count = sum(t.numel() for t in state.values())

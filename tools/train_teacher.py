@@ -39,6 +39,7 @@ from cleandift_backbones.distill.trainer import (
     batch_indices,
     mix_seed,
     pick_device,
+    run_options,
     run_script,
     step_generator,
 )
@@ -315,13 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         {"unet": unet, "text_encoder": text_encoder},
         optimizer,
         settings={k: getattr(options, k) for k in names} | {"pictures": len(train), "size": train.shape[-1]},
-        max_steps=options.max_steps,
-        max_minutes=options.max_minutes,
-        stop_minutes=options.stop_minutes,
-        warmup=options.warmup,
-        ema_decay=options.ema,
-        save_steps=options.save_steps,
-        resume=options.resume,
+        **run_options(options),
     )
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,3 @@ class Distiller(nn.Module):
         losses = {name: map_loss(guess[name], target[name], self.loss) for name in self.maps}
         total = sum(weight * losses[name] for name, weight in self.maps.items()) / sum(self.maps.values())
         return total, {name: value.detach() for name, value in losses.items()}
-
-
-def trainable(module: Distiller) -> Sequence[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]

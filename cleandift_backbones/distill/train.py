@@ -162,9 +162,10 @@ def distill(recipe: Recipe) -> int:
     if run.finished:
         with run.ema.applied():
             student.timestep.copy_(module.timestep.detach())
-            export(student, out, getattr(torch, recipe.save_dtype), dict(recipe=method(recipe)))
+            path, dtype = out / checkpoints.NATIVE_NAME, getattr(torch, recipe.save_dtype)
+            checkpoints.save_native(student.state_dict(), path, dict(recipe=method(recipe)), dtype)
         learned = float(module.timestep.detach())
-        print(f"wrote {out / checkpoints.NATIVE_NAME} after {run.step} steps; learned timestep {learned:.2f}")
+        print(f"wrote {path} after {run.step} steps; learned timestep {learned:.2f}")
     return run.exit_code
 
 
@@ -175,12 +176,6 @@ def method(recipe: Recipe) -> str:
         fields.pop(name)
     fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}
     return json.dumps(fields)
-
-
-def export(student: torch.nn.Module, out: Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    """Writes the native checkpoint: weights in `dtype`, the timestep in float32."""
-    state = {name: t if name == "timestep" else t.to(dtype) for name, t in student.state_dict().items()}
-    checkpoints.save_native(state, out / checkpoints.NATIVE_NAME, metadata)
 
 
 def _validation_images(pictures: list, size: int) -> Tensor:

@@ -40,6 +40,7 @@ __all__ = [
     "batch_indices",
     "lr_factor",
     "pick_device",
+    "run_options",
     "run_script",
     "step_generator",
 ]
@@ -378,6 +379,12 @@ def run_script(main: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def run_options(options: argparse.Namespace) -> dict:
+    """The arguments of `Run` that `add_run_arguments` reads."""
+    same = ("max_steps", "max_minutes", "stop_minutes", "warmup", "save_steps", "resume")
+    return {name: getattr(options, name) for name in same} | {"ema_decay": options.ema}
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float) -> None:
