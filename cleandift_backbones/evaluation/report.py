@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ..files import replacing, write_text
 from .bootstrap import Tally, concept_weights, difference, rate_interval
 
 VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy")
@@ -46,23 +47,24 @@ class Row:
             for metric, tally in tallies.items()
             for part in ("hits", "trials")
         }
-        told = dict(label=self.label, kind=self.kind, settings=self.settings, seconds=self.seconds)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(arrays, aside, {"row": json.dumps(told)})
-        os.replace(aside, path)
+        # safetensors sorts its keys: the order of the maps is told beside them
+        told = dict(
+            label=self.label, kind=self.kind, settings=self.settings, seconds=self.seconds, maps=list(self.results)
+        )
+        with replacing(path) as aside:
+            save_file(arrays, aside, {"row": json.dumps(told)})
 
     @classmethod
     def load(cls, path: Path) -> Row:
         """Reads a row that `save` wrote."""
         with safe_open(path, "np") as file:
             told = json.loads(file.metadata()["row"])
-            results: dict[str, dict[str, Tally]] = {}
+            results: dict[str, dict[str, Tally]] = {name: {} for name in told.pop("maps")}
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 name, metric, part = key.rsplit("/", 2)
                 if part == "hits":
                     tally = Tally(file.get_tensor(key), file.get_tensor(f"{name}/{metric}/trials"))
-                    results.setdefault(name, {})[metric] = tally
+                    results[name][metric] = tally
         return cls(results=results, **told)
 
 
@@ -230,7 +232,8 @@ class Report:
                 entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0)
             )
             figure.tight_layout(rect=(0, 0.05 + 0.06 * (-(-len(entries) // 3)) / rows, 1, 1), h_pad=2, w_pad=2)
-            _written(path, lambda temporary: figure.savefig(temporary, dpi=160, format="png"))
+            with replacing(path) as aside:
+                figure.savefig(aside, dpi=160, format="png")
             plt.close(figure)
 
     def _panel(self, axis, metric: str) -> None:
@@ -277,11 +280,10 @@ class Report:
     def write(self, folder: str | os.PathLike, about: str) -> list[Path]:
         """Writes results.json, results.md and results.png into a folder and returns their paths."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"results.{ending}" for ending in ("json", "md", "png")]
         text = json.dumps(self.to_json(), indent=1) + "\n"
-        _written(paths[0], lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        _written(paths[1], lambda temporary: temporary.write_text(self.markdown(about), encoding="utf-8"))
+        write_text(paths[0], text)
+        write_text(paths[1], self.markdown(about))
         self.plot(paths[2])
         return paths
 
@@ -294,16 +296,6 @@ def _settings(row: Row) -> str:
 def _where(best: Best) -> dict:
     text = ", ".join(part for part in (best.row.label, best.map) if part)
     return dict(rate=best.tally.rate, label=best.row.label, map=best.map, **best.row.settings, text=text)
-
-
-def _written(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes aside and renames, so that no half-written file is ever seen."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""Nothing half-written: files and folders are written aside, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside `path`, to be written as a file or filled as a folder; at the end it takes that place.
+
+    If the block raises, what it wrote is removed, and `path` is as it was. Missing parent folders are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(aside)
+    try:
+        yield aside
+        if aside.is_dir() and path.exists():
+            # A folder cannot be renamed over another: the old one steps aside for the moment.
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            try:
+                os.replace(aside, path)
+            except OSError:
+                os.replace(old, path)
+                raise
+            _remove(old)
+        else:
+            os.replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file (UTF-8), aside and renamed."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def save_png(image: Image.Image, path: str | Path) -> None:
+    """Writes a picture as PNG, aside and renamed."""
+    with replacing(path) as aside:
+        image.save(aside, format="PNG", compress_level=5)
