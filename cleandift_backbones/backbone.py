@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .latents import LatentEncoder
-from .prompts import PromptEncoder
+from .prompts import embed
 from .unet import FeatureUNet, map_infos
 
 MIN_SIDE = 64  # shorter images would leave less than one cell in the coarsest map of an SD UNet
@@ -70,6 +70,13 @@ def finest_map(infos: Sequence[dict], indices: Sequence[int]) -> str:
     return names[0]
 
 
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions in bfloat16 fail there: NVIDIA GPUs before Ampere, macOS before 14."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
+
+
 class CleanDIFT(nn.Module):
     """Image -> latent -> UNet at a fixed timestep -> named maps (CleanDIFT, arXiv 2412.03439).
 
@@ -115,7 +122,7 @@ class CleanDIFT(nn.Module):
             raise ValueError("a classifier needs pooled features: give global_pool='avg', or num_classes=0 for the map")
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.text_encoder = text_encoder or cfg.get("text_encoder")
+        self.text_encoder = text_encoder
         #: what arguments fix, weights loaded later must not replace
         self.fixed: set[str] = {n for n, v in (("timestep", timestep), ("prompt_embeds", prompt)) if v is not None}
         self.vae = LatentEncoder(cfg["vae"], in_chans)
@@ -143,7 +150,7 @@ class CleanDIFT(nn.Module):
             source = text_encoder or self.text_encoder
             if source is None:
                 raise ValueError(f"no text encoder is known for prompt {prompt!r}: pass text_encoder=FOLDER_OR_REPO")
-            prompt = PromptEncoder(source)(prompt)
+            prompt = embed(prompt, source)
         if prompt.ndim != 3 or prompt.shape[-1] != self.prompt_embeds.shape[-1]:
             width = self.prompt_embeds.shape[-1]
             raise ValueError(f"prompt embeddings must be N x L x {width}, got {tuple(prompt.shape)}")
@@ -159,6 +166,9 @@ class CleanDIFT(nn.Module):
             self.timestep = self.timestep.float()
         else:
             self.timestep = timestep.to(self.timestep.device)
+        weight = self.vae.encoder.conv_in.weight
+        if weight.dtype == torch.bfloat16 and lacks_bfloat16(weight.device):
+            raise RuntimeError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
         return self
 
     @torch.jit.ignore

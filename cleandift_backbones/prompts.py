@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import download
+
+INSTALL = "pip install 'cleandift_backbones[text]'"
+_logger = logging.getLogger(__name__)
+_embeddings: OrderedDict[tuple[str, str], Tensor] = OrderedDict()  # (text encoder, text) -> L x C
+_MOST = 512  # of them: 77 x 1024 floats each, 160 MB
+
 
 class PromptEncoder:
     """Tokenizer and text encoder of a Stable Diffusion, on the CPU in float32.
 
+    As in the base pipelines (diffusers' StableDiffusionPipeline.encode_prompt): padded to the tokenizer's length (77),
+    the output of the encoder's last layer (SD 2.1's encoder has 23 of OpenCLIP ViT-H/14's 24 layers) after its final
+    norm, the attention mask only where the encoder's config asks for it.
+
     Args:
-        source: a folder in diffusers' layout or a Hub repository, with `tokenizer/` and `text_encoder/`.
+        source: a folder in diffusers' layout or a Hub source, with `tokenizer/` and `text_encoder/`.
+        cache_dir: of the Hub's files.
 
     Raises:
         ImportError: transformers is not installed.
         OSError: the source is not there or holds no text encoder.
     """
 
-    def __init__(self, source: str | Path):
+    def __init__(self, source: str | Path, cache_dir: str | Path | None = None):
         try:
             from transformers import AutoTokenizer, CLIPTextModel
         except ImportError as error:
-            raise ImportError("prompts need transformers: pip install 'cleandift_backbones[text]'") from error
+            raise ImportError(f"prompts need transformers: {INSTALL}") from error
         try:
+            place = download.parse_source(source)
+            options = dict(cache_dir=cache_dir)
+            if isinstance(place, download.HubFile):
+                options["revision"] = place.revision
+                folder, prefix = place.repo, place.path
+            else:
+                folder, prefix = str(place), ""
             with torch.device("cpu"):  # a model under construction may have made meta the default device
-                self.tokenizer = AutoTokenizer.from_pretrained(str(source), subfolder="tokenizer")
-                encoder = CLIPTextModel.from_pretrained(str(source), subfolder="text_encoder", use_safetensors=True)
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    folder, subfolder=f"{prefix}/tokenizer".lstrip("/"), **options
+                )
+                encoder = CLIPTextModel.from_pretrained(
+                    folder, subfolder=f"{prefix}/text_encoder".lstrip("/"), use_safetensors=True, **options
+                )
         except (OSError, ValueError) as error:
             raise OSError(
                 f"no text encoder could be loaded from {source} (a folder or Hub repository with tokenizer/ and "
@@ -37,17 +62,74 @@ class PromptEncoder:
         self.encoder = encoder.float().eval()
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """One or more prompts -> N x L x C, padded or cut to the tokenizer's length L: the last hidden state.
-
-        Raises:
-            TypeError: texts are not strings.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"prompts must be strings, got {texts!r}")
+        """One or more prompts -> N x L x C. A text longer than L tokens is cut, with a warning, as in the pipelines."""
+        texts = _texts(texts)
         length = self.tokenizer.model_max_length
         with torch.device("cpu"), torch.no_grad():
             tokens = self.tokenizer(
                 texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
-            return self.encoder(tokens.input_ids).last_hidden_state
+            for text, ids in zip(texts, self.tokenizer(texts, verbose=False).input_ids):
+                if len(ids) > length:
+                    lost = self.tokenizer.decode(ids[length - 1 : -1]).strip()
+                    _logger.warning(f"the prompt {text[:40]!r}... is longer than {length} tokens: cut off is {lost!r}")
+            mask = tokens.attention_mask if getattr(self.encoder.config, "use_attention_mask", False) else None
+            return self.encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+
+
+def _texts(texts: str | Sequence[str]) -> list[str]:
+    """Raises TypeError if they are not strings."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"prompts must be strings, got {texts!r}")
+    return texts
+
+
+def _identity(source: str | Path, cache_dir: str | Path | None) -> str:
+    """Which text encoder this is: a repository's commit, or a folder's files."""
+    place = download.parse_source(source)
+    if isinstance(place, download.HubFile):
+        return f"{place.repo}/{place.path} at {download.commit_of(place.join('text_encoder/config.json'), cache_dir)}"
+    files = sorted(p for part in ("tokenizer", "text_encoder") for p in (place / part).glob("*"))
+    return " ".join([str(place.resolve()), *(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)])
+
+
+def embed(
+    texts: str | Sequence[str], source: str | Path, cache_dir: str | Path | None = None, keep: bool = False
+) -> Tensor:
+    """Embeddings of prompts, N x L x C in float32. The encoder is loaded for texts not seen before, then released.
+
+    Args:
+        texts: one or more.
+        source: of the text encoder, see `PromptEncoder`.
+        cache_dir: of the Hub's files.
+        keep: keep one text's embedding on the disk too, beside the Hub's cache.
+
+    Raises:
+        TypeError: texts are not strings. ImportError, OSError: see `PromptEncoder`.
+    """
+    texts = _texts(texts)
+    if keep:
+        return download.remember(
+            _key(texts[0], source, cache_dir), lambda: PromptEncoder(source, cache_dir)(texts[0]), cache_dir
+        )
+    identity = _identity(source, cache_dir)
+    new = [text for text in dict.fromkeys(texts) if (identity, text) not in _embeddings]
+    found = {text: _embeddings[identity, text] for text in texts if text not in new}
+    if new:
+        found |= dict(zip(new, PromptEncoder(source, cache_dir)(new)))
+    for text, embedding in found.items():
+        _embeddings[identity, text] = embedding
+        _embeddings.move_to_end((identity, text))
+    while len(_embeddings) > _MOST:
+        _embeddings.popitem(last=False)
+    return torch.stack([found[text] for text in texts])
+
+
+def _key(text: str, source: str | Path, cache_dir: str | Path | None) -> str:
+    return f"prompt {text!r} of {_identity(source, cache_dir)}"
+
+
+def kept(text: str, source: str | Path, cache_dir: str | Path | None = None) -> Tensor | None:
+    """The embedding of a text that `embed(..., keep=True)` kept, or None."""
+    return download.recall(_key(text, source, cache_dir), cache_dir)

@@ -5,9 +5,11 @@ import pickle
 import struct
 
 import pytest
+import standins
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
 from timm.models._hub import save_for_hf
 
 from cleandift_backbones import checkpoints
@@ -137,7 +139,7 @@ def test_truncated_and_foreign_files(native):
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(path)
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"no native cleandift_backbones checkpoint.*it holds a, b"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of a form that this package knows.*it holds a, b"):
         load(path)
     with pytest.raises(CheckpointError, match=r"nowhere.safetensors does not exist"):
         load(path.parent / "nowhere.safetensors")
@@ -170,7 +172,9 @@ def test_offline_and_not_cached(tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RuntimeError, match=r"model.safetensors of someone/something.*not in the cache.*file=PATH"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)unet: someone/something: not in the cache.*sources=dict\(unet=PATH\).*file=FOLDER"
+    ):
         timm.create_model(
             "test_cleandift",
             pretrained=True,
@@ -199,7 +203,168 @@ def test_save_is_aside_then_renamed(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints, "save_file", fail)
+    monkeypatch.setattr(checkpoints.writing, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save_native({"a": torch.zeros(1)}, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_disk_full_says_how_much_is_needed(tmp_path, monkeypatch):
+    def fail(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints.writing, "save_file", fail)
+    with pytest.raises(OSError, match=r"did not take a file of 0.04 GB: .*No space left.*Is the disk full"):
+        checkpoints.save_native({"a": torch.zeros(1).expand(10**7)}, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# --- the forms in which weights exist -----------------------------------------------------------------------------
+
+
+def opened(tmp_path, content, name="file.safetensors"):
+    (tmp_path / name).write_bytes(content)
+    return checkpoints.open_checkpoint(tmp_path / name)
+
+
+def test_compvis_unet(tmp_path):
+    weights = opened(tmp_path, standins.compvis_unet())
+    assert weights.form == "UNet in diffusers' layout"
+    count = len(standins.unet().state_dict())
+    assert weights.describe() == f"UNet ({count} tensors)"
+    assert torch.equal(weights["unet.conv_out.bias"], standins.unet().conv_out.bias.half())
+
+
+def test_compvis_full(tmp_path):
+    weights = opened(tmp_path, standins.compvis_full())
+    count = len(standins.unet().state_dict())
+    assert weights.form == "CompVis full checkpoint"
+    for part in (
+        f"UNet ({count} tensors)",
+        f"teacher's UNet ({count} tensors)",
+        "VAE encoder (",
+        "VAE decoder (",
+        "timestep",
+    ):
+        assert part in weights.describe()
+    assert "projection heads (" in weights.describe()
+    assert weights["timestep"] == standins.TIMESTEP
+    assert torch.equal(weights["unet.conv_in.bias"], standins.unet(0).conv_in.bias.half())
+    assert torch.equal(weights["teacher.conv_in.bias"], standins.unet(1).conv_in.bias.half())
+    teacher = weights.teacher()
+    assert torch.equal(teacher["unet.conv_in.bias"], standins.unet(1).conv_in.bias.half())
+    assert not teacher.has("teacher.") and not teacher.has("heads.") and not teacher.has("timestep")
+    with pytest.raises(CheckpointError, match="holds no teacher, only UNet"):
+        teacher.teacher()
+
+
+def test_projection_heads_fit_ours(tmp_path):
+    weights = opened(tmp_path, standins.compvis_full())
+    heads = standins.heads()
+    ours = {n.removeprefix("heads."): weights[n].float() for n in weights.names() if n.startswith("heads.")}
+    assert ours.keys() == heads.state_dict().keys()
+    assert all(torch.equal(ours[n], t.half().float()) for n, t in heads.state_dict().items())
+
+
+@pytest.mark.parametrize("convolutions", [None, False, True])
+def test_vae_alone_with_old_attention_names(tmp_path, convolutions):
+    state = standins.vae().state_dict()
+    old = state if convolutions is None else standins.old_names(state, convolutions)
+    assert any(".query." in name for name in old) == (convolutions is not None)
+    weights = opened(tmp_path, save({n: t.contiguous() for n, t in old.items()}))
+    assert weights.form == "VAE in diffusers' layout"
+    assert weights.names() == {f"vae.{name}" for name in state}
+    for name, tensor in state.items():
+        assert torch.equal(weights[f"vae.{name}"], tensor), name
+
+
+def test_diffusers_folders(tmp_path):
+    files = standins.diffusers_files()
+    folder = standins.write(tmp_path / "sd", files)
+    weights = checkpoints.open_checkpoint(folder)
+    assert weights.form == "diffusers folder" and weights.configs.keys() == {"unet", "vae", "scheduler"}
+    assert torch.equal(weights["unet.conv_in.bias"], standins.unet(1).conv_in.bias)
+    # The 16-bit variant is taken only where there is nothing else.
+    variant = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    variant.write_bytes(save(standins.half(standins.unet(0).state_dict())))
+    assert checkpoints.open_checkpoint(folder)["unet.conv_in.bias"].dtype == torch.float32
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    assert checkpoints.open_checkpoint(folder)["unet.conv_in.bias"].dtype == torch.float16
+    assert checkpoints.open_checkpoint(folder / "unet").form == "UNet in diffusers' layout"
+    variant.unlink()
+    with pytest.raises(CheckpointError, match="has no unet/diffusion_pytorch_model.safetensors"):
+        checkpoints.open_checkpoint(folder)
+
+
+def test_foreign_checkpoints_are_told_apart(tmp_path):
+    def refused(state, message):
+        with pytest.raises(CheckpointError, match=message):
+            opened(tmp_path, save({name: torch.zeros(1) for name in state}))
+
+    refused(["model.diffusion_model.input_blocks.0.0.weight"], "original Stable Diffusion code.*from_single_file")
+    refused(["unet_encoder.lora_A.weight"], "is a LoRA.*merge it")
+    for text in ("{}", "[]", '{"weight_map": {"a": "../b.safetensors"}}', "not json"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="not an index|outside its folder"):
+            checkpoints.open_checkpoint(tmp_path)
+
+
+def test_unet_of_another_family(tmp_path):
+    """What an SDXL or SD 1.5 UNet would look like to sd21."""
+    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    base = {"conv_in.weight": torch.zeros(320, 4, 3, 3), key: torch.zeros(640, 2048)}
+    xl = save(base | {"add_embedding.linear_1.weight": torch.zeros(1)})
+    (tmp_path / "xl.safetensors").write_bytes(xl)
+    (tmp_path / "sd15.safetensors").write_bytes(save(base | {key: torch.zeros(320, 768)}))
+    for name, found in (
+        ("xl", "Stable Diffusion XL, text of width 2048"),
+        ("sd15", "Stable Diffusion 1.x, text of width 768"),
+    ):
+        with pytest.raises(CheckpointError, match=f"another family .{found}.; the model is of Stable Diffusion 2.x"):
+            timm.create_model(
+                "cleandift_sd21",
+                pretrained=True,
+                timestep=261,
+                pretrained_cfg_overlay=dict(file=str(tmp_path / f"{name}.safetensors")),
+                sources=dict(vae=str(vae_file(tmp_path)), text_encoder=str(text_folder(tmp_path))),
+            )
+
+
+def vae_file(folder):
+    (folder / "vae.safetensors").write_bytes(standins.sd_vae())
+    return folder / "vae.safetensors"
+
+
+def text_folder(folder):
+    return standins.write(folder / "text", standins.diffusers_files())
+
+
+def test_zero_copy(native):
+    """Weights of the dtype asked for lie in the mapped file; they are not copied."""
+    path, _ = native
+    weights = checkpoints.open_checkpoint(path)
+    name = "unet.mid_block.resnets.0.conv1.weight"
+    like = {name: torch.empty(weights.shape(name), device="meta")}
+    same = checkpoints.fit(weights, like, lambda name: True)[name]
+    other = checkpoints.fit(weights, like, lambda name: True, dtype=torch.float16)[name]
+    assert same.data_ptr() == weights[name].data_ptr() != other.data_ptr()
+
+
+def test_checksum(native):
+    path, _ = native
+    assert checkpoints.verify(path) == "verified"
+    save_file(load_file(path), path)
+    assert checkpoints.verify(path) == "no checksum"
+
+
+@pytest.mark.parametrize("low", [b"\x80", b"PK"])
+def test_header_length_that_looks_like_a_pickle(tmp_path, low):
+    """The file begins with its header's length, whose lowest bytes may be those of a pickle or of a zip archive."""
+    path = tmp_path / "model.safetensors"
+    for length in range(0, 40_000, 8):
+        save_file({"unet.x": torch.ones(1)}, path, {"filler": "x" * length})
+        if path.read_bytes().startswith(low):
+            break
+    else:
+        pytest.fail("no such length")
+    assert checkpoints.open_checkpoint(path)["unet.x"] == 1

@@ -1,19 +1,22 @@
-"""tools/convert.py: a diffusers folder becomes a native file with equal maps."""
+"""tools/convert.py: every form of weights becomes a native folder with equal maps, and a UNet folder for diffusers."""
 
 import json
 import shutil
 
 import pytest
+import standins
 import timm
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import save
 
 from cleandift_backbones.models import ARCHITECTURES, ASSETS
 from cleandift_backbones.unet import FeatureUNet
 from tools.convert import main
 
 TINY = ARCHITECTURES["tiny"]
+X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -29,38 +32,153 @@ def source(tmp_path_factory):
     return folder
 
 
-def test_equal_maps(source, tmp_path):
+@pytest.fixture
+def parts(tmp_path):
+    """Command-line arguments for the parts that a lone UNet lacks, as local files."""
+    folder = standins.write(tmp_path / "mirror", standins.diffusers_files())
+    (tmp_path / "vae.safetensors").write_bytes(standins.sd_vae())
+    return ["--vae", str(tmp_path / "vae.safetensors"), "--text-encoder", str(folder)]
+
+
+def load(folder, **kwargs):
+    options = dict(features_only=True, out_indices=tuple(range(11)))
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **{**options, **kwargs}).eval()
+
+
+def check(model, seed=0, timestep=standins.TIMESTEP, dtype=torch.float16, **tolerance):
+    expected = standins.expected_maps(X, seed, timestep, dtype)
+    with torch.no_grad():
+        for info, found in zip(model.feature_info.get_dicts(), model(X)):
+            torch.testing.assert_close(found, expected[info["name"]], **{**dict(rtol=1e-3, atol=1e-4), **tolerance})
+
+
+ROUND = dict(rtol=0.05, atol=0.02)  # VAE and prompt in 16 bit too
+
+
+def test_diffusers_folder_to_a_native_file(source, tmp_path):
     out = tmp_path / "native.safetensors"
-    assert main([str(source), "--model", "dift_tiny", "--out", str(out), "--dtype", "float32"]) == 0
+    assert main([str(source), "--model", "dift_tiny", "--out", str(out), "--dtype", "float32", "--cut"]) == 0
     with safe_open(out, "pt") as file:
-        assert file.metadata()["model"] == "dift_tiny"
+        assert file.metadata()["model"] == "dift_tiny" and file.metadata()["format"] == "pt"
         names = list(file.keys())
     assert not [n for n in names if n.startswith(("vae.decoder", "unet.conv_out"))]
     model = timm.create_model(
         "cleandift_tiny", pretrained=True, pretrained_cfg_overlay=dict(file=str(out)), features_only=True
     ).eval()
-    x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         vae = AutoencoderKL.from_pretrained(source / "vae").eval()
-        latents = vae.encode(x).latent_dist.mode() * vae.config.scaling_factor
+        latents = vae.encode(X).latent_dist.mode() * vae.config.scaling_factor
         unet = FeatureUNet.from_pretrained(source / "unet").eval()
         expected = unet(latents, 261, model.model.prompt_embeds, ["us9", "us6", "us3", "mid"])
-        for a, b in zip(reversed(model(x)), expected.values()):
+        for a, b in zip(reversed(model(X)), expected.values()):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compvis_unet(tmp_path, parts, capsys):
+    (tmp_path / "unet.safetensors").write_bytes(standins.compvis_unet())
+    out = tmp_path / "native"
+    assert main([str(tmp_path / "unet.safetensors"), "--out", str(out), "--timestep", "247.5", *parts]) == 0
+    said = capsys.readouterr().out
+    assert "found UNet in diffusers' layout with UNet (" in said and "of test_cleandift" in said
+    assert {path.name for path in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    check(load(out), **ROUND)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert "unet.conv_out.weight" in file.keys()  # noqa: SIM118
+        assert {file.get_tensor(n).dtype for n in file.keys() if n != "timestep"} == {torch.float16}  # noqa: SIM118
+        assert len(file.metadata()["sha256"]) == 64 and str(tmp_path) not in str(file.metadata())
+    card = (out / "README.md").read_text()
+    assert "Converted from unet.safetensors" in card and "license: apache-2.0" in card
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_compvis_full(tmp_path, parts, which):
+    (tmp_path / "full.safetensors").write_bytes(standins.compvis_full())
+    arguments = [str(tmp_path / "full.safetensors"), "--out", str(tmp_path / "native"), "--unet", which]
+    assert (
+        main([*arguments, *parts[2:], "--dtype", "float32"] + (["--timestep", "7"] if which == "teacher" else [])) == 0
+    )
+    seed, timestep = (0, standins.TIMESTEP) if which == "student" else (1, 7)
+    check(load(tmp_path / "native"), seed, timestep, **ROUND)
+
+
+def test_a_repository_on_the_hub(hub, tmp_path):
+    hub.place("me/sd", standins.diffusers_files())
+    assert main(["me/sd@main", "--out", str(tmp_path / "native"), "--timestep", "100"]) == 0
+    check(load(tmp_path / "native"), 1, 100, torch.float32)
+
+
+def test_back_to_diffusers(tmp_path, parts):
+    (tmp_path / "unet.safetensors").write_bytes(standins.compvis_unet())
+    native, back, again = tmp_path / "native", tmp_path / "back", tmp_path / "again"
+    main([str(tmp_path / "unet.safetensors"), "--out", str(native), "--timestep", "247.5", *parts])
+    assert main([str(native), "--to", "diffusers", "--out", str(back), "--dtype", "float32"]) == 0
+    unet, report = UNet2DConditionModel.from_pretrained(back, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, tensor in unet.state_dict().items():
+        assert torch.equal(tensor, standins.unet(0).state_dict()[name].half().float()), name
+    features = FeatureUNet.from_pretrained(back).eval()
+    with torch.no_grad():
+        vae = standins.vae()
+        latents = vae.encode(X).latent_dist.mode() * vae.config.scaling_factor
+        maps = features(latents, standins.TIMESTEP, standins.empty_prompt())
+    for name, expected in standins.expected_maps(X).items():
+        torch.testing.assert_close(maps[name], expected, rtol=1e-3, atol=1e-4)
+    # The timestep came along, so that the way back needs nothing but the VAE and the prompt.
+    assert main([str(back), "--out", str(again), "--model", "test_cleandift", *parts]) == 0
+    check(load(again), **ROUND)
+
+
+def test_cut_weights_need_another_unet_for_diffusers(tmp_path, capsys):
+    arguments = ["cleandift_tiny", "--to", "diffusers", "--out", str(tmp_path / "unet")]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "was saved only as deep as its finest map. Give --fill SOURCE" in capsys.readouterr().err
+    torch.manual_seed(0)
+    UNet2DConditionModel(**TINY["unet"]).save_pretrained(tmp_path / "other")
+    assert main([*arguments, "--fill", str(tmp_path / "other")]) == 0
+    unet = FeatureUNet.from_pretrained(tmp_path / "unet").eval()
+    model = timm.create_model("cleandift_tiny", pretrained=True, features_only=True, out_indices=(0,)).eval()
+    with torch.no_grad():
+        latents, _ = model.model.vae(X)
+        found = unet(latents, model.model.timestep, model.model.prompt_embeds, ["us10"])["us10"]
+        torch.testing.assert_close(found, model(X)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_shards(tmp_path, source):
+    out = tmp_path / "native"
+    assert main([str(source), "--model", "dift_tiny", "--out", str(out), "--max-shard-size", "10MB"]) == 0
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and not (out / "model.safetensors").exists()
+    assert load(out, out_indices=(10,), timestep=10)(X)[0].shape == (1, 112, 2, 2)
 
 
 def test_refusals(source, tmp_path, capsys):
     out = tmp_path / "native.safetensors"
 
-    def refused(folder, message, model="dift_tiny"):
+    def refused(folder, message, *arguments):
         with pytest.raises(SystemExit) as stop:
-            main([str(folder), "--model", model, "--out", str(out)])
-        assert stop.value.code == 2 and message in capsys.readouterr().err and not out.exists()
+            main([str(folder), "--out", str(out), *arguments])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and message in said, said
+        assert not out.exists()
 
-    refused(tmp_path, "has no unet/diffusion_pytorch_model.safetensors")
-    refused(source, "block_out_channels is [48, 80, 112, 112], the model has", model="dift_sd15")
+    refused(tmp_path, "holds no model.safetensors, diffusion_pytorch_model.safetensors, unet/ or vae/")
+    refused(source, "block_out_channels of its unet is [48, 80, 112, 112], the model has", "--model", "dift_sd15")
+    refused("nobody/nothing", "nobody/nothing does not exist, or is private")
+    refused(tmp_path / "nowhere", "is neither a file or folder here nor OWNER/NAME")
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
     config = json.loads((changed / "vae/config.json").read_text()) | {"scaling_factor": 0.5}
     (changed / "vae/config.json").write_text(json.dumps(config))
-    refused(changed, "scaling_factor is 0.5")
+    refused(changed, "scaling_factor of its vae is 0.5, the model has", "--model", "dift_tiny")
+    (tmp_path / "vae.safetensors").write_bytes(standins.sd_vae())
+    refused(tmp_path / "vae.safetensors", "holds no UNet of a known architecture")
+    (tmp_path / "other.safetensors").write_bytes(
+        save({"conv_in.weight": torch.zeros(1), "down_blocks.0": torch.zeros(1)})
+    )
+    refused(tmp_path / "other.safetensors", "holds no UNet of a known architecture")
+    refused(ASSETS / "cleandift_tiny.safetensors", "holds no teacher", "--unet", "teacher")
+    out.write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        main([str(source), "--model", "dift_tiny", "--out", str(out)])
+    assert "exists: choose another --out, or give --overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == b"mine"

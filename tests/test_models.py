@@ -423,3 +423,17 @@ def test_prompt_embeddings_change_the_maps():
         model.model.set_prompt(torch.randn(1, 3, 7))
     with pytest.raises(ValueError, match="no text encoder is known.*a cat.*text_encoder="):
         make(prompt="a cat")
+
+
+def test_bfloat16_on_a_device_without_it(monkeypatch):
+    monkeypatch.setattr("cleandift_backbones.backbone.lacks_bfloat16", lambda device: device.type == "cpu")
+    with pytest.raises(RuntimeError, match="cpu has no bfloat16: use dtype=torch.float16 or torch.float32"):
+        timm.create_model("test_cleandift").bfloat16()
+    with pytest.raises(RuntimeError, match="cpu has no bfloat16"):
+        timm.create_model("cleandift_tiny", pretrained=True, features_only=True, dtype=torch.bfloat16)
+
+
+def test_dtype_and_device_arguments():
+    model = timm.create_model("test_cleandift", dtype="float16", device="meta", features_only=True)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float16, "meta")}
+    assert model.model.timestep.dtype == torch.float32

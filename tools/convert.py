@@ -1,59 +1,83 @@
 #!/usr/bin/env python
-"""Turns a folder in diffusers' layout into a native checkpoint, one safetensors file.
+"""Turns weights of any form into one native folder, which timm loads, or into a UNet folder, which diffusers loads.
 
-    python tools/convert.py runs/teacher --model dift_tiny --out dift_tiny.safetensors
+    python tools/convert.py cleandift_sd21 --out sd21                    the published parts, fetched and put together
+    python tools/convert.py cleandift_sd21_full.safetensors --out sd21   a file of CompVis (student; --unet teacher)
+    python tools/convert.py me/my-sd@v2 --model dift_sd15 --out my_sd    a diffusers folder, here or on the Hub
+    python tools/convert.py sd21 --to diffusers --out sd21_unet          back to diffusers' UNet2DConditionModel
 
-The file holds the UNet as deep as the finest map, the VAE's encoder, the empty prompt's embedding and the timestep.
-Configs that differ from the model's (widths, schedule, the latents' scaling factor) are refused.
+SOURCE is a file, a folder, OWNER/NAME[@REVISION][/PATH] on the Hub, or the name of a published model. What it lacks
+(VAE, timestep, empty prompt) comes from where it is published, or from --vae, --timestep and --text-encoder. The folder
+holds model.safetensors (in shards over 5 GB) with the whole UNet, the VAE's encoder, the empty prompt's embedding and
+the timestep; config.json; README.md. Then: timm.create_model("local-dir:FOLDER", pretrained=True, features_only=True).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import timm
 import torch
 
 import cleandift_backbones  # noqa: F401
-from cleandift_backbones import checkpoints
-from cleandift_backbones.models import ARCHITECTURES, load_weights
-from cleandift_backbones.prompts import PromptEncoder
+from cleandift_backbones.convert import to_diffusers, to_native
+from cleandift_backbones.models import ARCHITECTURES
+
+NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
 
 
-def check_configs(folder: Path, cfg: dict) -> None:
-    """Raises ValueError where a config of the folder differs from the architecture's."""
-    for part, name in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json")):
-        found = json.loads((folder / part / name).read_text())
-        for key, value in cfg[part].items():
-            if key in found and json.dumps(found[key]) != json.dumps(value):
-                raise ValueError(f"{folder / part / name}: {key} is {found[key]}, the model has {value}")
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("source", help="file, folder, OWNER/NAME[@REVISION][/PATH], or a model's name")
+    result.add_argument("--out", required=True, type=Path, help="folder to write, or a native .safetensors file")
+    result.add_argument("--model", choices=[*NAMES, "test_cleandift"], help="what it is (default: told by its shapes)")
+    result.add_argument("--to", choices=("native", "diffusers"), default="native", help="form to write")
+    result.add_argument("--unet", choices=("student", "teacher"), default="student", help="of a full file of CompVis")
+    result.add_argument("--vae", help="source of the VAE, where SOURCE has none")
+    result.add_argument("--text-encoder", help="source with text_encoder/ and tokenizer/, for the empty prompt")
+    result.add_argument("--timestep", help="a number 0..999, or a full file of CompVis that holds it")
+    result.add_argument("--fill", help="with --to diffusers: a UNet to take what runs after the last map from")
+    result.add_argument(
+        "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: as SOURCE's UNet"
+    )
+    result.add_argument("--cut", action="store_true", help="leave out what runs after the finest map (1 %% of SD)")
+    result.add_argument("--max-shard-size", default="5GB", help="of a file in a folder (default: 5GB)")
+    result.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with unet/, vae/, scheduler/, text_encoder/, tokenizer/")
-    names = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
-    parser.add_argument("--model", required=True, choices=names, help="what the folder holds")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
-    options = parser.parse_args(arguments)
+    line = parser()
+    options = line.parse_args(arguments)
+    number = options.timestep is not None and options.timestep.replace(".", "", 1).isdigit()
+    parts = {"vae": options.vae, "text_encoder": options.text_encoder, "timestep": None if number else options.timestep}
+    common = dict(
+        model=options.model,
+        teacher=options.unet == "teacher",
+        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+    )
     try:
-        cfg = ARCHITECTURES[options.model.split("_")[1]]
-        weights = checkpoints.open_diffusers(options.source)
-        check_configs(options.source, cfg)
-        with torch.device("meta"):
-            model = timm.create_model(options.model, final_map="us10")
-        given = {"prompt_embeds": PromptEncoder(options.source)(""), "timestep": torch.tensor(261.0)}
-        load_weights(model, weights, given)
-        state = model.state_dict()
-        checkpoints.save_native(state, options.out, {"model": options.model}, getattr(torch, options.dtype))
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    count = sum(t.numel() for t in state.values())
-    print(f"wrote {options.out}: {count / 1e6:.2f} M numbers, {options.out.stat().st_size / 1e6:.1f} MB")
+        if options.out.exists() and not options.overwrite:
+            raise ValueError(f"{options.out} exists: choose another --out, or give --overwrite")
+        if options.to == "diffusers":
+            name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
+        else:
+            name, weights = to_native(
+                options.source,
+                options.out,
+                parts={part: source for part, source in parts.items() if source},
+                timestep=float(options.timestep) if number else None,
+                cut=options.cut,
+                max_shard_size=options.max_shard_size,
+                **common,
+            )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        line.exit(2, f"{line.prog}: error: {error}\n")
+    files = sorted(options.out.glob("*.safetensors")) if options.out.is_dir() else [options.out]
+    print(f"found {weights.form} with {weights.describe()}, of {name}")
+    for file in files:
+        print(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from cleandift_backbones.evaluation.features import (
     resolve_device,
 )
 from cleandift_backbones.evaluation.figures import Mark, Panel
+from cleandift_backbones.files import save_png
 from cleandift_backbones.images import ImageError, check_folder, read_image, to_tensor
 
 SAMPLES = Path(cleandift_backbones.__file__).parent / "assets" / "samples"
@@ -89,7 +89,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         names = (args.model, f"{_twin(args.model)}, t={NOISY_TIMESTEP}, one noise" if noisy else "")
         for name, image in _draw(pairs, names, shown, matched):
-            _save(image, out / name)
+            save_png(image, out / name)
             print(f"wrote {out / name}  ({image.width} x {image.height})", flush=True)
     except (UsageError, ModelError, ImageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -346,15 +346,6 @@ def _draw_overview(pairs: Sequence[Pair], models: tuple[str, str], matched: str)
             row.append(Panel(_smooth(images[1], pair.b), "with noise"))
         rows.append([figures.squared(panel if number == 0 else replace(panel, caption="")) for panel in row])
     return figures.grid(rows, height=180)
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        image.save(temporary, format="PNG", compress_level=5)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

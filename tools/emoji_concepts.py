@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
+
+from cleandift_backbones.files import write_text
 
 EVALUATION = Path(__file__).resolve().parent.parent / "cleandift_backbones" / "evaluation"
 SPLIT_FILE, EYES_FILE = EVALUATION / "emoji_split.json", EVALUATION / "emoji_eyes.json"
@@ -155,6 +156,4 @@ def write_json(path: Path, data: dict) -> None:
             lines.append(f"{json.dumps(name)}: {{\n{body}\n}}")
         else:
             lines.append(f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}")
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -35,6 +35,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from cleandift_backbones.files import replacing, write_text
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
 from emoji_concepts import (
     EYES_FILE,
@@ -187,9 +189,8 @@ def render(source: tuple[str, str], size: int) -> Image.Image:
 
 def _render_job(job: tuple[tuple[str, str], str, int]) -> None:
     source, target, size = job
-    aside = target + ".part"
-    render(source, size).save(aside, format="PNG", optimize=True)
-    os.replace(aside, target)
+    with replacing(target) as aside:
+        render(source, size).save(aside, format="PNG", optimize=True)
 
 
 def find_sources(style: str, folder: Path, concepts: dict, name_to_key: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -277,9 +278,8 @@ def make_pictures(
         for _ in tqdm(pool.imap_unordered(_render_job, todo, 16), total=len(todo), desc="pictures", unit="picture"):
             pass
     for side, entries in lines.items():  # last: a folder with metadata is complete
-        aside = out / side / "metadata.jsonl.part"
-        aside.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-        os.replace(aside, out / side / "metadata.jsonl")
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        write_text(out / side / "metadata.jsonl", text)
     return Counter((side, entry["style"]) for side, entries in lines.items() for entry in entries)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
-from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures, save_png
+from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
 from cleandift_backbones.distill.trainer import (
     Run,
     add_run_arguments,
@@ -43,6 +43,7 @@ from cleandift_backbones.distill.trainer import (
     run_script,
     step_generator,
 )
+from cleandift_backbones.files import save_png
 
 CONTEXT = 96  # width of the prompt's embedding
 LIMIT = 7_900_000  # parameters that a feature file of at most 16 MB can hold in fp16

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures, save_png
+from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures
 from cleandift_backbones.distill.trainer import (
     Run,
     add_run_arguments,
@@ -31,6 +29,7 @@ from cleandift_backbones.distill.trainer import (
     run_script,
     step_generator,
 )
+from cleandift_backbones.files import replacing, save_png
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
 PREVIEW = 16  # pictures on the sheet
@@ -113,11 +112,8 @@ def export(vae: AutoencoderKL, scale: float, dtype: torch.dtype, folder: Path) -
     """Writes `vae` with its scaling_factor as a diffusers folder, aside first."""
     vae = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).to(dtype)
     vae.register_to_config(scaling_factor=round(scale, 5))
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    vae.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    with replacing(folder) as aside:
+        vae.save_pretrained(aside)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures", "save_png"]
+__all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures"]
 
 METADATA_KEYS = ("file_name", "text", "style", "concept", "subgroup")
 # What a background is made of and how often (white sheets come on top of these).
@@ -268,12 +268,3 @@ def contact_sheet(pictures: Tensor, columns: int, gap: int = 2) -> Image.Image:
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture
     return Image.fromarray(sheet)
-
-
-def save_png(image: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a picture aside and renames it, so that a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)

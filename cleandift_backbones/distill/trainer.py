@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import replacing, write_text
+
 __all__ = [
     "EMA",
     "JsonLog",
@@ -145,9 +147,7 @@ class JsonLog:
         kept = []
         if start and path.is_file():
             kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= start]
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_text("".join(kept))
-        os.replace(aside, path)
+        write_text(path, "".join(kept))
 
     def write(self, **values: float | int | str | list) -> None:
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
@@ -334,10 +334,9 @@ class Run:
             "groups": optimizer["param_groups"],
             "scalars": scalars,
         }
-        path, aside = self.out / CHECKPOINT, self.out / f".{CHECKPOINT}.part"
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, aside, {"state": json.dumps(state)})
-        os.replace(aside, path)
+        with replacing(self.out / CHECKPOINT) as aside:
+            save_file(tensors, aside, {"state": json.dumps(state)})
         self._saved = time.monotonic()
 
     def _load(self, path: Path) -> None:

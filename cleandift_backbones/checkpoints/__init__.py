@@ -1,0 +1,35 @@
+"""Every form in which weights exist on disk, in (`reading`) and out (`writing`). Knows key names, builds no models."""
+
+from .reading import (
+    DIFFUSERS_NAME,
+    NATIVE_NAME,
+    CheckpointError,
+    TensorFile,
+    Weights,
+    family,
+    fit,
+    open_checkpoint,
+    open_files,
+    open_weights,
+    shard_names,
+)
+from .writing import plain_state, save_diffusers_unet, save_folder, save_native, verify
+
+__all__ = [
+    "DIFFUSERS_NAME",
+    "NATIVE_NAME",
+    "CheckpointError",
+    "TensorFile",
+    "Weights",
+    "family",
+    "fit",
+    "open_checkpoint",
+    "open_files",
+    "open_weights",
+    "plain_state",
+    "save_diffusers_unet",
+    "save_folder",
+    "save_native",
+    "shard_names",
+    "verify",
+]

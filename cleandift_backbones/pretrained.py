@@ -1,0 +1,298 @@
+"""Weights into models: from one native checkpoint, or put together from the places where the parts are published."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+from . import checkpoints, download, prompts
+from .checkpoints import Weights
+from .download import HubError, HubFile, RemoteFile
+
+if TYPE_CHECKING:
+    from .backbone import CleanDIFT
+
+_logger = logging.getLogger(__name__)
+
+#: parts that weights may come from, and what each gives
+PARTS = {"unet": "unet.", "vae": "vae.", "timestep": "timestep", "text_encoder": "prompt_embeds"}
+START_TIMESTEP = 261.0  # at which the learned timestep starts (DIFT's; CleanDIFT, section 4)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where each part of a model's weights comes from: the user's word, else the environment, else where published.
+
+    The environment's names are the model's and the part's: `CLEANDIFT_SD21_UNET`, `DIFT_SD15_TEXT_ENCODER`.
+
+    Args:
+        name: of the model, "cleandift_sd21".
+        published: part -> source (see `download.parse_source`).
+        given: the same, of the user.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+
+    name: str
+    published: Mapping[str, str]
+    given: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        unknown = sorted(set(self.given) - set(PARTS))
+        if unknown:
+            raise ValueError(f"sources has unknown parts {unknown}: the parts are {', '.join(PARTS)}")
+
+    def variable(self, part: str) -> str:
+        return f"{self.name}_{part}".upper()
+
+    def get(self, part: str) -> str | None:
+        source = self.given.get(part) or os.environ.get(self.variable(part)) or self.published.get(part)
+        return str(source) if source else None
+
+    def main(self, cfg: Mapping) -> Path | HubFile:
+        """Where the UNet, or a whole checkpoint, is: what was given, else what a timm pretrained_cfg says.
+
+        Raises:
+            RuntimeError: no weights are known. FileNotFoundError: no such path.
+        """
+        of_cfg = None
+        if cfg.get("file"):
+            of_cfg = Path(cfg["file"])
+        elif cfg.get("hf_hub_id"):
+            repo, _, revision = cfg["hf_hub_id"].partition("@")
+            of_cfg = HubFile(repo, cfg.get("hf_hub_filename") or "", revision or None)
+        # The environment replaces the published place only: a file, folder or repository of the user's stays.
+        if of_cfg is not None and "unet" not in self.given and str(of_cfg) != self.published.get("unet"):
+            return of_cfg
+        if self.get("unet") is None:
+            raise RuntimeError(
+                f"no weights are known for {self.name}: pass pretrained=False for random weights, or "
+                "pretrained_cfg_overlay=dict(file=PATH) with a file or folder of yours"
+            )
+        return download.parse_source(self.get("unet"))
+
+
+def open_parts(
+    main: Path | HubFile,
+    sources: Sources,
+    fixed: set[str] = frozenset(),
+    teacher: bool = False,
+    cache_dir: str | Path | None = None,
+) -> tuple[Weights, dict[str, Tensor]]:
+    """Weights of `main`, and from `sources` what they lack. All is asked for before anything large is fetched.
+
+    Args:
+        main: a UNet, or more than a UNet.
+        sources: of the rest.
+        fixed: native names that need not be there.
+        teacher: take the teacher's UNet of a file that holds both.
+
+    Returns:
+        the weights, and the constants `timestep` and `prompt_embeds` if they come from elsewhere.
+
+    Raises:
+        RuntimeError: files are missing; each is named, with the reason, and how to place it.
+        checkpoints.CheckpointError: see `checkpoints.open_checkpoint`.
+    """
+    missing: list[str] = []
+
+    def attempt(part: str, action: Callable, *args):
+        try:
+            return action(*args)
+        except (HubError, FileNotFoundError, ImportError) as error:
+            missing.append(f"{part}: {error}")
+
+    weights = attempt("unet", _open_main, main, cache_dir)
+    places = {part: sources.get(part) for part in PARTS if part != "unet"}
+    places["text_encoder"] = own_text_encoder(main, weights) or places["text_encoder"]
+    lacking = [p for p in places if places[p] and PARTS[p] not in fixed and not (weights and weights.has(PARTS[p]))]
+    if "vae" in lacking:
+        attempt("vae", _check_vae, places["vae"], cache_dir)
+    if "text_encoder" in lacking:
+        attempt("text_encoder", _check_text_encoder, places["text_encoder"], cache_dir)
+    if missing:
+        raise RuntimeError(_missing_message(sources, missing))
+    if isinstance(main, HubFile) and isinstance(weights.files()[0], RemoteFile) and not weights.has("teacher."):
+        weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
+    if teacher and weights.has("teacher."):
+        weights = weights.teacher()
+    if "vae" in lacking:
+        weights.put(checkpoints.open_checkpoint(download.fetch_checkpoint(places["vae"], cache_dir)), "vae.")
+    constants = {}
+    if "timestep" not in fixed and not weights.has("timestep") and "timestep" in weights.metadata:
+        constants["timestep"] = torch.tensor(float(weights.metadata["timestep"]))  # of a UNet that `convert` wrote
+    elif "timestep" in lacking:
+        constants["timestep"] = learned_timestep(places["timestep"], cache_dir)
+    if "text_encoder" in lacking:
+        constants["prompt_embeds"] = prompts.embed("", places["text_encoder"], cache_dir, keep=True)
+    return weights, constants
+
+
+def _open_main(main: Path | HubFile, cache_dir: str | Path | None) -> Weights:
+    """Opened; a single file that is not in the cache only by its header, over HTTP."""
+    if isinstance(main, Path):
+        return checkpoints.open_checkpoint(main)
+    if main.path.endswith(".safetensors") and not download.cached(main, cache_dir):
+        return checkpoints.open_files(main, [RemoteFile(main)])
+    return checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
+
+
+def own_text_encoder(main: Path | HubFile, weights: Weights | None) -> Path | HubFile | None:
+    """The text encoder that stands beside a UNet in diffusers' layout."""
+    if isinstance(main, HubFile):
+        return main if weights is not None and weights.form == "diffusers folder" else None
+    return main if (main / "text_encoder").is_dir() else None
+
+
+def _check_vae(source: str, cache_dir: str | Path | None) -> None:
+    place = download.parse_source(source)
+    if isinstance(place, HubFile):
+        download.check(place if place.path.endswith(".safetensors") else place.join("config.json"), cache_dir)
+
+
+def _check_text_encoder(source: str | Path, cache_dir: str | Path | None) -> None:
+    if prompts.kept("", source, cache_dir) is not None:
+        return
+    place = download.parse_source(source)
+    if isinstance(place, HubFile):
+        download.check(place.join("text_encoder/config.json"), cache_dir)
+    if find_spec("transformers") is None:
+        raise ImportError(f"{source} needs transformers, once, for the empty prompt: {prompts.INSTALL}")
+
+
+def _missing_message(sources: Sources, missing: list[str]) -> str:
+    parts = [line.split(":")[0] for line in missing]
+    lines = "".join(f"\n  {line}" for line in missing)
+    return (
+        f"{sources.name} cannot be loaded, because of{lines}\n"
+        "Without a network: fetch them on a machine that has one (hf download REPOSITORY FILE), place them anywhere "
+        f"here, and name them by create_model(..., sources=dict({', '.join(f'{part}=PATH' for part in parts)})) or by "
+        f"the environment ({', '.join(map(sources.variable, parts))}). Or make one native folder there, "
+        f"`python tools/convert.py {sources.name} --out FOLDER`, and pass pretrained_cfg_overlay=dict(file=FOLDER)"
+    )
+
+
+def learned_timestep(source: str | Path, cache_dir: str | Path | None = None) -> Tensor:
+    """The learned timestep of a CompVis full checkpoint: on the Hub, read by ranges (a few hundred kB of 3.9 GB).
+
+    It is kept beside the Hub's cache. If it is not to be had, a warning says so, and it is 261.
+    """
+    try:
+        place = download.parse_source(source)
+        if isinstance(place, Path):
+            return checkpoints.open_checkpoint(place)["timestep"].float()
+        key = f"timestep of {place.repo}/{place.path} at {download.commit_of(place, cache_dir)}"
+        return download.remember(key, lambda: RemoteFile(place).get_tensor("timestep").float(), cache_dir)
+    except (HubError, FileNotFoundError, checkpoints.CheckpointError, KeyError) as error:
+        _logger.warning(
+            f"the learned timestep could not be read from {source} ({error}): {START_TIMESTEP:.0f}, at which its "
+            "training started, is used. Features will differ a little; pass timestep=..., or "
+            "sources=dict(timestep=PATH) with the full checkpoint"
+        )
+        return torch.tensor(START_TIMESTEP)
+
+
+def check_configs(weights: Weights, cfg: Mapping[str, dict]) -> None:
+    """Raises CheckpointError where a config of a diffusers folder differs from the architecture's."""
+    for part, found in weights.configs.items():
+        for key, value in cfg[part].items():
+            if key in found and json.dumps(found[key]) != json.dumps(value):
+                raise checkpoints.CheckpointError(
+                    f"{weights.label}: {key} of its {part} is {found[key]}, the model has {value}: take another model, "
+                    "or other weights"
+                )
+
+
+def load_pretrained(
+    model: CleanDIFT,
+    cfg: Mapping[str, dict],
+    sources: Sources,
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Loads the weights that `model.pretrained_cfg` names, strictly; what they lack comes from `sources`.
+
+    Args:
+        model: may be on the meta device; its tensors are replaced.
+        cfg: its entry of `models.ARCHITECTURES`.
+        sources: of the parts.
+        cache_dir: of the Hub's files (default: the Hub's own).
+        dtype: of the parameters; "auto": that of the UNet in the file; None: as the model has it.
+
+    Raises:
+        checkpoints.CheckpointError: a file does not fit, is damaged, or is a pickle.
+        RuntimeError: files are missing.
+    """
+    pretrained_cfg = model.pretrained_cfg
+    main = sources.main(pretrained_cfg)
+    noisy = hasattr(model, "ensemble_size")
+    weights, constants = open_parts(main, sources, model.fixed, noisy, cache_dir)
+    text_encoder = own_text_encoder(main, weights)
+    if text_encoder and not sources.given.get("text_encoder"):
+        model.text_encoder = str(text_encoder)
+    check_configs(weights, cfg)
+    if dtype == "auto":
+        dtype = weights["unet.conv_in.weight"].dtype if "unet.conv_in.weight" in weights else None
+    classes = model.num_classes
+    keep_head = classes and classes == pretrained_cfg.get("num_classes")
+    if not keep_head:
+        model.reset_classifier(0)
+    load_weights(model, weights, constants, dtype)
+    if classes and not keep_head:
+        model.reset_classifier(classes)
+
+
+#: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint
+_BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.")
+
+
+def load_weights(
+    model: CleanDIFT,
+    weights: Weights,
+    given: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Assigns weights to everything that a model holds (also one on the meta device), strictly; see `fit_model`."""
+    model.load_state_dict(fit_model(model, weights, given, dtype), strict=True, assign=True)
+
+
+def fit_model(
+    model: CleanDIFT,
+    weights: Weights,
+    given: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The state dict of a model, read from weights.
+
+    Args:
+        weights: of `checkpoints.open_checkpoint`.
+        given: tensors to use instead of those in the file, by name (what the model's arguments fix is kept anyway).
+        dtype: of everything but the timestep (default: as the model has it).
+    """
+
+    def ignorable(name: str) -> bool:
+        deeper = name.startswith("unet.") and name.removeprefix("unet.") in model.unet.dropped_keys
+        return name in fixed or deeper or name.startswith(_BESIDE)
+
+    def adapt(name: str, tensor: Tensor) -> Tensor:
+        if name == "vae.encoder.conv_in.weight" and tensor.ndim == 4 and tensor.shape[1] != model.in_chans:
+            return adapt_input_conv(model.in_chans, tensor)
+        return tensor
+
+    expected = model.state_dict()
+    fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
+    state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)
+    for name, tensor in fixed.items():
+        state[name] = tensor.to(dtype if dtype and name != "timestep" else expected[name].dtype)
+    return state

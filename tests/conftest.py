@@ -1,0 +1,53 @@
+"""The Hub of the tests stands on 127.0.0.1. huggingface_hub reads its address at import, hence before anything else."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hub_server import TOKEN, HubServer
+
+_server = HubServer()
+_home = tempfile.TemporaryDirectory(prefix="hf_home_")
+os.environ.update(
+    HF_ENDPOINT=_server.url,
+    HF_HOME=_home.name,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    NO_PROXY="127.0.0.1",
+)
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _running_hub():
+    _server.start()
+    yield _server
+    _server.shutdown()
+
+
+@pytest.fixture
+def hub(_running_hub, tmp_path, monkeypatch):
+    """An empty Hub, an empty cache (`hub.cache`), and nobody logged in."""
+    _running_hub.reset()
+    _running_hub.cache = tmp_path / "hf_cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(_running_hub.cache))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "hf_assets"))
+    return _running_hub
+
+
+@pytest.fixture
+def logged_in(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Calling it cuts the network off."""
+    return lambda: monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,0 +1,207 @@
+"""Weights put together from where the parts are published: through huggingface_hub's client and a Hub on 127.0.0.1."""
+
+import logging
+
+import pytest
+import standins
+import timm
+import torch
+from hub_server import Fault
+from safetensors.torch import save
+
+from cleandift_backbones.models import SOURCES
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+PARTS = dict(
+    unet="CompVis/cleandift/cleandift_test_unet.safetensors",
+    timestep="CompVis/cleandift/cleandift_test_full.safetensors",
+    vae="stabilityai/sd-vae/diffusion_pytorch_model.safetensors",
+    text_encoder="mirror/sd",
+)
+
+
+@pytest.fixture
+def published(hub):
+    hub.place(
+        "CompVis/cleandift",
+        {
+            "cleandift_test_unet.safetensors": standins.compvis_unet(),
+            "cleandift_test_full.safetensors": standins.compvis_full(),
+        },
+    )
+    hub.place("stabilityai/sd-vae", {"diffusion_pytorch_model.safetensors": standins.sd_vae()})
+    hub.place("mirror/sd", standins.diffusers_files())
+    return hub
+
+
+def create(**kwargs):
+    options = dict(pretrained=True, features_only=True, out_indices=tuple(range(11)), sources=PARTS)
+    return timm.create_model("test_cleandift", **{**options, **kwargs}).eval()
+
+
+def check(model, seed=0, timestep=standins.TIMESTEP, dtype=torch.float16):
+    expected = standins.expected_maps(X, seed, timestep, dtype)
+    with torch.no_grad():
+        maps = model(X)
+    for info, found in zip(model.feature_info.get_dicts(), maps):
+        torch.testing.assert_close(found, expected[info["name"]], rtol=1e-4, atol=1e-5)
+
+
+def test_published_parts_are_put_together(published, caplog):
+    model = create()
+    check(model)
+    assert model.model.timestep == standins.TIMESTEP
+    assert not caplog.records
+    # Of the full checkpoint only its header and four bytes were read.
+    header = int.from_bytes(standins.compvis_full()[:8], "little")
+    assert published.count("GET .*_full.safetensors") == 3
+    assert published.sent["cleandift_test_full.safetensors"] == 8 + header + 4
+
+
+def test_second_time_comes_from_the_cache(published, offline):
+    create()
+    before = published.sent.total()
+    offline()
+    check(create())
+    assert published.sent.total() == before
+
+
+def test_text_encoder_is_not_read_again(published, monkeypatch):
+    create()
+    monkeypatch.setattr("cleandift_backbones.prompts.PromptEncoder", None)
+    check(create())
+
+
+def test_learned_timestep_not_to_be_had(published, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = create(sources=PARTS | dict(timestep="CompVis/cleandift/gone.safetensors"))
+    assert model.model.timestep == 261
+    assert "learned timestep could not be read from CompVis/cleandift/gone.safetensors" in caplog.text
+    assert "has no file gone.safetensors" in caplog.text and "261" in caplog.text
+    check(model, timestep=261)
+
+
+def test_offline_names_all_files(published, offline):
+    offline()
+    with pytest.raises(RuntimeError) as error:
+        create()
+    for part, source in PARTS.items():
+        assert (f"{part}: {source}" in str(error.value)) == (part != "timestep")
+    for remedy in ("hf download", "sources=dict(unet=PATH", "TEST_CLEANDIFT_VAE", "tools/convert.py"):
+        assert remedy in str(error.value)
+
+
+def test_nothing_large_is_fetched_if_a_part_is_missing(published):
+    del published.repos["mirror/sd"]
+    with pytest.raises(RuntimeError, match="text_encoder: mirror/sd.*does not exist, or is private"):
+        create()
+    assert published.count("GET .*_unet.safetensors") <= 2 and not published.count("GET .*sd-vae")
+
+
+def test_whole_full_checkpoint_by_ranges(published):
+    """With the full checkpoint as the source, only the tensors that the model holds are read, from one commit."""
+    full = "CompVis/cleandift/cleandift_test_full.safetensors"
+    model = create(sources=dict(unet=full, text_encoder="mirror/sd"), out_indices=(10,))
+    expected = standins.expected_maps(X)["mid"]
+    vae_rounded = model(X)[0]
+    assert vae_rounded.shape == expected.shape and model.model.timestep == standins.TIMESTEP
+    torch.testing.assert_close(vae_rounded, expected, rtol=0.05, atol=0.05)  # its VAE is in 16 bit
+    assert published.count("GET .*_full.safetensors") > 100
+    header = int.from_bytes(standins.compvis_full()[:8], "little")
+    held = sum(2 * t.numel() for n, t in model.model.state_dict().items() if n.startswith(("unet.", "vae.")))
+    assert published.sent["cleandift_test_full.safetensors"] == 8 + header + held + 4
+
+
+def test_revisions(published):
+    repo = published.repos["CompVis/cleandift"]
+    first = repo.refs["main"]
+    repo.tags["v1"] = first
+    other = save(standins.half(standins.unet(1).state_dict()))
+    published.place("CompVis/cleandift", {"cleandift_test_unet.safetensors": other})
+    check(create(), seed=1)
+    for revision in ("v1", first):
+        unet = f"CompVis/cleandift@{revision}/cleandift_test_unet.safetensors"
+        check(create(sources=PARTS | dict(unet=unet)))
+    with pytest.raises(RuntimeError, match="CompVis/cleandift has no revision 'v9'"):
+        create(sources=PARTS | dict(unet="CompVis/cleandift@v9/cleandift_test_unet.safetensors"))
+
+
+def test_environment_and_local_files(published, monkeypatch, tmp_path):
+    (tmp_path / "my_unet.safetensors").write_bytes(save(standins.half(standins.unet(1).state_dict())))
+    monkeypatch.setenv("TEST_CLEANDIFT_UNET", str(tmp_path / "my_unet.safetensors"))
+    rest = {part: source for part, source in PARTS.items() if part != "unet"}
+    check(create(sources=rest), seed=1)
+    check(create(), seed=0)  # an argument goes before the environment
+    monkeypatch.setenv("TEST_CLEANDIFT_UNET", str(tmp_path / "nowhere.safetensors"))
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors is neither a file"):
+        create(sources=rest)
+
+
+def test_a_file_of_the_user_is_completed(published, tmp_path):
+    path = tmp_path / "student.safetensors"
+    path.write_bytes(standins.compvis_unet())
+    rest = {part: source for part, source in PARTS.items() if part != "unet"}
+    check(create(sources=rest, pretrained_cfg_overlay=dict(file=str(path))))
+
+
+def test_diffusers_folder_and_repository(published, tmp_path):
+    folder = standins.write(tmp_path / "sd", standins.diffusers_files())
+    model = create(sources={}, pretrained_cfg_overlay=dict(file=str(folder)), timestep=100)
+    check(model, seed=1, timestep=100, dtype=torch.float32)
+    assert model.model.text_encoder == str(folder)
+    check(create(sources=dict(unet="mirror/sd"), timestep=100), seed=1, timestep=100, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float16, "bfloat16"])
+def test_dtype(published, dtype):
+    model = create(dtype=dtype)
+    wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    assert {p.dtype for p in model.parameters()} == {wanted} and model.model.prompt_embeds.dtype == wanted
+    assert model.model.timestep.dtype == torch.float32
+    assert all(x.dtype == wanted and x.isfinite().all() for x in model(X.to(wanted)))
+    with pytest.raises(ValueError, match="dtype must be float32, float16, bfloat16 or 'auto'.*got 'int8'"):
+        create(dtype="int8")
+
+
+def test_faults_of_the_hub(published, monkeypatch):
+    def refused(message, **parts):
+        with pytest.raises(RuntimeError, match=message):
+            create(sources=PARTS | parts)
+
+    refused(
+        "nobody/nothing does not exist, or is private and you are not logged in", vae="nobody/nothing/x.safetensors"
+    )
+    published.repos["stabilityai/sd-vae"].gated = True
+    refused("stabilityai/sd-vae is gated: accept its terms on its page, then log in")
+    published.repos["stabilityai/sd-vae"].gated = False
+    published.repos["stabilityai/sd-vae"].private = True
+    refused("stabilityai/sd-vae does not exist, or is private")
+    monkeypatch.setenv("HF_TOKEN", "hf_a_token_of_the_tests")
+    check(create())
+
+
+def test_interrupted_download_goes_on(published):
+    published.faults.append(Fault("GET .*/sd-vae/.*", drop_after=20_000))
+    check(create())
+    assert published.count("GET .*/sd-vae/.*") == 2
+
+
+def test_damaged_download_is_removed(published):
+    published.faults.append(Fault("GET .*sd-vae.*", corrupt=True))
+    with pytest.raises(OSError, match=r"download is damaged \(its SHA-256 is not [0-9a-f]{64}\) and was removed"):
+        create()
+    check(create())  # the next try
+
+
+def test_unknown_part():
+    with pytest.raises(ValueError, match=r"unknown parts \['vea'\]: the parts are unet, vae, timestep, text_encoder"):
+        create(sources=dict(vea="x"))
+
+
+def test_published_models_name_existing_kinds_of_sources():
+    for name, parts in SOURCES.items():
+        assert {"unet", "text_encoder"} <= set(parts) and timm.is_model_pretrained(name)
+        if "sd" in name:
+            assert "stabilityai/stable-diffusion-2-1" not in " ".join(parts.values())  # gone from the Hub
+            cfg = timm.get_pretrained_cfg(name)
+            assert parts["unet"] == f"{cfg.hf_hub_id}/{cfg.hf_hub_filename}"
