@@ -12,6 +12,7 @@ import re
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -36,7 +37,7 @@ class Blob:
                 return file.read(end - begin)
         return self.content[begin:end]
 
-    @property
+    @cached_property
     def etag(self) -> str:
         if isinstance(self.content, Path):
             with open(self.content, "rb") as file:
@@ -68,7 +69,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong for requests "METHOD path" that match: `status`, or the connection drops after some bytes."""
+    """What goes wrong for requests "METHOD path range" that match: `status`, or the connection drops after bytes."""
 
     match: str
     times: int = 1
@@ -130,11 +131,10 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, self.query = unquote(parts.path), parse_qs(parts.query)
         length = int(self.headers.get("Content-Length") or 0)
+        told = f"{self.command} {path} {self.headers.get('Range') or ''}"
         with self.server.lock:
-            self.server.requests.append(f"{self.command} {path}")
-            fault = next(
-                (f for f in self.server.faults if f.times and re.search(f.match, f"{self.command} {path}")), None
-            )
+            self.server.requests.append(told)
+            fault = next((f for f in self.server.faults if f.times and re.search(f.match, told)), None)
             if fault:
                 fault.times -= 1
         self.fault = fault

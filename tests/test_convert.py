@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import standins
@@ -15,6 +18,7 @@ from cleandift_backbones.models import ARCHITECTURES, ASSETS
 from cleandift_backbones.unet import FeatureUNet
 from tools.convert import main
 
+ROOT = Path(__file__).parents[1]
 TINY = ARCHITECTURES["tiny"]
 X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -182,3 +186,19 @@ def test_refusals(source, tmp_path, capsys):
         main([str(source), "--model", "dift_tiny", "--out", str(out)])
     assert "exists: choose another --out, or give --overwrite" in capsys.readouterr().err
     assert out.read_bytes() == b"mine"
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path, parts):
+    """The operating system refuses to write more than 50 kB to a file."""
+    (tmp_path / "unet.safetensors").write_bytes(standins.compvis_unet())
+    (tmp_path / "out").mkdir()
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from tools.convert import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [str(tmp_path / "unet.safetensors"), "--timestep", "1", *parts, "--out", str(tmp_path / "out/native")]
+    run = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2 and "did not take a file of" in run.stderr and "Is the disk full?" in run.stderr, (
+        run.stderr
+    )
+    assert not list((tmp_path / "out").iterdir())

@@ -1,5 +1,6 @@
 """Weights put together from where the parts are published: through huggingface_hub's client and a Hub on 127.0.0.1."""
 
+import errno
 import logging
 
 import pytest
@@ -191,6 +192,17 @@ def test_damaged_download_is_removed(published):
     with pytest.raises(OSError, match=r"download is damaged \(its SHA-256 is not [0-9a-f]{64}\) and was removed"):
         create()
     check(create())  # the next try
+
+
+def test_full_disk_while_downloading(published, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(
+        OSError, match=r"cleandift_test_unet.safetensors: the disk is full.*set HF_HOME to another disk"
+    ):
+        create()
 
 
 def test_unknown_part():
