@@ -58,6 +58,19 @@ def take_indices(infos: Sequence[dict], indices: int | Sequence[int]) -> list[in
         raise ValueError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
 
 
+def held_features(cfg: dict, infos: Sequence[dict], held: str | None) -> list[int]:
+    """Indices of the features of weights that hold the UNet only as deep as the map `held` (None: all of it).
+
+    Raises:
+        ValueError: unknown map.
+    """
+    order = [info.name for info in map_infos(cfg["unet"])]
+    if held is not None and held not in order:
+        raise ValueError(f"unknown map held={held!r}: this UNet has {', '.join(order)}")
+    last = order.index(held) if held else len(order)
+    return [i for i, info in enumerate(infos) if info["name"] not in order or order.index(info["name"]) <= last]
+
+
 def finest_map(infos: Sequence[dict], indices: Sequence[int]) -> str:
     """Name of the UNet map among these features that runs last: the finest.
 
@@ -123,6 +136,7 @@ class CleanDIFT(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.text_encoder = text_encoder
+        self.cache_dir: str | None = None  # of the Hub's files, for set_prompt
         #: what arguments fix, weights loaded later must not replace
         self.fixed: set[str] = {n for n, v in (("timestep", timestep), ("prompt_embeds", prompt)) if v is not None}
         self.vae = LatentEncoder(cfg["vae"], in_chans)
@@ -150,7 +164,7 @@ class CleanDIFT(nn.Module):
             source = text_encoder or self.text_encoder
             if source is None:
                 raise ValueError(f"no text encoder is known for prompt {prompt!r}: pass text_encoder=FOLDER_OR_REPO")
-            prompt = embed(prompt, source)
+            prompt = embed(prompt, source, self.cache_dir)
         if prompt.ndim != 3 or prompt.shape[-1] != self.prompt_embeds.shape[-1]:
             width = self.prompt_embeds.shape[-1]
             raise ValueError(f"prompt embeddings must be N x L x {width}, got {tuple(prompt.shape)}")

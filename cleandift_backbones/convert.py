@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import timm
@@ -12,8 +13,8 @@ from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
 from .download import HubFile
 from .hub import CardInfo, model_card, timm_config
-from .models import ARCHITECTURES, SOURCES
-from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_parts
+from .models import ARCHITECTURES, SOURCES, architecture_of
+from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_header, open_parts
 from .unet import FeatureUNet
 
 
@@ -42,18 +43,12 @@ def find_architecture(weights: Weights) -> str:
 def find_model(weights: Weights, teacher: bool = False) -> str:
     """The model that weights are of: as their metadata says, else by shapes; a diffusers folder is taken for DIFT's."""
     stored = weights.metadata.get("model")
-    if stored and timm.is_model(stored):
+    if stored and timm.is_model(stored) and timm.model_entrypoint(stored).__module__.startswith(__package__):
         return stored
     arch = find_architecture(weights)
     if arch == "test":
         return "test_cleandift"
     return f"{'dift' if teacher or weights.form == 'diffusers folder' else 'cleandift'}_{arch}"
-
-
-def architecture_of(model: str) -> dict:
-    """The entry of `models.ARCHITECTURES` behind a model's name ("cleandift_sd21", "test_cleandift")."""
-    (arch,) = (part for part in model.split("_") if part in ARCHITECTURES)
-    return ARCHITECTURES[arch]
 
 
 def deepest_map(weights: Weights, cfg: dict) -> str:
@@ -67,25 +62,42 @@ def deepest_map(weights: Weights, cfg: dict) -> str:
     return "mid"
 
 
-def _whole_unet(cfg: dict) -> list[str]:
-    """Native names of all tensors of diffusers' UNet, also of those that run after the last map."""
+def _unet_names(cfg: dict, last_map: str | None = None) -> list[str]:
+    """Native names of the UNet's tensors down to a map, or of all of them, also of those that run after the last."""
     with torch.device("meta"):
-        unet = FeatureUNet(**cfg["unet"])
+        unet = FeatureUNet(**cfg["unet"]) if last_map is None else FeatureUNet.build(cfg["unet"], last_map)
     return sorted(f"unet.{name}" for name in unet.state_dict())
 
 
 def open_main(source: str) -> tuple[Path | HubFile, Weights]:
-    """The place of a source, or of a published model's UNet, and its weights; a native checkpoint is verified.
+    """The place of a source, or of a published model's UNet, and its weights.
+
+    A file on the Hub that is not in the cache is opened by its header; a native checkpoint here is verified.
 
     Raises:
         FileNotFoundError, download.HubError: not to be had. CheckpointError: no known form, or damaged.
     """
     main = download.parse_source(SOURCES.get(source, {}).get("unet", source))
-    path = download.fetch_checkpoint(main)
-    weights = checkpoints.open_checkpoint(path)
+    weights = open_header(main)
     if isinstance(main, Path) and "sha256" in weights.metadata:
-        checkpoints.verify(path)
+        checkpoints.verify(main)
     return main, weights
+
+
+def _stored_arguments(main: Path | HubFile, weights: Weights) -> dict:
+    """What a native folder's config.json says of how its model was built."""
+    if weights.form != "native checkpoint":
+        return {}
+    folder = main if isinstance(main, Path) else Path(weights.label)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    kept = ("in_chans", "global_pool", "ensemble_size", "noise_seed", "timestep")
+    arguments = {key: value for key, value in config.get("model_args", {}).items() if key in kept}
+    if weights.has("head."):
+        if not config.get("num_classes"):
+            raise CheckpointError(f"{weights.label} holds a classifier, but no config.json says how it was built")
+        arguments |= dict(num_classes=config["num_classes"], final_map=config["model_args"].get("final_map", "mid"))
+    return arguments
 
 
 def to_native(
@@ -103,10 +115,10 @@ def to_native(
 
     Args:
         source: file, folder, OWNER/NAME[@REVISION][/PATH] on the Hub, or a published model's name.
-        out: folder or file; a folder that stands there is replaced.
+        out: folder or file; a native folder that stands there is replaced.
         model: name of the model that the weights are of (default: `find_model`).
         parts: sources of what is lacking, see `pretrained.Sources`.
-        timestep: instead of the one found.
+        timestep: 0..999, instead of the one found.
         teacher: take the teacher's UNet of a CompVis full file.
         dtype: of all tensors but the timestep (default: that of the UNet).
         cut: leave out the tensors that run after the finest map.
@@ -117,28 +129,34 @@ def to_native(
 
     Raises:
         CheckpointError: unfit weights. RuntimeError: a part is not to be had. OSError: not written.
+        ValueError: timestep out of range.
     """
-    # The header is enough to tell what it is; what a full file on the Hub holds is read by ranges.
-    main, found = open_main(source) if source not in SOURCES else (None, None)
-    name = model or (source if source in SOURCES else find_model(found, teacher))
-    if teacher and found is not None:
+    if timestep is not None and not 0 <= timestep <= 999:
+        raise ValueError(f"timestep must lie in 0..999, got {timestep}")
+    if out.suffix != ".safetensors":
+        checkpoints.check_replaceable(out)
+    main, found = open_main(source)
+    if teacher:
         found.teacher()  # says so if there is none
+    name = model or (source if source in SOURCES else find_model(found, teacher))
+    cfg, noisy = architecture_of(name), name.startswith("dift")
+    fixed = {"timestep"} if timestep is not None or noisy else set()
     sources = Sources(name, SOURCES.get(name, {}), parts or {})
-    main = main or sources.main(timm.get_pretrained_cfg(name).to_dict())
-    cfg = architecture_of(name)
-    fixed = {"timestep"} if timestep is not None or "cleandift" not in name else set()
-    weights, constants = open_parts(main, sources, fixed, teacher or "cleandift" not in name)
+    weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     check_configs(weights, cfg)
-    if "timestep" in fixed:
-        constants["timestep"] = torch.tensor(START_TIMESTEP if timestep is None else float(timestep))
+    arguments = _stored_arguments(main, weights)
+    if timestep is not None:
+        constants["timestep"] = torch.tensor(float(timestep))
+    elif noisy:  # DIFT's is an argument; a file holds one all the same
+        constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
     dtype = dtype or weights["unet.conv_in.weight"].dtype
-    final_map = deepest_map(weights, cfg)
+    deepest = deepest_map(weights, cfg)
     with torch.device("meta"):
-        built = timm.create_model(name, final_map=final_map)
-    built.fixed.clear()  # DIFT's timestep is an argument; a file holds one all the same
+        built = timm.create_model(name, **{"final_map": deepest, **arguments})
+    built.fixed.clear()
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
-    if not cut:
-        state |= {key: weights[key].to(dtype) for key in _whole_unet(cfg) if key not in state and key in weights}
+    more = _unet_names(cfg, deepest if cut else None)
+    state |= {key: weights[key].to(dtype) for key in more if key not in state and key in weights}
     label = main.name if isinstance(main, Path) else str(main)
     kept = {key: value for key, value in weights.metadata.items() if key not in ("format", "sha256", "timestep")}
     metadata = {**kept, "model": name, "source": label, "form": weights.form}
@@ -146,13 +164,17 @@ def to_native(
         checkpoints.save_native(state, out, metadata)
     else:
         config = timm_config(built)
-        if final_map == built.unet.infos[-1].name:
-            config["model_args"].pop("final_map")  # it holds every map: whoever loads it chooses
+        for key in ("held", "final_map"):
+            config["model_args"].pop(key, None)
+        if deepest != built.unet.infos[-1].name:
+            config["model_args"]["held"] = deepest
+        if arguments.get("final_map", "mid") != "mid":
+            config["model_args"]["final_map"] = arguments["final_map"]
         card = model_card(
             config, CardInfo(recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form}).")
         )
         checkpoints.save_folder(state, out, config, card, metadata, max_shard_size=max_shard_size)
-    return name, found or weights
+    return name, found
 
 
 def to_diffusers(
@@ -174,12 +196,15 @@ def to_diffusers(
     """
     import diffusers
 
+    checkpoints.check_replaceable(out)
     main, weights = open_main(source)
+    if weights.form != "CompVis full checkpoint":
+        weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main))
     if teacher:
         weights = weights.teacher()
     name = model or find_model(weights, teacher)
     cfg = architecture_of(name)
-    names = _whole_unet(cfg)
+    names = _unet_names(cfg)
     missing = [key for key in names if key not in weights]
     if missing and fill:
         weights.fill(open_main(fill)[1], missing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import build_hf_headers, http_backoff
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -33,6 +34,8 @@ from torch import Tensor
 from . import checkpoints
 from .checkpoints import NATIVE_NAME, CheckpointError
 from .files import replacing
+
+_logger = logging.getLogger(__name__)
 
 # --- where a file is --------------------------------------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ def fetch(file: HubFile, cache_dir: str | Path | None = None) -> Path:
     with explained(file):
         before = cached(file, cache_dir)
         path = Path(hf_hub_download(file.repo, file.path, revision=file.revision, cache_dir=cache_dir))
-    if before is None:
+    if before is None or before.resolve() != path.resolve():
         blob = path.resolve()  # the cache names the blobs of large files by their SHA-256
         if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
             path.unlink()
@@ -195,9 +198,40 @@ def remember(key: str, compute: Callable[[], Tensor], cache_dir: str | Path | No
     tensor = recall(key, cache_dir)
     if tensor is None:
         tensor = compute()
+        _keep(key, tensor, cache_dir)
+    return tensor
+
+
+def remember_of(what: str, file: HubFile, compute: Callable[[], Tensor], cache_dir: str | Path | None = None) -> Tensor:
+    """The same for something that depends on a file on the Hub: kept for the commit that its revision stands for.
+
+    Without a network it is what was kept last.
+
+    Raises:
+        HubError: the Hub cannot be reached, and nothing was kept.
+    """
+    last = f"{what} of {file}"
+    try:
+        key = f"{last} at {commit_of(file, cache_dir)}"
+    except HubError:
+        tensor = recall(last, cache_dir)
+        if tensor is None:
+            raise
+        return tensor
+    tensor = recall(key, cache_dir)
+    if tensor is None:
+        tensor = compute()
+        for name in (key, last):
+            _keep(name, tensor, cache_dir)
+    return tensor
+
+
+def _keep(key: str, tensor: Tensor, cache_dir: str | Path | None) -> None:
+    try:
         with replacing(_kept(key, cache_dir)) as aside:
             save_file({"tensor": tensor.contiguous()}, aside, {"key": key})
-    return tensor
+    except (OSError, SafetensorError) as error:  # a cache that cannot be written is no reason to stop
+        _logger.warning(f"{key} is not kept ({error}): it will be computed again")
 
 
 def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None = None) -> Path:
@@ -281,11 +315,14 @@ class RemoteFile:
     def _read(self, begin: int, end: int) -> bytes:
         with explained(self.file):
             headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-            response = http_backoff("GET", self._url, headers=headers)
-            response.raise_for_status()
-        if len(response.content) != end - begin:
-            raise HubError(f"{self.file}: the server sent {len(response.content)} bytes for a range of {end - begin}")
-        return response.content
+            with http_stream_backoff("GET", self._url, headers=headers) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:  # the whole file would come
+                    raise HubError(f"{self.file}: the server does not serve ranges of it; download the file whole")
+                data = response.read()
+        if len(data) != end - begin:
+            raise HubError(f"{self.file}: the server sent {len(data)} bytes for a range of {end - begin}")
+        return data
 
     def keys(self) -> list[str]:
         return list(self._entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(aside)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield aside
         if aside.is_dir() and path.exists():
             # A folder cannot be renamed over another: the old one steps aside for the moment.
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = aside.with_suffix(".old")
             os.replace(path, old)
             try:
                 os.replace(aside, path)

@@ -19,6 +19,7 @@ from huggingface_hub import errors as hub_errors
 from . import checkpoints
 from .checkpoints import CheckpointError
 from .download import HubFile, explained
+from .models import offered_maps
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -72,8 +73,13 @@ def timm_config(model: nn.Module) -> dict:
     nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
     cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
     arguments = {}
-    if inner is model and model.unet.last_map != "mid":
-        arguments["final_map"] = model.unet.last_map
+    if inner.unet.last_map != inner.unet.infos[-1].name:
+        arguments["held"] = inner.unet.last_map
+    if inner is model:
+        if model.unet.last_map != "mid":
+            arguments["final_map"] = model.unet.last_map
+        if model.head.global_pool.pool_type != "avg":
+            arguments["global_pool"] = model.head.global_pool.pool_type
     if inner.in_chans != 3:
         arguments["in_chans"] = inner.in_chans
         cfg["input_size"] = (inner.in_chans, *cfg["input_size"][1:])
@@ -101,8 +107,11 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     info = info or CardInfo()
     name = config["architecture"]
     arch = next((arch for arch in _BASE_MODELS if arch in name), None)
-    license_ = info.license or config["pretrained_cfg"].get("license")
+    own = config["pretrained_cfg"].get("license")
+    license_ = info.license or (timm.get_pretrained_cfg(f"dift_{arch}").license if arch else own)
     base = info.base_model or _BASE_MODELS.get(arch)
+    infos, default = offered_maps(name, config["model_args"].get("held"))
+    arguments = "".join(f", {k}={v!r}" for k, v in config["model_args"].items())
     head = ModelCardData(
         license=license_,
         library_name="timm",
@@ -119,8 +128,8 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     results = "".join(f"| {task} | {value} |\n" for task, value in info.results.items())
     parts = [
         f"---\n{head.to_yaml()}\n---\n",
-        f"# {name}: {kind}\n\nWeights for `{name}` of cleandift_backbones {__version__}: 11 maps of a diffusion UNet "
-        f"from one pass over the {'noised' if noisy else 'clean'} image, fine to coarse us10 ... mid. Images: {size} "
+        f"# {name}: {kind}\n\nWeights for `{name}` of cleandift_backbones {__version__}: maps of a diffusion UNet from "
+        f"one pass over the {'noised' if noisy else 'clean'} image, fine to coarse {', '.join(infos)}. Images: {size} "
         "px (any size from 64 on works), normalised with mean 0.5 and std 0.5.",
         f"""## Use
 
@@ -129,13 +138,13 @@ timm:
 ```python
 import timm, cleandift_backbones
 model = timm.create_model("hf-hub:{PLACEHOLDER}", pretrained=True, features_only=True).eval()
-us9, us6, us3, mid = model(images)
+maps = model(images)  # {", ".join(default)}
 ```
 
 torch.hub:
 
 ```python
-model = torch.hub.load("OWNER/REPO", "{name}", pretrained=True, features_only=True,
+model = torch.hub.load("OWNER/REPO", "{name}", pretrained=True, features_only=True{arguments},
                        pretrained_cfg_overlay=dict(hf_hub_id="{PLACEHOLDER}", hf_hub_filename=None, file=None))
 ```
 
@@ -152,6 +161,7 @@ model = dict(backbone=dict(type="TIMMBackbone", model_name="hf-hub:{PLACEHOLDER}
         info.notes or "",
         "## Licence\n\n"
         + (f"`{license_}`: that of the base weights{f' ({base})' if base else ''}." if license_ else "Not stated.")
+        + (f" CleanDIFT's own weights are published under `{own}`." if own and own != license_ else "")
         + "\n\nMethod: CleanDIFT (arXiv 2412.03439)"
         + ("; DIFT (arXiv 2306.03881)." if noisy else "."),
     ]
@@ -209,14 +219,20 @@ def _check_folder(folder: Path) -> str:
     return name
 
 
-def _check_repository(api: HfApi, repo_id: str, revision: str | None, name: str, tag: str | None) -> None:
-    """Raises ValueError if the repository holds another architecture, or has the tag."""
+def _check_repository(
+    api: HfApi, repo_id: str, revision: str | None, name: str, tag: str | None, private: bool
+) -> None:
+    """Raises ValueError if the repository holds another architecture, is public, or has the tag."""
     try:
         files = api.list_repo_files(repo_id, revision=revision)
-    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        if isinstance(error, hub_errors.GatedRepoError):
-            raise
+    except hub_errors.GatedRepoError:
+        raise
+    except hub_errors.RepositoryNotFoundError:
         return  # to be created
+    except hub_errors.RevisionNotFoundError:  # a branch to be created, from main
+        revision, files = None, api.list_repo_files(repo_id)
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: change that on its page first, or push without private")
     if "config.json" in files:
         with tempfile.TemporaryDirectory() as cache:
             path = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
@@ -267,7 +283,7 @@ def push_to_hub(
     Args:
         model_or_folder: a model made by timm.create_model (features_only too), or a native folder.
         repo_id: "USER/REPO"; created if need be.
-        private: whether a new repository is private.
+        private: make a new repository private.
         commit_message: default "Add ARCHITECTURE".
         tag: put on the commit.
         revision: branch to push to, created if need be (default: main).
@@ -292,7 +308,7 @@ def push_to_hub(
         name = _check_folder(folder)
         api = HfApi(token=token, library_name="cleandift_backbones", library_version=__version__)
         stack.enter_context(explained(HubFile(repo_id, revision=revision)))
-        _check_repository(api, repo_id, revision, name, tag)
+        _check_repository(api, repo_id, revision, name, tag, private)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

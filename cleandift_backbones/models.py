@@ -154,6 +154,34 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def architecture_of(model: str) -> dict:
+    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift")."""
+    (arch,) = (part for part in model.split("_") if part in ARCHITECTURES)
+    return ARCHITECTURES[arch]
+
+
+def default_indices(cfg: dict, infos: list[dict], pyramid: bool, held: str | None = None) -> tuple[int, ...]:
+    """Features that features_only gives by default: the block outputs that the paper evaluates (us9, us6, us3, mid),
+    a pyramid's levels; of them, those that weights hold which end at the map `held`."""
+    from .backbone import held_features
+
+    found = held_features(cfg, infos, held)
+    blocks = [i for i in found if pyramid or infos[i]["module"].endswith(("upsamplers.0", "mid_block"))]
+    return tuple(blocks or found)
+
+
+def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[str]]:
+    """Names of the maps of weights that end at the map `held`: all of them, and those given by default."""
+    from .backbone import feature_list, held_features
+
+    cfg, pyramid = architecture_of(model), model.endswith("_pyramid")
+    infos = feature_list(cfg, pyramid)
+    names = [info["name"] for info in infos]
+    return [names[i] for i in held_features(cfg, infos, held)], [
+        names[i] for i in default_indices(cfg, infos, pyramid, held)
+    ]
+
+
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     """A floating-point dtype by itself or its name; "auto" and None stay."""
     found = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
@@ -171,9 +199,11 @@ def _create(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     sources: dict[str, str] | None = None,
+    held: str | None = None,
     **kwargs: Any,
 ):
     """Builds a model through timm, only as deep as its finest map needs, and loads its weights."""
+    from . import prompts
     from .backbone import CleanDIFT, feature_list, finest_map, take_indices
     from .pretrained import Sources, load_pretrained
 
@@ -184,14 +214,11 @@ def _create(
     cfg, dtype = ARCHITECTURES[arch], _dtype(dtype)
     name = variant.removesuffix("_pyramid")
     parts = Sources(name, SOURCES.get(name, {}), sources or {})
-    kwargs.setdefault("text_encoder", parts.get("text_encoder"))
+    text_encoder = kwargs.setdefault("text_encoder", parts.given.get("text_encoder"))
+    if text_encoder is None:
+        kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
-    # The block outputs that the paper evaluates: us9, us6, us3, mid; a pyramid gives all of its levels.
-    default = (
-        tuple(range(len(infos)))
-        if pyramid
-        else tuple(i for i, info in enumerate(infos) if info["module"].endswith(("upsamplers.0", "mid_block")))
-    )
+    default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
             raise ValueError(
@@ -205,6 +232,10 @@ def _create(
         kwargs["final_map"] = finest_map(infos, kwargs["out_indices"])
     elif "out_indices" in kwargs:
         raise ValueError("out_indices needs features_only=True")
+    # A prompt waits for the weights: they may bring their own text encoder.
+    prompt = kwargs.pop("prompt", None) if pretrained else None
+    if prompt is not None:
+        prompts.check(prompt)
     # With weights to come nothing is initialised: parameters stay on the meta device until they are assigned.
     with torch.device("meta") if pretrained else nullcontext():
         model = build_model_with_cfg(
@@ -216,7 +247,14 @@ def _create(
         )
     if pretrained:
         backbone = model.model if kwargs.get("features_only") else model
-        load_pretrained(backbone, cfg, parts, kwargs.get("cache_dir"), dtype)
+        backbone.cache_dir = kwargs.get("cache_dir")
+        if prompt is not None:
+            backbone.fixed.add("prompt_embeds")
+        place = load_pretrained(backbone, cfg, parts, backbone.cache_dir, dtype)
+        if text_encoder is None and place is not None:
+            backbone.text_encoder = place
+        if prompt is not None:
+            backbone.set_prompt(prompt)
         return model.to(device)
     return model.to(device=device, dtype=None if dtype == "auto" else dtype)
 
@@ -232,7 +270,8 @@ _ARGUMENTS = """
         timestep: overrides the stored one, 0..999. prompt: text, or one per image (needs transformers).
         dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored; default: float32. device: of the model.
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
-            for weights that are put together from published parts.
+            for weights that are put together from published parts. held: the finest map that the weights hold, which
+            narrows the default out_indices (a folder's config.json says it).
 """
 _NOISY_ARGUMENTS = "        ensemble_size: noises averaged (8). noise_seed: equal seeds give equal maps (0).\n"
 

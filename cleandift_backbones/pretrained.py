@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +67,7 @@ class Sources:
         """
         of_cfg = None
         if cfg.get("file"):
-            of_cfg = Path(cfg["file"])
+            of_cfg = Path(cfg["file"]).expanduser().absolute()
         elif cfg.get("hf_hub_id"):
             repo, _, revision = cfg["hf_hub_id"].partition("@")
             of_cfg = HubFile(repo, cfg.get("hf_hub_filename") or "", revision or None)
@@ -86,24 +85,28 @@ class Sources:
 def open_parts(
     main: Path | HubFile,
     sources: Sources,
+    cfg: Mapping[str, dict],
     fixed: set[str] = frozenset(),
     teacher: bool = False,
     cache_dir: str | Path | None = None,
 ) -> tuple[Weights, dict[str, Tensor]]:
-    """Weights of `main`, and from `sources` what they lack. All is asked for before anything large is fetched.
+    """Weights of `main`, and from `sources` what they lack, or what the user gave there.
+
+    All is asked for before anything large is fetched.
 
     Args:
         main: a UNet, or more than a UNet.
         sources: of the rest.
+        cfg: entry of `models.ARCHITECTURES`.
         fixed: native names that need not be there.
-        teacher: take the teacher's UNet of a file that holds both.
+        teacher: take the teacher's UNet of a CompVis full file.
 
     Returns:
         the weights, and the constants `timestep` and `prompt_embeds` if they come from elsewhere.
 
     Raises:
         RuntimeError: files are missing; each is named, with the reason, and how to place it.
-        checkpoints.CheckpointError: see `checkpoints.open_checkpoint`.
+        checkpoints.CheckpointError: see `checkpoints.open_checkpoint`; a UNet of another family; no teacher.
     """
     missing: list[str] = []
 
@@ -113,33 +116,43 @@ def open_parts(
         except (HubError, FileNotFoundError, ImportError) as error:
             missing.append(f"{part}: {error}")
 
-    weights = attempt("unet", _open_main, main, cache_dir)
-    places = {part: sources.get(part) for part in PARTS if part != "unet"}
-    places["text_encoder"] = own_text_encoder(main, weights) or places["text_encoder"]
-    lacking = [p for p in places if places[p] and PARTS[p] not in fixed and not (weights and weights.has(PARTS[p]))]
-    if "vae" in lacking:
-        attempt("vae", _check_vae, places["vae"], cache_dir)
-    if "text_encoder" in lacking:
-        attempt("text_encoder", _check_text_encoder, places["text_encoder"], cache_dir)
+    weights = attempt("unet", open_header, main, cache_dir)
+    if weights is not None:
+        checkpoints.check_family(weights, cfg["unet"]["cross_attention_dim"])
+    own = own_text_encoder(main, weights, cache_dir)
+    places = {part: sources.given.get(part) or sources.get(part) for part in PARTS if part != "unet"}
+    places["text_encoder"] = sources.given.get("text_encoder") or own or places["text_encoder"]
+    lacking = [
+        part
+        for part, place in places.items()
+        if place
+        and PARTS[part] not in fixed
+        and (part in sources.given or not (weights is not None and weights.has(PARTS[part])))
+    ]
+    for part, check in (("vae", _check_vae), ("text_encoder", _check_text_encoder)):
+        if part in lacking:
+            attempt(part, check, places[part], cache_dir)
     if missing:
         raise RuntimeError(_missing_message(sources, missing))
-    if isinstance(main, HubFile) and isinstance(weights.files()[0], RemoteFile) and not weights.has("teacher."):
+    full = weights.form == "CompVis full checkpoint"
+    if isinstance(weights.files()[0], RemoteFile) and not full:
         weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
-    if teacher and weights.has("teacher."):
+    if teacher and full:
         weights = weights.teacher()
     if "vae" in lacking:
-        weights.put(checkpoints.open_checkpoint(download.fetch_checkpoint(places["vae"], cache_dir)), "vae.")
+        vae = checkpoints.open_checkpoint(download.fetch_checkpoint(places["vae"], cache_dir))
+        if not vae.has("vae.encoder."):
+            raise checkpoints.CheckpointError(f"{vae.label} ({vae.form}) holds no VAE, but {vae.describe()}")
+        weights.put(vae, "vae.")
     constants = {}
-    if "timestep" not in fixed and not weights.has("timestep") and "timestep" in weights.metadata:
-        constants["timestep"] = torch.tensor(float(weights.metadata["timestep"]))  # of a UNet that `convert` wrote
-    elif "timestep" in lacking:
-        constants["timestep"] = learned_timestep(places["timestep"], cache_dir)
+    if "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
+        constants["timestep"] = learned_timestep(places["timestep"], weights.metadata, cache_dir)
     if "text_encoder" in lacking:
         constants["prompt_embeds"] = prompts.embed("", places["text_encoder"], cache_dir, keep=True)
     return weights, constants
 
 
-def _open_main(main: Path | HubFile, cache_dir: str | Path | None) -> Weights:
+def open_header(main: Path | HubFile, cache_dir: str | Path | None = None) -> Weights:
     """Opened; a single file that is not in the cache only by its header, over HTTP."""
     if isinstance(main, Path):
         return checkpoints.open_checkpoint(main)
@@ -148,26 +161,40 @@ def _open_main(main: Path | HubFile, cache_dir: str | Path | None) -> Weights:
     return checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
 
 
-def own_text_encoder(main: Path | HubFile, weights: Weights | None) -> Path | HubFile | None:
-    """The text encoder that stands beside a UNet in diffusers' layout."""
-    if isinstance(main, HubFile):
-        return main if weights is not None and weights.form == "diffusers folder" else None
-    return main if (main / "text_encoder").is_dir() else None
+def own_text_encoder(
+    main: Path | HubFile, weights: Weights | None, cache_dir: str | Path | None = None
+) -> Path | HubFile | None:
+    """The text encoder that stands beside a UNet in diffusers' layout, if there is one."""
+    if isinstance(main, Path):
+        return main if (main / "text_encoder").is_dir() else None
+    if weights is None or weights.form != "diffusers folder":
+        return None
+    try:
+        download.check(main.join("text_encoder/config.json"), cache_dir)
+        return main
+    except HubError:
+        return None
 
 
 def _check_vae(source: str, cache_dir: str | Path | None) -> None:
     place = download.parse_source(source)
     if isinstance(place, HubFile):
-        download.check(place if place.path.endswith(".safetensors") else place.join("config.json"), cache_dir)
+        if place.path.endswith(".safetensors"):
+            return download.check(place, cache_dir)
+        try:
+            download.check(place.join("config.json"), cache_dir)
+        except HubError:
+            download.check(place.join("vae/config.json"), cache_dir)
+    return None
 
 
 def _check_text_encoder(source: str | Path, cache_dir: str | Path | None) -> None:
-    if prompts.kept("", source, cache_dir) is not None:
+    if prompts.kept("", source, cache_dir):
         return
     place = download.parse_source(source)
     if isinstance(place, HubFile):
         download.check(place.join("text_encoder/config.json"), cache_dir)
-    if find_spec("transformers") is None:
+    if not prompts.has_transformers():
         raise ImportError(f"{source} needs transformers, once, for the empty prompt: {prompts.INSTALL}")
 
 
@@ -183,24 +210,32 @@ def _missing_message(sources: Sources, missing: list[str]) -> str:
     )
 
 
-def learned_timestep(source: str | Path, cache_dir: str | Path | None = None) -> Tensor:
-    """The learned timestep of a CompVis full checkpoint: on the Hub, read by ranges (a few hundred kB of 3.9 GB).
+def learned_timestep(
+    source: str | Path | None, metadata: Mapping[str, str] | None = None, cache_dir: str | Path | None = None
+) -> Tensor:
+    """The learned timestep: of a UNet's metadata (`convert.to_diffusers` writes it), or of a CompVis full checkpoint.
 
-    It is kept beside the Hub's cache. If it is not to be had, a warning says so, and it is 261.
+    On the Hub that is read by ranges, a few hundred kB of 3.9 GB, and kept beside the Hub's cache. If it is not to be
+    had, a warning says so, and it is 261.
     """
     try:
+        if metadata and "timestep" in metadata:
+            return torch.tensor(float(metadata["timestep"]), device="cpu")
+        if source is None:
+            raise HubError("no source is known")
         place = download.parse_source(source)
         if isinstance(place, Path):
             return checkpoints.open_checkpoint(place)["timestep"].float()
-        key = f"timestep of {place.repo}/{place.path} at {download.commit_of(place, cache_dir)}"
-        return download.remember(key, lambda: RemoteFile(place).get_tensor("timestep").float(), cache_dir)
+        return download.remember_of(
+            "timestep", place, lambda: RemoteFile(place).get_tensor("timestep").float(), cache_dir
+        )
     except (HubError, FileNotFoundError, checkpoints.CheckpointError, KeyError) as error:
         _logger.warning(
             f"the learned timestep could not be read from {source} ({error}): {START_TIMESTEP:.0f}, at which its "
             "training started, is used. Features will differ a little; pass timestep=..., or "
             "sources=dict(timestep=PATH) with the full checkpoint"
         )
-        return torch.tensor(START_TIMESTEP)
+        return torch.tensor(START_TIMESTEP, device="cpu")
 
 
 def check_configs(weights: Weights, cfg: Mapping[str, dict]) -> None:
@@ -220,7 +255,7 @@ def load_pretrained(
     sources: Sources,
     cache_dir: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
-) -> None:
+) -> str | None:
     """Loads the weights that `model.pretrained_cfg` names, strictly; what they lack comes from `sources`.
 
     Args:
@@ -230,6 +265,9 @@ def load_pretrained(
         cache_dir: of the Hub's files (default: the Hub's own).
         dtype: of the parameters; "auto": that of the UNet in the file; None: as the model has it.
 
+    Returns:
+        source of the text encoder that stands beside these weights, if there is one.
+
     Raises:
         checkpoints.CheckpointError: a file does not fit, is damaged, or is a pickle.
         RuntimeError: files are missing.
@@ -237,10 +275,7 @@ def load_pretrained(
     pretrained_cfg = model.pretrained_cfg
     main = sources.main(pretrained_cfg)
     noisy = hasattr(model, "ensemble_size")
-    weights, constants = open_parts(main, sources, model.fixed, noisy, cache_dir)
-    text_encoder = own_text_encoder(main, weights)
-    if text_encoder and not sources.given.get("text_encoder"):
-        model.text_encoder = str(text_encoder)
+    weights, constants = open_parts(main, sources, cfg, model.fixed, noisy, cache_dir)
     check_configs(weights, cfg)
     if dtype == "auto":
         dtype = weights["unet.conv_in.weight"].dtype if "unet.conv_in.weight" in weights else None
@@ -251,6 +286,8 @@ def load_pretrained(
     load_weights(model, weights, constants, dtype)
     if classes and not keep_head:
         model.reset_classifier(classes)
+    own = own_text_encoder(main, weights, cache_dir)
+    return str(own) if own else None
 
 
 #: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint

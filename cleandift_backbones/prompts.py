@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -85,6 +86,24 @@ def _texts(texts: str | Sequence[str]) -> list[str]:
     return texts
 
 
+def check(texts: str | Sequence[str]) -> None:
+    """Says before any long work what stands in the way of encoding texts.
+
+    Raises:
+        TypeError: they are not strings. ImportError: transformers is not installed, and they are not known already.
+    """
+    known = {text for _, text in _embeddings}
+    if not set(_texts(texts)) <= known and not has_transformers():
+        raise ImportError(f"prompts need transformers: {INSTALL}")
+
+
+def has_transformers() -> bool:
+    try:
+        return find_spec("transformers") is not None
+    except ValueError:  # a module without a spec, as when an import is blocked
+        return False
+
+
 def _identity(source: str | Path, cache_dir: str | Path | None) -> str:
     """Which text encoder this is: a repository's commit, or a folder's files."""
     place = download.parse_source(source)
@@ -110,9 +129,15 @@ def embed(
     """
     texts = _texts(texts)
     if keep:
-        return download.remember(
-            _key(texts[0], source, cache_dir), lambda: PromptEncoder(source, cache_dir)(texts[0]), cache_dir
-        )
+        place = download.parse_source(source)
+
+        def compute() -> Tensor:
+            return PromptEncoder(source, cache_dir)(texts[0])
+
+        if isinstance(place, download.HubFile):
+            config = place.join("text_encoder/config.json")
+            return download.remember_of(f"prompt {texts[0]!r}", config, compute, cache_dir)
+        return download.remember(f"prompt {texts[0]!r} of {_identity(source, cache_dir)}", compute, cache_dir)
     identity = _identity(source, cache_dir)
     new = [text for text in dict.fromkeys(texts) if (identity, text) not in _embeddings]
     found = {text: _embeddings[identity, text] for text in texts if text not in new}
@@ -126,10 +151,18 @@ def embed(
     return torch.stack([found[text] for text in texts])
 
 
-def _key(text: str, source: str | Path, cache_dir: str | Path | None) -> str:
-    return f"prompt {text!r} of {_identity(source, cache_dir)}"
+def kept(text: str, source: str | Path, cache_dir: str | Path | None = None) -> bool:
+    """Whether `embed(..., keep=True)` kept this text's embedding."""
+    place = download.parse_source(source)
+    if not isinstance(place, download.HubFile):
+        return download.recall(f"prompt {text!r} of {_identity(source, cache_dir)}", cache_dir) is not None
+    try:
+        config = place.join("text_encoder/config.json")
+        download.remember_of(f"prompt {text!r}", config, _not_kept, cache_dir)
+        return True
+    except (LookupError, download.HubError):
+        return False
 
 
-def kept(text: str, source: str | Path, cache_dir: str | Path | None = None) -> Tensor | None:
-    """The embedding of a text that `embed(..., keep=True)` kept, or None."""
-    return download.recall(_key(text, source, cache_dir), cache_dir)
+def _not_kept() -> Tensor:
+    raise LookupError

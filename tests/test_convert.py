@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save
 
+from cleandift_backbones.hub import save_folder
 from cleandift_backbones.models import ARCHITECTURES, ASSETS
 from cleandift_backbones.unet import FeatureUNet
 from tools.convert import main
@@ -166,7 +167,9 @@ def test_refusals(source, tmp_path, capsys):
         assert not out.exists()
 
     refused(tmp_path, "holds no model.safetensors, diffusion_pytorch_model.safetensors, unet/ or vae/")
-    refused(source, "block_out_channels of its unet is [48, 80, 112, 112], the model has", "--model", "dift_sd15")
+    refused(source, "another family (text of width 96)", "--model", "dift_sd15")
+    refused(source, "timestep must lie in 0..999, got 5000", "--model", "dift_tiny", "--timestep", "5000")
+    refused(source, "--vae has no meaning with --to diffusers", "--to", "diffusers", "--vae", "x")
     refused("nobody/nothing", "nobody/nothing does not exist, or is private")
     refused(tmp_path / "nowhere", "is neither a file or folder here nor OWNER/NAME")
     changed = tmp_path / "changed"
@@ -202,3 +205,41 @@ def test_full_disk_leaves_nothing_behind(tmp_path, parts):
         run.stderr
     )
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "kwargs", [dict(num_classes=3, in_chans=1), dict(num_classes=2, final_map="us6", global_pool="max")]
+)
+def test_what_a_native_folder_says_is_kept(tmp_path, kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model("test_cleandift", **kwargs).eval()
+    save_folder(model, tmp_path / "one")
+    assert main([str(tmp_path / "one"), "--out", str(tmp_path / "two")]) == 0
+    x = X[:, : model.in_chans]
+    torch.testing.assert_close(timm.create_model(f"local-dir:{tmp_path / 'two'}", pretrained=True).eval()(x), model(x))
+
+
+def test_arguments_of_dift_are_kept(tmp_path):
+    model = timm.create_model(
+        "dift_tiny", pretrained=True, final_map="us10", timestep=10, ensemble_size=2, noise_seed=3
+    )
+    save_folder(model, tmp_path / "one")
+    assert main([str(tmp_path / "one"), "--out", str(tmp_path / "two")]) == 0
+    arguments = json.loads((tmp_path / "two/config.json").read_text())["model_args"]
+    assert arguments == dict(timestep=10, ensemble_size=2, noise_seed=3)
+
+
+def test_of_a_full_file_on_the_hub_only_the_needed_half_is_read(hub, tmp_path):
+    hub.place("me/full", {"full.safetensors": standins.compvis_full()})
+    hub.place("mirror/sd", standins.diffusers_files())
+    arguments = ["me/full/full.safetensors", "--text-encoder", "mirror/sd", "--out", str(tmp_path / "native")]
+    assert main([*arguments, "--dtype", "float32"]) == 0
+    check(load(tmp_path / "native"), **ROUND)
+    assert hub.sent["full.safetensors"] < len(standins.compvis_full()) * 0.75
+
+
+def test_overwrite_spares_what_is_not_ours(tmp_path, parts, capsys):
+    folder = standins.write(tmp_path / "sd", standins.diffusers_files())
+    with pytest.raises(SystemExit):
+        main([str(folder / "unet"), "--out", str(folder), "--overwrite", *parts])
+    assert "holds other files" in capsys.readouterr().err and (folder / "vae/config.json").is_file()

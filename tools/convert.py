@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     line = parser()
     options = line.parse_args(arguments)
+    unused = {"native": ("fill",), "diffusers": ("vae", "text_encoder", "timestep", "cut")}[options.to]
+    given = [f"--{name.replace('_', '-')}" for name in unused if getattr(options, name)]
+    if given:
+        line.error(f"{', '.join(given)} has no meaning with --to {options.to}")
     number = options.timestep is not None and options.timestep.replace(".", "", 1).isdigit()
     parts = {"vae": options.vae, "text_encoder": options.text_encoder, "timestep": None if number else options.timestep}
     common = dict(

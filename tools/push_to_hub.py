@@ -4,7 +4,7 @@
     python tools/push_to_hub.py runs/cat_features me/cat-features --private
 
 Afterwards anyone loads it with `timm.create_model("hf-hub:me/cat-features", pretrained=True, features_only=True)`, once
-cleandift_backbones is imported. The folder is one that tools/convert.py or tools/finetune.py wrote. Log in first
+cleandift_backbones is imported. The folder is one that tools/convert.py wrote. Log in first
 (`hf auth login`), or set HF_TOKEN. If the upload is interrupted, run the command again: what has arrived is not sent
 twice.
 """
@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"pushed {options.folder} to {options.repo_id}: {url}")
-    print(f'load it with timm.create_model("hf-hub:{options.repo_id}", pretrained=True, features_only=True)')
+    name = options.repo_id + (f"@{options.revision}" if options.revision else "")
+    print(f'load it with timm.create_model("hf-hub:{name}", pretrained=True, features_only=True)')
     return 0
 
 

@@ -6,6 +6,7 @@ from .reading import (
     CheckpointError,
     TensorFile,
     Weights,
+    check_family,
     family,
     fit,
     open_checkpoint,
@@ -13,7 +14,7 @@ from .reading import (
     open_weights,
     shard_names,
 )
-from .writing import plain_state, save_diffusers_unet, save_folder, save_native, verify
+from .writing import check_replaceable, plain_state, save_diffusers_unet, save_folder, save_native, verify
 
 __all__ = [
     "DIFFUSERS_NAME",
@@ -21,6 +22,8 @@ __all__ = [
     "CheckpointError",
     "TensorFile",
     "Weights",
+    "check_family",
+    "check_replaceable",
     "family",
     "fit",
     "open_checkpoint",

@@ -181,7 +181,8 @@ class Weights:
         return tuple(file.get_slice(inner).get_shape())
 
     def put(self, other: Weights, *parts: str) -> Weights:
-        """Takes over the tensors of another file under these names or prefixes."""
+        """Takes over the tensors of another file under these names or prefixes, and their config."""
+        self.configs |= {part: config for part, config in other.configs.items() if f"{part}." in parts}
         self._where.update((name, where) for name, where in other._where.items() if name.startswith(parts))
         return self
 
@@ -273,7 +274,10 @@ def find_files(folder: Path, name: str) -> list[Path]:
 
 def _config(folder: Path, name: str = "config.json") -> dict | None:
     path = folder / name
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): get it again") from error
 
 
 def open_checkpoint(path: str | Path) -> Weights:
@@ -290,10 +294,17 @@ def open_checkpoint(path: str | Path) -> Weights:
     for name in (NATIVE_NAME, DIFFUSERS_NAME):
         files = find_files(path, name)
         if files:
-            return open_files(path, [open_weights(file) for file in files])
-    others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".ckpt", ".pkl")]
-    hint = f" Pickle files ({_listed(others)}) are never loaded: convert them to safetensors." if others else ""
-    raise CheckpointError(f"{path} holds no {NATIVE_NAME}, {DIFFUSERS_NAME}, unet/ or vae/.{hint}")
+            weights = open_files(path, [open_weights(file) for file in files])
+            config = _config(path) if name == DIFFUSERS_NAME else None
+            if config:
+                weights.configs["vae" if weights.has("vae.") else "unet"] = config
+            return weights
+    raise CheckpointError(f"{path} holds no {NATIVE_NAME}, {DIFFUSERS_NAME}, unet/ or vae/.{_pickles(path)}")
+
+
+def _pickles(folder: Path) -> str:
+    found = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".ckpt", ".pkl")]
+    return f" Pickle files ({_listed(found)}) are never loaded: convert them to safetensors." if found else ""
 
 
 def open_files(label: str | Path, files: Iterable[TensorFile]) -> Weights:
@@ -311,7 +322,9 @@ def _open_diffusers(folder: Path) -> Weights:
     for part in ("unet", "vae"):
         files = find_files(folder / part, DIFFUSERS_NAME)
         if (folder / part).is_dir() and not files:
-            raise CheckpointError(f"{folder} has no {part}/{DIFFUSERS_NAME}: is it a diffusers folder?")
+            raise CheckpointError(
+                f"{folder} has no {part}/{DIFFUSERS_NAME}: is it a diffusers folder?{_pickles(folder / part)}"
+            )
         rename = _vae_name if part == "vae" else str
         for file in files:
             weights.add(open_weights(file), lambda name, part=part, rename=rename: f"{part}.{rename(name)}")
@@ -323,6 +336,15 @@ def _open_diffusers(folder: Path) -> Weights:
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def check_family(weights: Weights, width: int) -> None:
+    """Raises CheckpointError if the weights' UNet attends to text of another width than `width`, or is SDXL's."""
+    found = weights.unet_family()
+    if found is not None and found != family(width):
+        raise CheckpointError(
+            f"{weights.label} holds a UNet of another family ({found}); the model is of {family(width)}"
+        )
 
 
 def fit(
@@ -352,10 +374,8 @@ def fit(
     """
     names, path = weights.names(), weights.label
     key = next((name for name in expected if name.startswith("unet.") and name.endswith(".attn2.to_k.weight")), None)
-    found = weights.unet_family()
-    wanted = found and key and family(expected[key].shape[1])
-    if found != wanted and wanted:
-        raise CheckpointError(f"{path} holds a UNet of another family ({found}); the model is of {wanted}")
+    if key is not None:
+        check_family(weights, expected[key].shape[1])
     missing = expected.keys() - names
     extra = {name for name in names - expected.keys() if not ignorable(name)}
     if missing or extra:

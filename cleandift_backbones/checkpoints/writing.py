@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None) -> None:
+def write_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None) -> None:
     """Writes one safetensors file with its checksum; `path` is written at once, not aside."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     meta = {"format": "pt", **(metadata or {}), CHECKSUM: checksum(tensors)}
@@ -54,7 +56,21 @@ def _write(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
     except SafetensorError as error:
         needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
         raise OSError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
+    _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes it readable for its owner alone
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts the header's metadata in order: safetensors writes them in a random one, and equal weights should be equal
+    files, which the Hub does not take twice."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -82,6 +98,19 @@ def verify(path: str | Path) -> str:
     return "verified" if found == {True} else "no checksum"
 
 
+_OURS = r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|README\.md"
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raises FileExistsError if a folder holds anything that this module does not write: it would be lost."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: choose another folder")
+    others = [p.name for p in folder.iterdir() if not re.fullmatch(_OURS, p.name)] if folder.is_dir() else []
+    if others:
+        raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}): choose another folder")
+
+
 def save_native(
     state: Mapping[str, Tensor],
     path: str | Path,
@@ -97,7 +126,7 @@ def save_native(
     """
     state = _converted(plain_state(state), dtype)
     with replacing(path) as aside:
-        _write(state, aside, metadata)
+        write_file(state, aside, metadata)
 
 
 def save_folder(
@@ -111,7 +140,7 @@ def save_folder(
 ) -> Path:
     """Writes a native folder: `model.safetensors` (or shards and their index), `config.json`, `README.md`.
 
-    The folder is filled aside and then takes the place of `folder`, with all that this held.
+    The folder is filled aside and then takes the place of `folder`, which may hold nothing but such files.
 
     Args:
         state: the state dict, under native names.
@@ -122,8 +151,9 @@ def save_folder(
         max_shard_size: of one file, as a number of bytes or "5GB".
 
     Raises:
-        OSError: it could not be written; nothing half-written remains.
+        OSError: it could not be written (nothing half-written remains), or `folder` holds other files.
     """
+    check_replaceable(folder)
     state = _converted(plain_state(state), dtype)
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
@@ -131,7 +161,7 @@ def save_folder(
     with replacing(folder) as aside:
         aside.mkdir()
         for file, names in plan.filename_to_tensors.items():
-            _write({name: state[name] for name in names}, aside / file, metadata)
+            write_file({name: state[name] for name in names}, aside / file, metadata)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (aside / f"{NATIVE_NAME}.index.json").write_text(json.dumps(index, indent=2))
@@ -157,9 +187,10 @@ def save_diffusers_unet(
     Raises:
         OSError: as for `save_folder`.
     """
+    check_replaceable(folder)
     with replacing(folder) as aside:
         aside.mkdir()
-        _write(_converted(unet, dtype), aside / DIFFUSERS_NAME, metadata)
+        write_file(_converted(unet, dtype), aside / DIFFUSERS_NAME, metadata)
         (aside / "config.json").write_text(
             json.dumps({"_class_name": "UNet2DConditionModel", **config}, indent=2) + "\n"
         )
