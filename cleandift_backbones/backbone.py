@@ -11,10 +11,12 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .heads import ProjectionHeads
 from .latents import LatentEncoder
 from .prompts import embed
 from .unet import FeatureUNet, map_infos
 
+PUBLISHED_HEADS = dict(depth=3, conditioning="adarms", gated=True)  # METHOD: the published weights and public config
 MIN_SIDE = 64  # shorter images would leave less than one cell in the coarsest map of an SD UNet
 
 
@@ -106,6 +108,8 @@ class CleanDIFT(nn.Module):
         timestep: overrides the timestep stored with the weights (learned; 261 before training), 0..999.
         prompt: text to condition on, one or one per image, instead of the stored empty prompt.
         text_encoder: folder or Hub repository with `tokenizer/` and `text_encoder/`, for `prompt`.
+        projected_timestep: give the maps as the projection heads map them to this timestep of the teacher, 0..999.
+        heads: arguments of `heads.ProjectionHeads` (default: those of the published weights).
 
     Raises:
         ValueError: unknown final_map; timestep out of range.
@@ -123,8 +127,12 @@ class CleanDIFT(nn.Module):
         timestep: float | None = None,
         prompt: str | Sequence[str] | None = None,
         text_encoder: str | None = None,
+        projected_timestep: float | None = None,
+        heads: dict | None = None,
     ):
         super().__init__()
+        if projected_timestep is not None and not 0 <= projected_timestep <= 999:
+            raise ValueError(f"projected_timestep must lie in 0..999, got {projected_timestep}")
         if timestep is not None and not 0 <= timestep <= 999:
             raise ValueError(f"timestep must lie in 0..999, got {timestep}")
         if in_chans < 1 or num_classes < 0:
@@ -142,6 +150,10 @@ class CleanDIFT(nn.Module):
         self.vae = LatentEncoder(cfg["vae"], in_chans)
         self.unet = FeatureUNet.build(cfg["unet"], final_map)
         self.feature_info = feature_list(cfg, pyramid)
+        self.projected_timestep, self.heads = projected_timestep, None
+        if projected_timestep is not None:
+            channels = {info.name: info.channels for info in self.unet.infos if info.name in self.unet.map_names}
+            self.heads = ProjectionHeads(channels, **(heads or PUBLISHED_HEADS))
         embed_shape = (1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"])
         # A given timestep is real even while the model is laid out on the meta device.
         device = None if timestep is None else "cpu"
@@ -180,7 +192,7 @@ class CleanDIFT(nn.Module):
             self.timestep = self.timestep.float()
         else:
             self.timestep = timestep.to(self.timestep.device)
-        weight = self.vae.encoder.conv_in.weight
+        weight = self.unet.conv_in.weight
         if weight.dtype == torch.bfloat16 and lacks_bfloat16(weight.device):
             raise RuntimeError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
         return self
@@ -249,7 +261,10 @@ class CleanDIFT(nn.Module):
         return found | self._unet_maps(latents, prompts, [name for name in names if name not in found])
 
     def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        return self.unet(latents, self.timestep, prompts, names)
+        maps = self.unet(latents, self.timestep, prompts, names)
+        if self.heads is None:
+            return maps
+        return self.heads(maps, self.timestep.new_full((len(latents),), self.projected_timestep))
 
     def forward_intermediates(
         self,
@@ -302,6 +317,8 @@ class CleanDIFT(nn.Module):
         last_map = finest_map(self.feature_info, take)
         self.unet.truncate(last_map)
         self.num_features = self.head_hidden_size = self.unet.infos[self._position(last_map)].channels
+        if self.heads is not None:
+            self.heads.keep([self.feature_info[index]["name"] for index in take])
         if prune_head or self.head.in_features != self.num_features:
             self.head.in_features = self.num_features
             self.reset_classifier(0, "")

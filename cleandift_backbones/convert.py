@@ -140,7 +140,7 @@ def to_native(
         found.teacher()  # says so if there is none
     name = model or (source if source in SOURCES else find_model(found, teacher))
     cfg, noisy = architecture_of(name), name.startswith("dift")
-    fixed = {"timestep"} if timestep is not None or noisy else set()
+    fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
     sources = Sources(name, SOURCES.get(name, {}), parts or {})
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     check_configs(weights, cfg)

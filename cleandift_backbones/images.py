@@ -6,6 +6,7 @@ plain 8-bit RGB or says in one sentence why it cannot; `to_input` turns a pictur
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,26 +25,33 @@ class ImageError(ValueError):
 
 
 def read_image(
-    path: str | os.PathLike, background: Sequence[int] = (255, 255, 255), min_side: int = MIN_SIDE
+    path: str | os.PathLike | bytes,
+    background: Sequence[int] = (255, 255, 255),
+    min_side: int = MIN_SIDE,
+    name: str | None = None,
 ) -> Image.Image:
-    """Reads a picture file as an 8-bit RGB Pillow image.
+    """Reads a picture file, or the bytes of one, as an 8-bit RGB Pillow image.
 
     Transparency is composited on `background` (RGB, 0..255); 16-bit and 0..1 float pixels are scaled to 0..255; EXIF
-    orientation is applied; the first frame of an animation is taken.
+    orientation is applied; the first frame of an animation is taken. `name` stands for bytes in messages.
 
     Raises:
         ImageError: the file is missing, empty, no image, truncated, holds pixels that are not finite or out of range,
             or has a side shorter than `min_side` pixels.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ImageError(
-            f"{path}: {'a folder, not a picture file' if path.is_dir() else 'no such file'}; check the path"
-        )
-    if path.stat().st_size == 0:
+    if isinstance(path, bytes):
+        file, size, path = io.BytesIO(path), len(path), Path(name or "image")
+    else:
+        file = path = Path(path)
+        if not path.is_file():
+            raise ImageError(
+                f"{path}: {'a folder, not a picture file' if path.is_dir() else 'no such file'}; check the path"
+            )
+        size = path.stat().st_size
+    if size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes); fetch or export it again")
     try:
-        with Image.open(path) as opened:
+        with Image.open(file) as opened:
             opened.seek(0)
             opened.load()
             image = ImageOps.exif_transpose(opened)

@@ -93,7 +93,8 @@ def _tiny(name: str) -> dict[str, str]:
 
 def _compvis(name: str) -> dict[str, str]:
     where = f"CompVis/cleandift/{name}"
-    return dict(unet=f"{where}_unet.safetensors", timestep=f"{where}_full.safetensors")
+    full = f"{where}_full.safetensors"
+    return dict(unet=f"{where}_unet.safetensors", timestep=full, heads=full)
 
 
 #: model -> part of the weights -> where it is published: a file or folder, or OWNER/NAME[@REVISION][/PATH] on the Hub.
@@ -245,8 +246,10 @@ def _create(
             feature_cfg=dict(out_indices=default, feature_cls="getter"),
             **kwargs,
         )
+    backbone = model.model if kwargs.get("features_only") else model
+    if backbone.heads is not None and not kwargs.get("features_only"):
+        backbone.heads.keep([backbone.unet.last_map])
     if pretrained:
-        backbone = model.model if kwargs.get("features_only") else model
         backbone.cache_dir = kwargs.get("cache_dir")
         if prompt is not None:
             backbone.fixed.add("prompt_embeds")
@@ -272,6 +275,8 @@ _ARGUMENTS = """
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
             for weights that are put together from published parts. held: the finest map that the weights hold, which
             narrows the default out_indices (a folder's config.json says it).
+        projected_timestep: features as the projection heads map them to this timestep of the teacher (cleandift_*);
+            heads: how these were trained, dict(depth=3, conditioning="adarms" or "film", gated=True).
 """
 _NOISY_ARGUMENTS = "        ensemble_size: noises averaged (8). noise_seed: equal seeds give equal maps (0).\n"
 

@@ -62,6 +62,10 @@ class DIFT(CleanDIFT):
         timestep = _integer("timestep", timestep, 0, scheduler.config.num_train_timesteps - 1)
         count = _integer("ensemble_size", ensemble_size, 1, 2**20)
         seed = _integer("noise_seed", noise_seed, 0, 2**63 - 1)
+        if kwargs.get("projected_timestep") is not None:
+            raise ValueError(
+                "projected_timestep is CleanDIFT's: a noisy model gives the features of its timestep itself"
+            )
         super().__init__(cfg, timestep=timestep, **kwargs)
         self.ensemble_size, self.noise_seed = count, seed
         alpha = scheduler.alphas_cumprod[timestep].item()

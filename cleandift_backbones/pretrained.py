@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 #: parts that weights may come from, and what each gives
-PARTS = {"unet": "unet.", "vae": "vae.", "timestep": "timestep", "text_encoder": "prompt_embeds"}
+PARTS = {
+    "unet": "unet.",
+    "vae": "vae.",
+    "timestep": "timestep",
+    "text_encoder": "prompt_embeds",
+    "heads": "heads.",
+}
 START_TIMESTEP = 261.0  # at which the learned timestep starts (DIFT's; CleanDIFT, section 4)
 
 
@@ -129,7 +135,7 @@ def open_parts(
         and PARTS[part] not in fixed
         and (part in sources.given or not (weights is not None and weights.has(PARTS[part])))
     ]
-    for part, check in (("vae", _check_vae), ("text_encoder", _check_text_encoder)):
+    for part, check in (("vae", _check_vae), ("text_encoder", _check_text_encoder), ("heads", _check_vae)):
         if part in lacking:
             attempt(part, check, places[part], cache_dir)
     if missing:
@@ -144,6 +150,8 @@ def open_parts(
         if not vae.has("vae.encoder."):
             raise checkpoints.CheckpointError(f"{vae.label} ({vae.form}) holds no VAE, but {vae.describe()}")
         weights.put(vae, "vae.")
+    if "heads" in lacking:
+        weights.put(open_header(download.parse_source(places["heads"]), cache_dir), "heads.")
     constants = {}
     if "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
         constants["timestep"] = learned_timestep(places["timestep"], weights.metadata, cache_dir)
@@ -275,7 +283,8 @@ def load_pretrained(
     pretrained_cfg = model.pretrained_cfg
     main = sources.main(pretrained_cfg)
     noisy = hasattr(model, "ensemble_size")
-    weights, constants = open_parts(main, sources, cfg, model.fixed, noisy, cache_dir)
+    fixed = model.fixed | ({"heads."} if model.heads is None else set())
+    weights, constants = open_parts(main, sources, cfg, fixed, noisy, cache_dir)
     check_configs(weights, cfg)
     if dtype == "auto":
         dtype = weights["unet.conv_in.weight"].dtype if "unet.conv_in.weight" in weights else None

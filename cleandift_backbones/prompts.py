@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _MOST = 512  # of them: 77 x 1024 floats each, 160 MB
 
 
 class PromptEncoder:
-    """Tokenizer and text encoder of a Stable Diffusion, on the CPU in float32.
+    """Tokenizer and text encoder of a Stable Diffusion, in float32.
 
     As in the base pipelines (diffusers' StableDiffusionPipeline.encode_prompt): padded to the tokenizer's length (77),
     the output of the encoder's last layer (SD 2.1's encoder has 23 of OpenCLIP ViT-H/14's 24 layers) after its final
@@ -29,13 +30,14 @@ class PromptEncoder:
     Args:
         source: a folder in diffusers' layout or a Hub source, with `tokenizer/` and `text_encoder/`.
         cache_dir: of the Hub's files.
+        device: to run on.
 
     Raises:
         ImportError: transformers is not installed.
         OSError: the source is not there or holds no text encoder.
     """
 
-    def __init__(self, source: str | Path, cache_dir: str | Path | None = None):
+    def __init__(self, source: str | Path, cache_dir: str | Path | None = None, device: torch.device | str = "cpu"):
         try:
             from transformers import AutoTokenizer, CLIPTextModel
         except ImportError as error:
@@ -48,7 +50,7 @@ class PromptEncoder:
                 folder, prefix = place.repo, place.path
             else:
                 folder, prefix = str(place), ""
-            with torch.device("cpu"):  # a model under construction may have made meta the default device
+            with _quiet(), torch.device("cpu"):  # a model under construction may have made meta the default device
                 self.tokenizer = AutoTokenizer.from_pretrained(
                     folder, subfolder=f"{prefix}/tokenizer".lstrip("/"), **options
                 )
@@ -60,7 +62,7 @@ class PromptEncoder:
                 f"no text encoder could be loaded from {source} (a folder or Hub repository with tokenizer/ and "
                 f"text_encoder/ is wanted): {str(error).splitlines()[0]}"
             ) from error
-        self.encoder = encoder.float().eval()
+        self.encoder, self.device = encoder.float().eval().to(device), device
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """One or more prompts -> N x L x C. A text longer than L tokens is cut, with a warning, as in the pipelines."""
@@ -75,7 +77,22 @@ class PromptEncoder:
                     lost = self.tokenizer.decode(ids[length - 1 : -1]).strip()
                     _logger.warning(f"the prompt {text[:40]!r}... is longer than {length} tokens: cut off is {lost!r}")
             mask = tokens.attention_mask if getattr(self.encoder.config, "use_attention_mask", False) else None
-            return self.encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+            mask = None if mask is None else mask.to(self.device)
+            return self.encoder(tokens.input_ids.to(self.device), attention_mask=mask).last_hidden_state
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar of weights, which take a moment and come often."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _texts(texts: str | Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor
 
-from cleandift_backbones.distill.heads import ProjectionHeads
+from cleandift_backbones.heads import ProjectionHeads
 from cleandift_backbones.models import ARCHITECTURES, ASSETS
 from cleandift_backbones.unet import map_infos
 

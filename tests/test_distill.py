@@ -1,17 +1,12 @@
 """Heads, the loss, the recipe, and a whole small distillation that really learns."""
 
-import json
-
 import pytest
 import torch
-import yaml
 from diffusers import DDPMScheduler
-from PIL import Image
-from safetensors.torch import load_file
 
-from cleandift_backbones.distill.heads import FiLM, ProjectionHeads, rms_norm
 from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.heads import FiLM, ProjectionHeads, rms_norm
 from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.unet import FeatureUNet
 
@@ -195,90 +190,3 @@ def test_bad_recipes(overrides, message):
     given = overrides if not overrides else ["data.path=x", "output_dir=y", *overrides]
     with pytest.raises(ValueError, match=message):
         load_recipe(RECIPE, given)
-
-
-# --- the whole ---
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    lines = []
-    for i in range(8):
-        image = Image.new("RGBA", (64, 64))
-        image.paste((30 * i, 200 - 20 * i, 90, 255), (8 + i, 16, 40 + i, 56))
-        image.save(folder / f"{i}.png")
-        lines.append(json.dumps(dict(file_name=f"{i}.png", text=f"red box {i}")))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def finetune(pictures, out, *overrides):
-    from tools.finetune import main
-
-    fixed = ["data.size=64", "batch_size=2", "num_workers=0", "checkpoint_every=2", "validate_every=100", "log_every=1"]
-    return main([RECIPE, f"data.path={pictures}", f"output_dir={out}", "device=cpu", *fixed, *overrides])
-
-
-@pytest.mark.slow
-def test_finetune_resumes_exactly_and_loads(pictures, tmp_path):
-    import timm
-
-    assert finetune(pictures, tmp_path / "whole", "max_steps=4", "save_dtype=float32") == 0
-    # The same run, stopped after two steps by its own limit, then continued.
-    assert finetune(pictures, tmp_path / "parts", "max_steps=4", "save_dtype=float32", "stop_after=2") == 0
-    assert not (tmp_path / "parts/model.safetensors").exists()
-    assert finetune(pictures, tmp_path / "parts", "max_steps=4", "save_dtype=float32") == 0
-    whole, parts = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=0)
-    overlay = dict(file=str(tmp_path / "whole/model.safetensors"))
-    student = timm.create_model("cleandift_tiny", pretrained=True, pretrained_cfg_overlay=overlay, features_only=True)
-    teacher = timm.create_model(
-        "cleandift_tiny",
-        pretrained=True,
-        pretrained_cfg_overlay=dict(file=timm.get_pretrained_cfg("dift_tiny").file),
-        features_only=True,
-    )
-    x = torch.randn(1, 3, 64, 64)
-    assert not torch.equal(student(x)[0], teacher(x)[0])
-    recipe = yaml.safe_load((tmp_path / "whole/recipe.yaml").read_text())
-    assert recipe["max_steps"] == 4 and recipe["timestep_levels"] == 3
-
-
-@pytest.mark.slow
-def test_finetune_learns(pictures, tmp_path):
-    """Thirty steps bring the loss on held-out pictures down."""
-    assert (
-        finetune(
-            pictures,
-            tmp_path / "run",
-            "max_steps=30",
-            "warmup_steps=5",
-            "validate_every=30",
-            "text=empty",
-            "log_every=10",
-        )
-        == 0
-    )
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    validation = [line["validation"] for line in lines if "validation" in line]
-    assert validation[-1] < validation[0] - 0.001
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["data.path=/nowhere"], "no pictures in /nowhere"),
-        (["maps={us11: 1}"], "unknown map 'us11'"),
-        (["teacher_weights=/nowhere.safetensors"], "nowhere.safetensors does not exist"),
-        (["device=cuda:7"], "cuda"),
-    ],
-)
-def test_finetune_errors_write_nothing(pictures, tmp_path, capsys, overrides, message):
-    with pytest.raises(SystemExit) as error:
-        finetune(pictures, tmp_path / "out", "max_steps=2", *overrides)
-    assert error.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """Weights put together from where the parts are published: through huggingface_hub's client and a Hub on 127.0.0.1."""
 
+import copy
 import errno
 import logging
 
@@ -310,3 +311,39 @@ def test_kept_by_many_threads_at_once(published):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda n: download.remember("x", lambda: torch.tensor(1.0)), range(40)))
     assert all(tensor == 1 for tensor in found)
+
+
+def test_projected_features(published):
+    """The published heads give the teacher's features at a timestep, right for any batch; others are not held."""
+    sources = PARTS | dict(heads=PARTS["timestep"])
+    model = create(projected_timestep=300, sources=sources, out_indices=(4, 10))
+    heads = copy.deepcopy(standins.heads())
+    for tensor in heads.state_dict().values():
+        tensor.copy_(tensor.half().float())
+    maps = {name: x for name, x in standins.expected_maps(X).items() if name in ("us6", "mid")}
+    with torch.no_grad():
+        expected = {name: heads.adapters[name](x, condition(heads, 300.0)) for name, x in maps.items()}
+        for name, found in zip(("us6", "mid"), model(X)):
+            torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(found, maps[name], rtol=0.01)
+            torch.testing.assert_close(model(X[1:])[("us6", "mid").index(name)], found[1:], rtol=1e-4, atol=1e-5)
+    assert set(model.model.heads.adapters) == {"us6", "mid"}
+    plain = timm.create_model("test_cleandift", pretrained=True, projected_timestep=300, sources=sources)
+    plain(X).sum().backward()
+    assert set(plain.heads.adapters) == {"mid"} and all(p.grad is not None for p in plain.parameters())
+    assert create().model.heads is None
+
+
+def condition(heads, timestep):
+    features = heads.time_emb(torch.full((len(X),), timestep) / 999)
+    return heads.mapping(heads.time_in_proj(features))
+
+
+def test_projected_features_need_heads(published, tmp_path):
+    (tmp_path / "unet.safetensors").write_bytes(standins.compvis_unet())
+    with pytest.raises(ValueError, match="missing: heads.adapters.mid"):
+        create(projected_timestep=300, sources=PARTS)
+    with pytest.raises(ValueError, match="projected_timestep must lie in 0..999, got 1000"):
+        create(projected_timestep=1000)
+    with pytest.raises(ValueError, match="projected_timestep is CleanDIFT's"):
+        timm.create_model("dift_tiny", projected_timestep=3)

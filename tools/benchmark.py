@@ -3,13 +3,20 @@
 
     python tools/benchmark.py loading                  a random cleandift_sd21 in 16 bit (1.8 GB, in a temporary folder)
     python tools/benchmark.py loading --file my.safetensors --model cleandift_sd15 --repeat 5
+    python tools/benchmark.py training                 a step of the distillation: cleandift_tiny at 128 px, batch 8
+    python tools/benchmark.py training --model cleandift_sd21 --size 128 --batch-size 1
 
 `loading` compares, each in a process of its own, cold (the file is dropped from the page cache) and warm:
   safetensors   safetensors.torch.load_file, then every page of every tensor read
   this package  timm.create_model(MODEL, pretrained=True, dtype="auto"), then the same
   float32       the same with the default dtype
   plain         random float32 weights built, load_state_dict of the whole file, .half()
-Time is without imports. Memory is what the process holds more than after its imports, mapped file pages included.
+Loading time is without imports. Memory is what the process holds more than after them, mapped file pages included.
+
+`training` compares forward and backward of one batch, random weights, in turn, on the GPU if there is one:
+  plain         the public recipe: the student runs once per noise level
+  this package  one student pass per image serves all noise levels; also with gradient checkpointing, LoRA, bf16 (GPU)
+Loss and gradients of the two are compared; activations are the tensors that autograd keeps for the backward pass.
 """
 
 from __future__ import annotations
@@ -26,11 +33,16 @@ from pathlib import Path
 
 import timm
 import torch
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from cleandift_backbones import checkpoints
-from cleandift_backbones.convert import architecture_of
+from cleandift_backbones.distill.lora import add_lora
+from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.files import write_text
+from cleandift_backbones.heads import ProjectionHeads
+from cleandift_backbones.models import architecture_of
+from cleandift_backbones.unet import FeatureUNet
 
 WAYS = ("safetensors", "this package", "float32", "this package, us6", "plain")
 
@@ -102,7 +114,153 @@ def loading(options: argparse.Namespace) -> dict:
     return dict(size=size, rows=rows)
 
 
-def table(found: dict, options: argparse.Namespace) -> str:
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Plain(Distiller):
+    """The public recipe, written plainly: each noise level has its own pass of the student over the clean image."""
+
+    def forward(self, latents, timesteps, noise, teacher_prompt, student_prompt):
+        levels, flat = timesteps.shape[1], timesteps.flatten()
+        repeated = latents.repeat_interleave(levels, dim=0)
+        noisy = self.scheduler.add_noise(repeated, noise.flatten(0, 1), flat)
+        with torch.no_grad():
+            target = self.teacher(noisy, flat, teacher_prompt, self.maps)
+        guess = self.heads(self.student(repeated, self.timestep, student_prompt, self.maps), flat)
+        losses = {name: map_loss(guess[name], target[name], self.loss) for name in self.maps}
+        return sum(losses.values()) / len(losses), losses
+
+
+def make_distiller(kind: type[Distiller], cfg: dict, device: torch.device) -> Distiller:
+    torch.manual_seed(0)
+    teacher, student = FeatureUNet.build(cfg["unet"], "us10"), FeatureUNet.build(cfg["unet"], "us10")
+    channels = {info.name: info.channels for info in student.infos}
+    heads = ProjectionHeads(channels)
+    maps = dict.fromkeys(channels, 1.0)
+    return kind(teacher, student, DDPMScheduler(**cfg["scheduler"]), maps, heads).to(device).train()
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass, parameters not counted, each storage once."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.held: dict[int, int] = {}
+
+    def __enter__(self) -> Kept:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.hooks.__exit__(*args)
+
+    @property
+    def megabytes(self) -> float:
+        return sum(self.held.values()) / 2**20
+
+
+def training(options: argparse.Namespace) -> dict:
+    cfg = architecture_of(options.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stride = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    size, batch = (options.size or 128) // stride, options.batch_size
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, 4, size, size, generator=generator).to(device)
+    timesteps = stratified_timesteps(batch, 3, generator).to(device)
+    noise = torch.randn(batch, 3, 4, size, size, generator=generator).to(device)
+    prompt = torch.randn(1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"], generator=generator).to(device)
+    arguments = latents, timesteps, noise, prompt, prompt
+
+    def prepare(way: str) -> Distiller:
+        module = make_distiller(Plain if way == "plain" else Distiller, cfg, device)
+        if way != "plain":
+            module.to(memory_format=torch.channels_last)  # as tools/finetune.py does
+        module.student.grad_checkpointing = way.endswith("checkpointing")
+        if way.endswith("LoRA"):
+            add_lora(module.student, 64)
+            module.to(device)
+        return module
+
+    def step(way: str, module: Distiller) -> torch.Tensor:
+        module.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=way.endswith("bf16")):
+            loss = module(*arguments)[0]
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss.detach()
+
+    ways = ["plain", "this package", "with gradient checkpointing", "with LoRA"] + ["with bf16"] * (
+        device.type == "cuda"
+    )
+    reference, rows = None, {}
+    for way in ways:
+        module = prepare(way)
+        with Kept(module) as kept:
+            loss = module(*arguments)[0]
+        del loss
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        loss = step(way, module)
+        # A thousand entries of each: whole gradients of two SD UNets would not fit many machines.
+        gradients = {
+            name: p.grad.flatten()[:: max(1, p.numel() // 1000)].cpu().clone()
+            for name, p in module.named_parameters()
+            if p.grad is not None
+        }
+        times = []
+        for _ in range(options.repeat):
+            clock = time.perf_counter()
+            step(way, module)
+            times.append(time.perf_counter() - clock)
+        row = dict(seconds=times, activations=kept.megabytes, loss=float(loss))
+        if device.type == "cuda":
+            row["peak"] = torch.cuda.max_memory_allocated() / 2**20
+        if reference is None:
+            reference = (float(loss), gradients)
+        elif way in ("this package", "with gradient checkpointing"):
+            norm = sum(g.double().square().sum() for g in reference[1].values()).sqrt()
+            apart = sum((gradients[n] - g).double().square().sum() for n, g in reference[1].items()).sqrt()
+            row["loss_apart"] = abs(float(loss) - reference[0]) / abs(reference[0])
+            row["gradients_apart"] = float(apart / norm)
+        rows[way] = row
+        print(f"{way}: {batch / statistics.median(times):.2f} images/s, {kept.megabytes:.0f} MB of activations")
+        del module, gradients
+    return dict(rows=rows, device=str(device), size=options.size or 128, batch=batch)
+
+
+def training_table(found: dict, options: argparse.Namespace) -> str:
+    plain = found["rows"]["plain"]
+    lines = [
+        "| way | images/s | times plain | activations, MB | times plain | loss apart | gradients apart |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for way, row in found["rows"].items():
+        seconds, base = statistics.median(row["seconds"]), statistics.median(plain["seconds"])
+        apart = [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "gradients_apart")]
+        lines.append(
+            f"| {way} | {found['batch'] / seconds:.2f} | {base / seconds:.2f} | {row['activations']:.0f} | "
+            f"{row['activations'] / plain['activations']:.2f} | {apart[0]} | {apart[1]} |"
+        )
+    return (
+        f"{options.model}, {found['size']} px, batch {found['batch']}, 3 noise levels, 11 maps, FiLM heads, medians of "
+        f"{options.repeat}; {found['device']}, torch {torch.__version__}, {os.cpu_count()} cores\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def loading_table(found: dict, options: argparse.Namespace) -> str:
     def median(way: str, state: str, what: str) -> float:
         return statistics.median(run[what] for run in found["rows"][way][state])
 
@@ -129,19 +287,23 @@ def table(found: dict, options: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loading",), help="what to measure")
-    parser.add_argument("--model", default="cleandift_sd21", help="timm model name")
-    parser.add_argument("--file", help="native file of the model (default: a random one)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each")
-    parser.add_argument("--temporary", help="folder for the random file")
-    parser.add_argument("--out", type=Path, help="folder for loading.md and loading.json")
+    parser.add_argument("what", choices=("loading", "training"), help="what to measure")
+    parser.add_argument("--model", help="timm model name (loading: cleandift_sd21; training: cleandift_tiny)")
+    parser.add_argument("--file", help="loading: native file of the model (default: a random one)")
+    parser.add_argument("--temporary", help="loading: folder for the random file")
+    parser.add_argument("--size", type=int, help="training: side of the images in pixels (default: 128)")
+    parser.add_argument("--batch-size", type=int, default=8, help="training: images a step (default: 8)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--out", type=Path, help="folder for WHAT.md and WHAT.json")
     options = parser.parse_args(arguments)
-    found = loading(options)
-    text = table(found, options)
+    options.model = options.model or {"loading": "cleandift_sd21", "training": "cleandift_tiny"}[options.what]
+    measure, tell = {"loading": (loading, loading_table), "training": (training, training_table)}[options.what]
+    found = measure(options)
+    text = tell(found, options)
     print("\n" + text)
     if options.out:
-        write_text(options.out / "loading.md", text)
-        write_text(options.out / "loading.json", json.dumps(found, indent=1) + "\n")
+        write_text(options.out / f"{options.what}.md", text)
+        write_text(options.out / f"{options.what}.json", json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -1,102 +1,235 @@
-"""Pictures and captions for the distillation: a folder, read in a seeded order that a resumed run continues."""
+"""Pictures and captions for the distillation: a folder, or shards (see `shards`), in a seeded order that resumes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..images import ImageError, read_image, to_input
-from .compose import Compositor
-from .trainer import batch_indices, mix_seed
+from ..images import ImageError, read_image, to_tensor
+from .compose import Compositor, compose_plain
+from .trainer import batch_indices, step_generator
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def list_pictures(folder: str | Path) -> list[tuple[Path, str]]:
-    """(file, caption) of a folder: by metadata.jsonl (Hugging Face imagefolder: file_name, text), else every picture
-    below it, sorted, with the text of a side-car .txt as its caption, or "".
+class Picture(NamedTuple):
+    """A picture that is not decoded yet: its name for messages, a path or the file's bytes, its caption."""
+
+    name: str
+    source: Path | bytes
+    caption: str
+
+
+class Batch(NamedTuple):
+    """images: B x 3 x size x size in [-1, 1]; captions; names; broken: what could not be read, with the reason."""
+
+    images: Tensor
+    captions: list[str]
+    names: list[str]
+    broken: list[str]
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """size: side in pixels. crop: "center" or "random", after the shorter side is resized. flip: mirror half of them.
+    background: "white", or "random" for a `Compositor` on transparent square pictures (placement, colours)."""
+
+    size: int
+    crop: str = "center"
+    flip: bool = True
+    background: str = "white"
+
+
+def caption_of_json(told: object) -> str:
+    """The caption in a JSON side-car: its "caption" (img2dataset), "text" or "prompt"; a bare string is one itself.
 
     Raises:
-        ValueError: no pictures there, or an entry of metadata.jsonl without file_name.
+        ValueError: there is none that is a string.
+    """
+    if isinstance(told, str):
+        return told.strip()
+    found = (
+        next((told[key] for key in ("caption", "text", "prompt") if told.get(key)), "") if isinstance(told, dict) else 0
+    )
+    if not isinstance(found, str):
+        raise ValueError(f"a caption must be a string under caption, text or prompt, got {str(told)[:80]!r}")
+    return found.strip()
+
+
+def list_pictures(folder: str | Path) -> list[Picture]:
+    """The pictures of a folder with their captions.
+
+    By metadata.jsonl (Hugging Face imagefolder: file_name, and text or caption), else every picture below the folder,
+    sorted, with the caption of its side-car .txt or .json; without one the caption is "".
+
+    Raises:
+        ValueError: no pictures there, a line of metadata.jsonl without file_name, a caption that is no string.
     """
     folder = Path(folder)
     table = folder / "metadata.jsonl"
-    if table.is_file():
-        entries = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not all("file_name" in entry for entry in entries):
-            raise ValueError(f"{table}: every line needs a file_name")
-        found = [(folder / entry["file_name"], entry.get("text") or "") for entry in entries]
-    else:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        sidecars = [p.with_suffix(".txt") for p in paths]
-        found = [(p, s.read_text(encoding="utf-8").strip() if s.is_file() else "") for p, s in zip(paths, sidecars)]
+    try:
+        if table.is_file():
+            where = table
+            entries = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+            if not all(isinstance(entry, dict) and "file_name" in entry for entry in entries):
+                raise ValueError("every line needs a file_name")
+            found = [(folder / entry["file_name"], caption_of_json(entry)) for entry in entries]
+        else:
+            found = []
+            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+                where, caption = path.with_suffix(".txt"), ""
+                if where.is_file():
+                    caption = where.read_text(encoding="utf-8").strip()
+                elif (where := path.with_suffix(".json")).is_file():
+                    caption = caption_of_json(json.loads(where.read_text(encoding="utf-8")))
+                found.append((path, caption))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if not found:
-        raise ValueError(f"no pictures in {folder}: give data.path a folder of {', '.join(sorted(SUFFIXES))} files")
-    return found
+        raise ValueError(
+            f"no pictures in {folder}: give data.path a folder of {', '.join(sorted(SUFFIXES))} files, or .tar shards"
+        )
+    return [Picture(str(path), path, caption) for path, caption in found]
 
 
-class Batches(Dataset):
-    """Training batches by their place in the run: item n is the batch of step start + n.
+def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator) -> Tensor:
+    """A picture as 3 x size x size in [-1, 1]: shorter side resized to the size, never squashed, then cut out.
 
-    A batch depends on the seed and its step alone, so that a resumed run goes on where it stopped, whatever the number
-    of workers. Give it to a DataLoader with batch_size=None.
+    Raises:
+        ImageError: it cannot be read.
+    """
+    size = options.size
+    image = to_tensor(read_image(picture.source, min_side=1, name=picture.name)) * 2 - 1
+    height, width = image.shape[-2:]
+    new = (max(size, round(height * size / min(height, width))), max(size, round(width * size / min(height, width))))
+    if new != (height, width):
+        image = F.interpolate(image[None], new, mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
+    top, left = ((length - size) // 2 for length in new)
+    if options.crop == "random":
+        top, left = (int(torch.randint(length - size + 1, (), generator=generator)) for length in new)
+    image = image[:, top : top + size, left : left + size]
+    if options.flip and torch.rand((), generator=generator) < 0.5:
+        image = image.flip(-1)
+    return image
+
+
+def decode_batch(pictures: Sequence[Picture], options: DecodeOptions, *seed: int) -> Batch:
+    """Decodes pictures; in the place of a broken one stands another of the batch, and `broken` names it.
 
     Args:
-        pictures: of `list_pictures`.
-        size: side in pixels; the shorter side is resized to it, then the centre is cut out.
-        background: "white", or "random" for a `Compositor` (placement, colours, background) on transparent pictures;
-            other pictures are mirrored at random.
-        steps: length of the run, of which `start` are done.
+        seed: of the first picture's crop and mirror; the last of these numbers counts up from picture to picture.
+
+    Raises:
+        ImageError: all are broken.
+    """
+    if options.background == "random" and all(is_transparent(picture) for picture in pictures):
+        rgba = torch.stack([read_rgba(picture, options.size) for picture in pictures])
+        images = Compositor()(rgba, step_generator(torch.device("cpu"), *seed))
+        return Batch(images, [p.caption for p in pictures], [p.name for p in pictures], [])
+    good, broken = [], []
+    for number, picture in enumerate(pictures):
+        generator = step_generator(torch.device("cpu"), *seed[:-1], seed[-1] + number)
+        try:
+            good.append((decode(picture, options, generator), picture))
+        except ImageError as error:
+            broken.append(str(error))
+    if not good:
+        raise ImageError(f"no picture of a batch can be read: {'; '.join(broken[:3])}")
+    good = [good[number % len(good)] for number in range(len(pictures))]
+    images, chosen = zip(*good)
+    return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
+
+
+class FolderBatches(Dataset):
+    """Training batches of a folder by their place in the run: item n is batch start + n of process `rank`.
+
+    A batch depends on the seed and its place alone, so that a resumed run goes on where it stopped, whatever the
+    number of workers; the batches of all processes together are those of one process with the joint batch size. Give
+    it to a DataLoader with batch_size=None.
+
+    Args:
+        pictures: of `list_pictures`. options: how to decode them. seed.
+        batch_size: of one process. batches: length of the run, of which `start` are done. rank, world: of the process.
     """
 
-    def __init__(self, pictures, size: int, background: str, seed: int, batch_size: int, steps: int, start: int = 0):
-        self.pictures, self.size, self.seed = pictures, size, seed
-        self.batch_size, self.start, self.steps = batch_size, start, steps
-        self.compositor = Compositor() if background == "random" else None
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        options: DecodeOptions,
+        seed: int,
+        batch_size: int,
+        batches: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.pictures, self.options, self.seed, self.batch_size = pictures, options, seed, batch_size
+        self.batches, self.start, self.rank, self.world = batches, start, rank, world
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return self.batches - self.start
 
-    def __getitem__(self, number: int) -> tuple[Tensor, list[str], list[str]]:
-        """Images B x 3 x size x size in [-1, 1], captions, file names."""
-        step = number + self.start
-        chosen = [
-            self.pictures[i] for i in batch_indices(step, self.batch_size, len(self.pictures), self.seed).tolist()
-        ]
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, step, 7))
-        if self.compositor is not None and all(is_transparent(path) for path, _ in chosen):
-            rgba = torch.stack([read_rgba(path, self.size) for path, _ in chosen])
-            images = self.compositor(rgba, generator)
-        else:
-            images = torch.stack([load_image(path, self.size) for path, _ in chosen])
-            flip = torch.rand(len(images), generator=generator) < 0.5
-            images[flip] = images[flip].flip(-1)
-        return images, [caption for _, caption in chosen], [str(path) for path, _ in chosen]
+    def chosen(self, number: int) -> list[int]:
+        """Indices of the pictures of item `number`."""
+        joint = batch_indices(number + self.start, self.batch_size * self.world, len(self.pictures), self.seed)
+        return joint[self.rank * self.batch_size :][: self.batch_size].tolist()
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = (number + self.start) * self.batch_size * self.world + self.rank * self.batch_size
+        return decode_batch([self.pictures[i] for i in self.chosen(number)], self.options, self.seed, 7, first)
 
 
-def is_transparent(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.mode in ("RGBA", "LA") or "transparency" in image.info
+def is_transparent(picture: Picture) -> bool:
+    if isinstance(picture.source, bytes):
+        return False
+    try:
+        with Image.open(picture.source) as image:
+            return image.mode in ("RGBA", "LA") or "transparency" in image.info
+    except OSError:
+        return False
 
 
-def read_rgba(path: Path, size: int) -> Tensor:
+def read_rgba(picture: Picture, size: int) -> Tensor:
     """A transparent square picture: uint8 4 x size x size."""
     try:
-        with Image.open(path) as image:
+        with Image.open(picture.source) as image:
             image = image.convert("RGBA")
     except (OSError, SyntaxError) as error:
-        raise ImageError(f"{path} is not a readable picture ({error}): replace or remove it") from None
+        raise ImageError(f"{picture.name} is not a readable picture ({error}): replace or remove it") from None
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def load_image(path: Path, size: int) -> Tensor:
-    """Any picture: 3 x size x size in [-1, 1], shorter side resized, centre cut out."""
-    return to_input(read_image(path), size, mode="crop", mean=(0.5,) * 3, std=(0.5,) * 3)
+def plain_images(pictures: Sequence[Picture], options: DecodeOptions) -> tuple[Tensor, list[Picture]]:
+    """Pictures without any chance in them (validation): centre crops, transparent ones on white; broken ones left out.
+
+    Raises:
+        ImageError: none can be read.
+    """
+    plain = DecodeOptions(options.size, flip=False)
+    images, kept = [], []
+    for picture in pictures:
+        try:
+            if is_transparent(picture) and options.background == "random":
+                images.append(compose_plain(read_rgba(picture, options.size)[None])[0])
+            else:
+                images.append(decode(picture, plain, torch.Generator()))
+            kept.append(picture)
+        except ImageError:
+            continue
+    if not images:
+        raise ImageError(f"none of the {len(pictures)} pictures for validation can be read, e.g. {pictures[0].name}")
+    return torch.stack(images), kept

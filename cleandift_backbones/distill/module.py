@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from ..heads import ProjectionHeads
 from ..unet import FeatureUNet
-from .heads import ProjectionHeads
 
 
 def stratified_timesteps(
@@ -87,9 +87,10 @@ class Distiller(nn.Module):
             prompt = teacher_prompt if len(teacher_prompt) == 1 else teacher_prompt.repeat_interleave(levels, dim=0)
             target = self.teacher(noisy, flat, prompt, self.maps)
         clean = self.student(latents, self.timestep, student_prompt, self.maps)
-        guess = {name: x.repeat_interleave(levels, dim=0) for name, x in clean.items()}
         if self.heads is not None:
-            guess = self.heads(guess, flat)
+            guess = self.heads(clean, timesteps)
+        else:
+            guess = {name: x.repeat_interleave(levels, dim=0) for name, x in clean.items()}
         losses = {name: map_loss(guess[name], target[name], self.loss) for name in self.maps}
         total = sum(weight * losses[name] for name, weight in self.maps.items()) / sum(self.maps.values())
         return total, {name: value.detach() for name, value in losses.items()}

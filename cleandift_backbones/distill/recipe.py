@@ -14,10 +14,14 @@ from ..models import ARCHITECTURES
 
 @dataclass
 class DataRecipe:
-    path: str = MISSING  # folder of pictures: metadata.jsonl with file_name and text, or side-car .txt, or no captions
-    heldout: str | None = None  # folder for validation; default: every 20th picture of path
-    size: int | None = None  # side in pixels; default: the model's own
+    path: str = MISSING  # folder of pictures (metadata.jsonl, or side-car .txt or .json), or .tar shards of img2dataset
+    heldout: str | None = None  # folder for validation; default: every 20th picture of path; shards need one
+    size: int | None = None  # side in pixels, a multiple of the latents' stride; default: the model's own
+    crop: str = "center"  # center or random, after the shorter side is resized to size
+    flip: bool = True  # mirror half of the pictures
     background: str = "white"  # what shows through transparent pictures: white, or random (with random placement)
+    max_broken: int = 100  # pictures that may be unreadable before the run stops
+    shuffle_buffer: int = 256  # samples of shards to shuffle among
 
 
 @dataclass
@@ -25,24 +29,37 @@ class HeadsRecipe:
     depth: int = 3  # residual blocks per head; 0: no heads, features are compared as they are
     conditioning: str = "film"  # film (the paper's best) or adarms (the published weights)
     gated: bool = True
+    weights: str | None = None  # a CompVis full file or native file with heads to start from
+
+
+@dataclass
+class LoraRecipe:
+    rank: int = 0  # of the adapters on self-attention and feed-forward layers; 0: the whole student is trained
+    alpha: float | None = None  # their scale; default: the rank
 
 
 @dataclass
 class Recipe:
     model: str = MISSING  # a cleandift_* model name: the student
     teacher: str = MISSING  # the dift_* model name that it learns from
-    teacher_weights: str | None = None  # native safetensors of the teacher; default: the model's own
+    teacher_weights: str | None = (
+        None  # path or OWNER/NAME[@REVISION][/PATH] of another teacher: your own fine-tuned SD
+    )
     output_dir: str = MISSING
     data: DataRecipe = field(default_factory=DataRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
     maps: dict[str, float] | None = None  # map name -> weight; default: all, equally
     heads: HeadsRecipe = field(default_factory=HeadsRecipe)
     loss: str = "cosine"  # cosine, l1 or l2
     timestep_levels: int = 3  # noise levels per picture and step, one from each of as many bins
     timestep_range: list[int] = field(default_factory=lambda: [1, 999])
     text: str = "distilled"  # caption (both get it), empty (neither), distilled (only the teacher)
-    batch_size: int = 8
+    batch_size: int = 8  # of each process
+    gradient_accumulation: int = 1  # batches a step
+    gradient_checkpointing: bool = False  # recompute the student's activations: same result, less memory
+    mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on GPUs that have it, else fp16; no on the CPU
+    cache_dir: str | None = None  # keep latents and prompt embeddings there: later runs need no VAE, no text encoder
     max_steps: int = 400
-    max_minutes: float | None = None  # ends the run after so long, over all resumes, if max_steps does not come first
     stop_after: int | None = None  # stop this command after so many steps in all; start it again to go on
     learning_rate: float = 2e-6
     heads_learning_rate: float | None = None  # default: learning_rate
@@ -54,18 +71,26 @@ class Recipe:
     timestep: float = 261.0  # start of the student's learned timestep
     seed: int = 0
     num_workers: int = 2
+    deterministic: bool = False  # torch's deterministic algorithms
+    max_skipped_steps: int = 5  # steps in a row whose loss is not finite before the run stops
     checkpoint_every: int = 100
+    keep_checkpoints: int = 2  # of the newest
     validate_every: int = 100
+    sample_every: int = 100  # pictures of features; 0: none
     log_every: int = 10
-    resume: str = "auto"  # auto goes on from output_dir's checkpoint; never refuses a folder that has one
-    device: str = "auto"
-    save_dtype: str = "float16"  # of the exported model.safetensors: float16, bfloat16 or float32
+    tensorboard: bool = True
+    resume: str = "auto"  # auto goes on from output_dir's newest whole checkpoint; never refuses a folder that has one
+    device: str = "auto"  # auto, cpu or cuda
+    save_dtype: str = "float16"  # of the exported weights: float16, bfloat16 or float32
+    push_to_hub: str | None = None  # USER/REPO to publish the result in (also --push-to-hub)
 
 
 _CHOICES = {
     "loss": ("cosine", "l1", "l2"),
     "text": ("caption", "empty", "distilled"),
     "data.background": ("white", "random"),
+    "data.crop": ("center", "random"),
+    "mixed_precision": ("auto", "no", "bf16", "fp16"),
     "heads.conditioning": ("film", "adarms"),
     "resume": ("auto", "never"),
     "save_dtype": ("float16", "bfloat16", "float32"),
@@ -73,6 +98,9 @@ _CHOICES = {
 _POSITIVE = (
     "timestep_levels",
     "batch_size",
+    "gradient_accumulation",
+    "keep_checkpoints",
+    "max_skipped_steps",
     "max_steps",
     "learning_rate",
     "checkpoint_every",
@@ -125,6 +153,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"maps must give every map a weight above 0, got {dict(merged.maps)}")
         if merged.data.size is not None and merged.data.size < 64:
             raise ValueError(f"data.size must be at least 64 pixels, got {merged.data.size}")
+        if merged.lora.rank < 0 or merged.heads.depth < 0:
+            raise ValueError(
+                f"lora.rank and heads.depth must be at least 0, got {merged.lora.rank}, {merged.heads.depth}"
+            )
         student, _, architecture = merged.model.partition("_")
         if student != "cleandift" or merged.teacher != f"dift_{architecture}" or architecture not in ARCHITECTURES:
             names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")

@@ -104,7 +104,7 @@ def lr_factor(step: int, progress: float, warmup: int, floor: float = 0.05) -> f
 
 
 class EMA:
-    """Exponential moving average of the parameters of several modules, kept in fp32.
+    """Exponential moving average of the trained parameters of several modules, kept in fp32.
 
     The decay grows as (1 + n) / (10 + n) with the number n of updates up to `decay`, so that the start is forgotten.
     """
@@ -113,7 +113,8 @@ class EMA:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay {decay}: give a number in [0, 1)")
         self.decay = decay
-        self.parameters = {f"{k}/{n}": p for k, m in modules.items() for n, p in m.named_parameters()}
+        named = ((f"{k}/{n}", p) for k, m in modules.items() for n, p in m.named_parameters())
+        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self.shadow = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ CleanDIFT, arXiv 2412.03439, section 4.2 and supplement. Key names follow the pu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """RMS norm whose scale is 1 + linear(condition), zero at the start. x: B x N x C, condition: B x D."""
+    """RMS norm whose scale is 1 + linear(condition), zero at the start. x: ... x N x C, condition: ... x D."""
 
     def __init__(self, width: int, condition_width: int):
         super().__init__()
@@ -39,7 +39,7 @@ class AdaRMSNorm(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return rms_norm(x, 1 + self.linear(condition)[:, None])
+        return rms_norm(x, 1 + self.linear(condition).unsqueeze(-2))
 
 
 class FiLM(nn.Module):
@@ -51,7 +51,7 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.linear(condition)[:, None].chunk(2, dim=-1)
+        scale, shift = self.linear(condition).unsqueeze(-2).chunk(2, dim=-1)
         return x * (1 + scale) + shift
 
 
@@ -108,7 +108,10 @@ class MappingNetwork(nn.Module):
 
 
 class Head(nn.Module):
-    """Stacked residual blocks on one map, B x C x h x w -> the same; the identity at the start."""
+    """Stacked residual blocks on one map, B x C x h x w; the identity at the start.
+
+    With a condition B x D it returns the same shape, with B x I x D, for I timesteps of each image, B * I x C x h x w.
+    """
 
     def __init__(self, channels: int, condition_width: int, depth: int, conditioning: str, gated: bool):
         super().__init__()
@@ -118,9 +121,14 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        # Positions as rows: free where x is channels_last, and then so is the result.
         tokens = x.flatten(2).transpose(1, 2)
+        if condition.ndim == 3:
+            tokens = tokens[:, None]  # the first block's input is the same at all timesteps
         for layer in self.layers:
             tokens = layer(tokens, condition)
+        if tokens.ndim == 4:
+            tokens = tokens.expand(-1, condition.shape[1], -1, -1).flatten(0, 1)
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -156,8 +164,14 @@ class ProjectionHeads(nn.Module):
         self.mapping = MappingNetwork(width, hidden, mapping_depth)
         self.adapters = nn.ModuleDict({n: Head(c, width, depth, conditioning, gated) for n, c in channels.items()})
 
+    def keep(self, names: Collection[str]) -> None:
+        """Drops the heads of all other maps."""
+        for name in set(self.adapters) - set(names):
+            del self.adapters[name]
+
     def forward(self, maps: Mapping[str, Tensor], timestep: Tensor) -> dict[str, Tensor]:
-        """Projects maps (B x C x h x w) to timesteps B (0..999)."""
-        features = self.time_emb(timestep.float() / 999)
+        """Projects maps B x C x h x w to timesteps B, or to I timesteps each, B x I: B * I x C x h x w (0..999)."""
+        features = self.time_emb(timestep.flatten().float() / 999)
         condition = self.mapping(self.time_in_proj(features.to(self.time_in_proj.weight.dtype)))
+        condition = condition.unflatten(0, timestep.shape)
         return {name: self.adapters[name](x, condition) for name, x in maps.items()}

@@ -1,0 +1,263 @@
+"""From a recipe to what is trained: teacher, student, heads, data, prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .. import checkpoints
+from ..heads import ProjectionHeads
+from ..models import ARCHITECTURES
+from ..noisy import DIFT
+from ..prompts import PromptEncoder
+from ..unet import FeatureUNet
+from .cache import CachedBatches, LatentCache
+from .data import Batch, DecodeOptions, FolderBatches, Picture, list_pictures, plain_images
+from .lora import add_lora
+from .module import Distiller
+from .recipe import Recipe
+from .shards import ShardBatches, find_shards
+from .trainer import mix_seed
+
+_logger = logging.getLogger(__name__)
+VALIDATION_PICTURES = 64
+
+
+def load_teacher(recipe: Recipe) -> DIFT:
+    """The frozen teacher with its VAE and empty prompt, from its published place or `teacher_weights`, in float32."""
+    sources = dict(unet=recipe.teacher_weights) if recipe.teacher_weights else {}
+    source = timm.create_model(recipe.teacher, pretrained=True, final_map="us10", sources=sources)
+    return source.requires_grad_(False).eval()
+
+
+def build_module(recipe: Recipe, source: DIFT) -> Distiller:
+    """Student (a copy of the teacher, as deep as the finest map in the loss), heads and loss.
+
+    Raises:
+        ValueError: unknown maps. CheckpointError: unfit weights of the heads.
+    """
+    torch.manual_seed(mix_seed(recipe.seed, 0))  # of heads and adapters
+    arch = ARCHITECTURES[recipe.teacher.removeprefix("dift_")]
+    maps = dict(recipe.maps) if recipe.maps else dict.fromkeys(source.unet.map_names, 1.0)
+    source.unet.check_maps(maps)
+    last = max(maps, key=source.unet.map_names.index)
+    with torch.device("meta"):
+        student = FeatureUNet.build(arch["unet"], last)
+    teacher = source.unet.state_dict()
+    student.load_state_dict({name: teacher[name].clone() for name in student.state_dict()}, assign=True)
+    student.grad_checkpointing = recipe.gradient_checkpointing
+    if recipe.lora.rank:
+        add_lora(student, recipe.lora.rank, recipe.lora.alpha)
+    channels = {info.name: info.channels for info in student.infos if info.name in maps}
+    options = recipe.heads
+    heads = ProjectionHeads(channels, options.depth, options.conditioning, options.gated) if options.depth else None
+    if heads is not None and options.weights:
+        weights = checkpoints.open_checkpoint(options.weights)
+        state = {name: weights[f"heads.{name}"].float() for name in heads.state_dict() if f"heads.{name}" in weights}
+        try:
+            heads.load_state_dict(state)
+        except RuntimeError as error:
+            raise checkpoints.CheckpointError(
+                f"{options.weights} ({weights.describe()}) does not fit: {error}"
+            ) from error
+    return Distiller(
+        source.unet, student, DDPMScheduler(**arch["scheduler"]), maps, heads, recipe.loss, recipe.timestep
+    )
+
+
+def parameter_groups(recipe: Recipe, module: Distiller) -> list[dict]:
+    """Trained parameters with their peak rates: the student with its timestep, and the heads."""
+    student = [p for p in module.student.parameters() if p.requires_grad]
+    groups = [dict(params=[*student, module.timestep], lr=recipe.learning_rate)]
+    if module.heads is not None:
+        groups.append(
+            dict(params=list(module.heads.parameters()), lr=recipe.heads_learning_rate or recipe.learning_rate)
+        )
+    return groups
+
+
+class Prompts:
+    """Prompt embeddings for teacher and student by the recipe's text mode.
+
+    The text encoder is loaded for the first caption that is not empty, and stays.
+    """
+
+    def __init__(self, mode: str, empty: Tensor, source: str | None):
+        if mode != "empty" and source is None:
+            raise ValueError(f"text={mode} needs a text encoder, and this model names none: use text=empty")
+        self.mode, self.empty, self.source = mode, empty, source
+        self.encoder: PromptEncoder | None = None
+
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """B x L x C; all empty where no text is used."""
+        if self.mode == "empty":
+            return self.empty.expand(len(captions), -1, -1)
+        if self.encoder is None:
+            self.encoder = PromptEncoder(self.source, device=self.empty.device)
+        return self.encoder(captions).to(self.empty)
+
+    def split(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """(teacher's, student's) of a batch's embeddings."""
+        if self.mode == "empty":
+            return self.empty, self.empty
+        return embeds, embeds if self.mode == "caption" else self.empty
+
+
+@dataclass
+class Data:
+    """What a run trains and validates on. `latents` and `prompts` are those of the validation pictures, on the CPU."""
+
+    pictures: list[Picture] | list[str]
+    heldout: list[Picture]
+    options: DecodeOptions
+    cache: LatentCache | None = None
+
+    @property
+    def streamed(self) -> bool:
+        return bool(self.pictures) and isinstance(self.pictures[0], str)
+
+
+def list_data(recipe: Recipe, size: int) -> Data:
+    """The pictures of a recipe: a folder of pictures, or shards; every 20th is held out if `data.heldout` names none.
+
+    Raises:
+        ValueError: none there; shards with a cache or without held-out pictures.
+    """
+    data = recipe.data
+    options = DecodeOptions(size, data.crop, data.flip, data.background)
+    path = Path(data.path)
+    sharded = not path.is_dir() or (any(path.glob("*.tar")) and not (path / "metadata.jsonl").is_file())
+    if not path.exists() and ".tar" not in data.path:
+        raise ValueError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
+    if sharded:
+        shards = find_shards(data.path)
+        if recipe.cache_dir or not data.heldout:
+            need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout, a folder"
+            raise ValueError(f"{need}: {data.path} holds .tar shards")
+        return Data(shards, _sparse(list_pictures(data.heldout)), options)
+    pictures = list_pictures(path)
+    if data.heldout:
+        return Data(pictures, _sparse(list_pictures(data.heldout)), options)
+    heldout = pictures[::20]
+    return Data([p for i, p in enumerate(pictures) if i % 20] or pictures, _sparse(heldout), options)
+
+
+def _sparse(pictures: list[Picture]) -> list[Picture]:
+    return pictures[:: max(1, len(pictures) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]
+
+
+def cache_latents(recipe: Recipe, data: Data, source: DIFT, prompts: Prompts, accelerator: Accelerator) -> None:
+    """Fills the recipe's cache on the first process while the others wait; leaves out what cannot be read.
+
+    Raises:
+        ValueError: random crops, which no cache can hold; more broken pictures than `data.max_broken`.
+    """
+    if data.options.crop != "center" or data.options.background != "white":
+        raise ValueError(
+            "cache_dir needs data.crop=center and data.background=white: a cache holds one view of a picture"
+        )
+    identity = dict(
+        teacher=recipe.teacher,
+        weights=str(recipe.teacher_weights),
+        text=recipe.text,
+        text_encoder=str(source.text_encoder),
+        size=data.options.size,
+    )
+    data.cache = LatentCache(recipe.cache_dir, identity)
+    everything = [*data.pictures, *data.heldout]
+    if accelerator.is_main_process and data.cache.missing(everything):
+        source.vae.to(accelerator.device)
+
+        @torch.no_grad()
+        def encode(images: Tensor) -> Tensor:
+            with accelerator.autocast():
+                return source.vae(images.to(accelerator.device))[0]
+
+        broken = data.cache.fill(everything, data.options, encode, prompts.embed)
+        report_broken(broken, len(broken), recipe.data.max_broken)
+    accelerator.wait_for_everyone()
+    lost = {picture.name for picture in data.cache.missing(everything)}
+    data.pictures = [picture for picture in data.pictures if picture.name not in lost]
+    data.heldout = [picture for picture in data.heldout if picture.name not in lost]
+    if not data.pictures or not data.heldout:
+        raise ValueError(f"none of the pictures in {recipe.data.path} can be read")
+
+
+def report_broken(broken: Sequence[str], total: int, limit: int) -> None:
+    """Warns of pictures that could not be read. Raises ValueError if they are more than the limit in all."""
+    for reason in broken:
+        _logger.warning(f"skipped: {reason}")
+    if total > limit:
+        raise ValueError(
+            f"{total} pictures could not be read, the last: {broken[-1]}. That is more than data.max_broken={limit}: "
+            "repair the data, or raise it"
+        )
+
+
+def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator) -> DataLoader:
+    """Batches of this process from number `start` on (gradient_accumulation batches a step)."""
+    place = dict(start=start, rank=accelerator.process_index, world=accelerator.num_processes)
+    batches = recipe.max_steps * recipe.gradient_accumulation
+    if data.cache is not None:
+        dataset = CachedBatches(
+            data.cache, data.pictures, data.options.flip, recipe.seed, recipe.batch_size, batches, **place
+        )
+    elif data.streamed:
+        dataset = ShardBatches(
+            data.pictures, data.options, recipe.seed, recipe.batch_size, buffer=recipe.data.shuffle_buffer, **place
+        )
+    else:
+        dataset = FolderBatches(data.pictures, data.options, recipe.seed, recipe.batch_size, batches, **place)
+    cuda = accelerator.device.type == "cuda"
+    return DataLoader(dataset, batch_size=None, num_workers=recipe.num_workers, pin_memory=cuda)
+
+
+def encode_batch(
+    batch: Batch | tuple, source: DIFT, prompts: Prompts, accelerator: Accelerator
+) -> tuple[Tensor, Tensor, list[str], list[str]]:
+    """A batch as (latents, prompt embeddings, names, broken), on the device; from pictures or from the cache."""
+    device = accelerator.device
+    if not isinstance(batch, Batch):
+        latents, embeds, names = batch
+        return latents.to(device).float(), embeds.to(device).float(), list(names), []
+    images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), accelerator.autocast():
+        latents = source.vae(images)[0]
+    return latents.float(), prompts.embed(batch.captions), batch.names, batch.broken
+
+
+def validation_batch(
+    data: Data, source: DIFT, prompts: Prompts, accelerator: Accelerator, batch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(images, latents, prompt embeddings) of the held-out pictures, on the CPU."""
+    images, kept = plain_images(data.heldout, data.options)
+    if data.cache is not None:
+        files = CachedBatches(data.cache, kept, False, 0, len(kept), 1).files
+        held = [checkpoints.open_weights(file) for file in files]
+        latents, embeds = (
+            torch.stack(x) for x in zip(*((h.get_tensor("latents")[0], h.get_tensor("prompt")) for h in held))
+        )
+        return images, latents.float(), embeds.float()
+    parts = []
+    for start in range(0, len(kept), batch_size):
+        part = slice(start, start + batch_size)
+        batch = Batch(images[part], [p.caption for p in kept[part]], [p.name for p in kept[part]], [])
+        latents, embeds, *_ = encode_batch(batch, source, prompts, accelerator)
+        parts.append((latents.cpu(), embeds.cpu()))
+    return images, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def trained_state(module: Distiller) -> dict[str, Tensor]:
+    """What a checkpoint holds: everything trained, and the heads' fixed frequencies."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    state = module.state_dict()
+    return {name: t for name, t in state.items() if name in trained or name.startswith("heads.")}

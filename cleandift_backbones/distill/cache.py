@@ -1,0 +1,125 @@
+"""Latents and prompt embeddings on the disk: computed once, so that later runs load neither VAE nor text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ..checkpoints import CheckpointError, open_weights
+from ..files import replacing, write_text
+from ..images import ImageError
+from .data import DecodeOptions, Picture, decode
+from .trainer import batch_indices, step_generator
+
+
+class LatentCache:
+    """A folder with one small file per picture: its latents, also mirrored, and its caption's embedding.
+
+    Args:
+        folder: created when filled.
+        identity: what the files depend on besides the picture: digests of VAE and text encoder, size, dtype. A file
+            made under another identity is made again.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict):
+        self.folder = Path(folder)
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    def path(self, picture: Picture) -> Path:
+        file = Path(picture.source)
+        told = f"{self.identity} {file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns} {picture.caption}"
+        digest = hashlib.sha256(told.encode()).hexdigest()[:32]
+        return self.folder / digest[:2] / f"{digest}.safetensors"
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            return {"latents", "prompt"} <= set(open_weights(path).keys())
+        except CheckpointError:
+            return False
+
+    def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """The pictures without a whole file."""
+        return [picture for picture in pictures if not self._is_whole(self.path(picture))]
+
+    def fill(
+        self,
+        pictures: Sequence[Picture],
+        options: DecodeOptions,
+        encode: Callable[[Tensor], Tensor],
+        embed: Callable[[list[str]], Tensor],
+        batch_size: int = 8,
+        show: bool = True,
+    ) -> list[str]:
+        """Computes what is missing, batch by batch, with a progress bar; interrupted, it goes on where it stopped.
+
+        Args:
+            options: size and centre crop.
+            encode: images B x 3 x size x size -> latents. embed: B captions -> B x L x C.
+
+        Returns:
+            what could not be read, with the reason.
+        """
+        todo, broken = self.missing(pictures), []
+        plain = DecodeOptions(options.size, flip=False)
+        with tqdm(total=len(todo), desc="latents", unit="picture", disable=not show) as bar:
+            for start in range(0, len(todo), batch_size):
+                images, good = [], []
+                for picture in todo[start : start + batch_size]:
+                    try:
+                        images.append(decode(picture, plain, torch.Generator()))
+                        good.append(picture)
+                    except ImageError as error:
+                        broken.append(str(error))
+                if good:
+                    both = torch.stack([*images, *(image.flip(-1) for image in images)])
+                    latents = encode(both).to("cpu", torch.float16)
+                    prompts = embed([picture.caption for picture in good]).to("cpu", torch.float16)
+                    for number, picture in enumerate(good):
+                        pair = torch.stack([latents[number], latents[number + len(good)]])
+                        with replacing(self.path(picture)) as aside:
+                            save_file({"latents": pair, "prompt": prompts[number].contiguous()}, aside)
+                bar.update(len(todo[start : start + batch_size]))
+        write_text(
+            self.folder / "README.txt", "Latents and prompt embeddings of cleandift_backbones: may be deleted.\n"
+        )
+        return broken
+
+
+class CachedBatches(Dataset):
+    """Batches of a `LatentCache` in the order of `data.FolderBatches`; item n is (latents, prompts, names).
+
+    Args:
+        flip: take the mirrored latents for half of them. Others: see `data.FolderBatches`.
+    """
+
+    def __init__(self, cache, pictures, flip: bool, seed, batch_size, batches, start=0, rank=0, world=1):
+        self.files = [cache.path(picture) for picture in pictures]
+        self.names = [picture.name for picture in pictures]
+        self.flip, self.seed, self.batch_size = flip, seed, batch_size
+        self.batches, self.start, self.rank, self.world = batches, start, rank, world
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        place, joint = number + self.start, self.batch_size * self.world
+        chosen = batch_indices(place, joint, len(self.files), self.seed)[self.rank * self.batch_size :]
+        latents, prompts = [], []
+        for offset, index in enumerate(chosen[: self.batch_size].tolist()):
+            held = load_file(self.files[index])
+            draw = step_generator(
+                torch.device("cpu"), self.seed, 7, place * joint + self.rank * self.batch_size + offset
+            )
+            latents.append(held["latents"][int(self.flip and torch.rand((), generator=draw) < 0.5)])
+            prompts.append(held["prompt"])
+        return torch.stack(latents), torch.stack(prompts), [self.names[i] for i in chosen[: self.batch_size].tolist()]

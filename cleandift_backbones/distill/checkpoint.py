@@ -1,0 +1,101 @@
+"""Checkpoints of a run: safetensors files of everything that a resumed run needs, the newest few kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import CheckpointError, open_weights, verify
+from ..checkpoints.writing import write_file
+from ..files import replacing
+
+_logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints: `step_0000100.safetensors`, ...
+
+    Args:
+        folder: created when the first one is saved.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder, self.keep = Path(folder), keep
+
+    def steps(self) -> list[int]:
+        """The steps saved, newest first."""
+        found = (re.fullmatch(r"step_(\d+)\.safetensors", path.name) for path in self.folder.glob("step_*.safetensors"))
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:07d}.safetensors"
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> bool:
+        """Writes a checkpoint aside and renames it, then drops the oldest.
+
+        Returns:
+            False if the disk did not take it: the last good one stays, and a warning says so.
+        """
+        cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        try:
+            with replacing(self.path(step)) as aside:
+                write_file(cpu, aside, {"state": json.dumps(state)})
+        except OSError as error:
+            last = f"the one of step {self.steps()[0]} stands" if self.steps() else "there is none yet"
+            _logger.warning(f"no checkpoint of step {step}: {error} ({last}); the run goes on")
+            return False
+        for old in self.steps()[self.keep :]:
+            self.path(old).unlink()
+        return True
+
+    def load(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The newest whole checkpoint, as (tensors, state); damaged ones are passed over with a warning."""
+        for step in self.steps():
+            path = self.path(step)
+            try:
+                verify(path)
+                file = open_weights(path)
+                state = json.loads((file.metadata() or {})["state"])
+                # Copies: the file may be dropped while its tensors are in use.
+                return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118
+            except (CheckpointError, KeyError, ValueError) as error:
+                _logger.warning(f"{path} is passed over for an older one: {error}")
+        return None
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state as tensors and a JSON value."""
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            else:
+                scalars[f"{index}/{name}"] = value
+    return tensors, {"groups": state["param_groups"], "scalars": scalars}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], packed: Mapping) -> None:
+    """Gives an optimizer the state that `pack_optimizer` took."""
+    states: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/")
+            states.setdefault(int(index), {})[key] = tensor
+    for name, value in packed["scalars"].items():
+        index, key = name.split("/")
+        states.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": states, "param_groups": packed["groups"]})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            # Back to the parameter's memory layout: the fused kernels want them equal.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

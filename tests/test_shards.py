@@ -1,0 +1,175 @@
+"""WebDataset shards really written and streamed: order, resuming, processes, workers, damage; and folders."""
+
+import io
+import json
+
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, Picture, decode, list_pictures
+from cleandift_backbones.distill.shards import ShardBatches, find_shards
+from cleandift_backbones.images import ImageError
+
+OPTIONS = DecodeOptions(64)
+COUNT, PER_SHARD = 40, 8
+
+
+def jpeg(number, size=(70, 64)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (6 * number, 255 - 6 * number, 30)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five shards as img2dataset writes them: .jpg, .txt, .json with the caption."""
+    with wds.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=PER_SHARD, verbose=False) as writer:
+        for number in range(COUNT):
+            sample = {"__key__": f"{number:09}", "jpg": jpeg(number), "json": {"caption": f"picture {number}"}}
+            if number % 2:
+                sample["txt"] = f"picture {number}"
+            writer.write(sample)
+    return tmp_path
+
+
+def batches(folder, count, workers=0, **kwargs):
+    options = dict(seed=3, batch_size=2, buffer=8)
+    dataset = ShardBatches(find_shards(folder), OPTIONS, **{**options, **kwargs})
+    loader = iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+    return [next(loader) for _ in range(count)]
+
+
+def captions(found):
+    return [caption for batch in found for caption in batch.captions]
+
+
+def test_every_sample_comes_once_an_epoch_and_in_another_order(folder):
+    # The buffer carries a few samples from one epoch into the next: with none the epochs are apart.
+    found = captions(batches(folder, COUNT, buffer=1))
+    first, second = found[:COUNT], found[COUNT:]
+    assert sorted(first) == sorted(second) == sorted(f"picture {number}" for number in range(COUNT))
+    assert first != second
+    shuffled = captions(batches(folder, COUNT // 2))
+    assert shuffled != first and shuffled == captions(batches(folder, COUNT // 2))
+    assert shuffled != captions(batches(folder, COUNT // 2, seed=4))
+    (batch, *_) = batches(folder, 1)
+    assert batch.images.shape == (2, 3, 64, 64) and batch.images.abs().max() <= 1 and not batch.broken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 5, 12])
+def test_a_resumed_stream_goes_on(folder, workers, start):
+    whole = batches(folder, start + 6, workers)
+    parts = batches(folder, 6, workers, start=start)
+    assert captions(whole[start:]) == captions(parts)
+    for one, other in zip(whole[start:], parts):
+        assert torch.equal(one.images, other.images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [2, 5, 7])
+def test_processes_and_workers_share_the_samples(folder, workers, world):
+    """Also where there are fewer shards than workers in all."""
+    per_rank = COUNT // world
+    found = [
+        captions(batches(folder, per_rank, workers, rank=r, world=world, batch_size=1, buffer=1)) for r in range(world)
+    ]
+    first = [set(part[: per_rank // 2]) for part in found]
+    assert not any(a & b for i, a in enumerate(first) for b in first[:i])
+
+
+def test_broken_pictures_and_a_corrupt_shard(folder):
+    with wds.TarWriter(str(folder / "00005.tar")) as writer:
+        for number in range(4):
+            writer.write({"__key__": f"9{number:08}", "jpg": b"no picture" if number < 2 else jpeg(number), "txt": "x"})
+    shard = folder / "00001.tar"
+    shard.write_bytes(b"no tar" * 1000)
+    found = batches(folder, 60)
+    reasons = [reason for batch in found for reason in batch.broken]
+    assert any("00005.tar" in reason for reason in reasons) and any(reason.startswith("shard:") for reason in reasons)
+    assert all(len(batch.images) == 2 == len(batch.captions) for batch in found)
+    (folder / "only").mkdir()
+    with wds.TarWriter(str(folder / "only/0.tar")) as writer:
+        writer.write({"__key__": "a", "jpg": b"no picture"})
+    with pytest.raises(ImageError, match="no picture of a batch can be read"):
+        batches(folder / "only", 1, buffer=1)
+    (folder / "empty").mkdir()
+    wds.TarWriter(str(folder / "empty/0.tar")).close()
+    with pytest.raises(ValueError, match="no samples in the shards"):
+        batches(folder / "empty", 1)
+
+
+def test_find_shards(folder, tmp_path):
+    assert len(find_shards(folder)) == len(find_shards(f"{folder}/*.tar")) == 5
+    assert find_shards(f"{folder}/{{00001..00002}}.tar") == [f"{folder}/00001.tar", f"{folder}/00002.tar"]
+    with pytest.raises(ValueError, match="no shard .*00005.tar"):
+        find_shards(f"{folder}/{{00001..00009}}.tar")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="no .tar shards in"):
+        find_shards(tmp_path / "nothing")
+
+
+def test_training_from_shards(folder, tmp_path):
+    from safetensors.torch import load_file
+    from test_finetune import FAST, RECIPE
+
+    from tools.finetune import main
+
+    (tmp_path / "heldout").mkdir()
+    (tmp_path / "heldout/a.jpg").write_bytes(jpeg(3))
+    given = [RECIPE, f"data.path={folder}", *FAST, "max_steps=3", "text=distilled"]
+    with pytest.raises(SystemExit):
+        main([*given, f"output_dir={tmp_path / 'run'}"])  # shards need held-out pictures
+    given.append(f"data.heldout={tmp_path / 'heldout'}")
+    assert main([*given, f"output_dir={tmp_path / 'run'}"]) == 0
+    assert main([*given, f"output_dir={tmp_path / 'parts'}", "stop_after=2"]) == 0
+    assert main([*given, f"output_dir={tmp_path / 'parts'}"]) == 0
+    one, other = (load_file(tmp_path / name / "native/model.safetensors") for name in ("run", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- folders ---
+
+
+def test_captions_of_a_folder(tmp_path):
+    for name in "abcd":
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text(" from text\n")
+    (tmp_path / "b.json").write_text(json.dumps({"caption": "from json"}))
+    (tmp_path / "c.json").write_text(json.dumps({"text": "also"}))
+    assert [p.caption for p in list_pictures(tmp_path)] == ["from text", "from json", "also", ""]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "imagefolder"}\n')
+    assert [(p.source.name, p.caption) for p in list_pictures(tmp_path)] == [("b.png", "imagefolder")]
+
+
+def test_pictures_are_resized_and_cut_never_squashed(tmp_path):
+    """A circle stays a circle."""
+    image = Image.new("RGB", (300, 150))
+    for x in range(300):
+        for y in range(150):
+            if (x - 150) ** 2 + (y - 75) ** 2 < 50**2:
+                image.putpixel((x, y), (255, 255, 255))
+    image.save(tmp_path / "circle.png")
+    picture = Picture("circle", tmp_path / "circle.png", "")
+    found = decode(picture, DecodeOptions(64, flip=False), torch.Generator()).mean(0) > 0
+    assert found.any(0).sum() == found.any(1).sum() and 42 <= found.any(0).sum() <= 44
+    generator = torch.Generator().manual_seed(0)
+    wanders = {decode(picture, DecodeOptions(64, "random", False), generator).sum().item() for _ in range(6)}
+    assert len(wanders) > 1
+
+
+def test_processes_share_the_joint_batch_of_a_folder(folder, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(10):
+        (tmp_path / f"pictures/{number}.jpg").write_bytes(jpeg(number))
+    pictures = list_pictures(tmp_path / "pictures")
+    one = FolderBatches(pictures, OPTIONS, seed=0, batch_size=4, batches=5)
+    two = [FolderBatches(pictures, OPTIONS, seed=0, batch_size=2, batches=5, rank=rank, world=2) for rank in range(2)]
+    for number in range(5):
+        joint = torch.cat([part[number].images for part in two])
+        assert torch.equal(one[number].images, joint)
+    resumed = FolderBatches(pictures, OPTIONS, seed=0, batch_size=4, batches=5, start=3)
+    assert len(resumed) == 2 and torch.equal(resumed[0].images, one[3].images)
