@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import replacing, write_text
+from .checkpoint import pack_optimizer, unpack_optimizer
 
 __all__ = [
     "EMA",
@@ -318,23 +319,10 @@ class Run:
 
     def save(self) -> None:
         """Everything that a resumed run needs, in one file, written aside and renamed."""
-        optimizer = self.optimizer.state_dict()
-        tensors = {f"model/{k}/{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
+        tensors, packed = pack_optimizer(self.optimizer)
+        tensors |= {f"model/{k}/{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
         tensors |= {f"ema/{name}": t for name, t in self.ema.shadow.items()}
-        scalars: dict[str, float] = {}
-        for index, values in optimizer["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{index}/{name}"] = value
-                else:
-                    scalars[f"{index}/{name}"] = value
-        state = {
-            "step": self.step,
-            "spent": self.elapsed(),
-            "settings": self.settings,
-            "groups": optimizer["param_groups"],
-            "scalars": scalars,
-        }
+        state = {"step": self.step, "spent": self.elapsed(), "settings": self.settings, **packed}
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         with replacing(self.out / CHECKPOINT) as aside:
             save_file(tensors, aside, {"state": json.dumps(state)})
@@ -353,22 +341,7 @@ class Run:
             module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         for name, shadow in self.ema.shadow.items():
             shadow.copy_(tensors[f"ema/{name}"])
-        states: dict[int, dict] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                states.setdefault(int(index), {})[key] = tensor
-        for name, value in state["scalars"].items():
-            index, key = name.split("/")
-            states.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({"state": states, "param_groups": state["groups"]})
-        for parameter, values in self.optimizer.state.items():
-            for (
-                key,
-                value,
-            ) in values.items():  # back to the parameter's memory layout: the fused kernels want them equal
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        unpack_optimizer(self.optimizer, tensors, state)
         self.step, self.spent = state["step"], state["spent"]
 
 
