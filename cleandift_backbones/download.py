@@ -84,7 +84,10 @@ def _explain(file: HubFile, error: Exception) -> str:
     if isinstance(error, hub_errors.GatedRepoError):
         return f"{where} is gated: accept its terms on its page, then log in (hf auth login, or HF_TOKEN)"
     if isinstance(error, hub_errors.RepositoryNotFoundError):
-        return f"{where} does not exist, or is private and you are not logged in (hf auth login, or HF_TOKEN)"
+        return (
+            f"{where} does not exist, or is private and you are not logged in (hf auth login, or HF_TOKEN); nor is "
+            "there such a path here"
+        )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return f"{file.repo} has no revision {file.revision!r}"
     if isinstance(error, hub_errors.RemoteEntryNotFoundError):

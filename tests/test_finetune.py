@@ -171,6 +171,23 @@ def test_cached_latents_need_neither_vae_nor_text_encoder(pictures, tmp_path, mo
         main(arguments(pictures, tmp_path / "third", *options))
 
 
+def test_heads_of_an_earlier_run_are_a_start(pictures, tmp_path):
+    state = finetune(
+        pictures, tmp_path / "first", "max_steps=2", "heads.conditioning=adarms", "heads_learning_rate=0.1"
+    )
+    given = arguments(
+        pictures, tmp_path / "second", "heads.conditioning=adarms", f"heads.weights={tmp_path / 'first/native'}"
+    )
+    heads = Training(load_recipe(given[0], given[1:])).module.heads.state_dict()
+    assert all(torch.equal(tensor, state[f"heads.{name}"]) for name, tensor in heads.items())
+    with pytest.raises(SystemExit):  # heads of another kind
+        main([*given, "heads.conditioning=film"])
+    # And they are there for features as the teacher would give them.
+    folder = f"local-dir:{tmp_path / 'first/native'}"
+    model = timm.create_model(folder, pretrained=True, features_only=True, projected_timestep=200)
+    assert torch.equal(model.model.heads.time_in_proj.weight, state["heads.time_in_proj.weight"])
+
+
 def test_text_modes():
     empty, source = torch.zeros(1, 16, 96), timm.create_model("dift_tiny").text_encoder
     embeds = Prompts("caption", empty, source).embed(["red apple", ""])
