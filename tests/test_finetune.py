@@ -1,6 +1,7 @@
 """The distillation run as a whole: it learns, resumes exactly, survives faults, and runs on two processes."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -104,8 +105,10 @@ def test_it_learns_and_loads(pictures, tmp_path):
     assert "loss/us6" in events.Tags()["scalars"] and "features" in events.Tags()["images"]
 
 
-def test_push_at_the_end(pictures, tmp_path, hub, logged_in):
-    assert main([*arguments(pictures, tmp_path / "run", "max_steps=1"), "--push-to-hub", "me/student"]) == 0
+def test_half_precision_and_a_push_at_the_end(pictures, tmp_path, hub, logged_in):
+    given = arguments(pictures, tmp_path / "run", "max_steps=2", "mixed_precision=bf16", "sample_every=2")
+    assert main([*given, "--push-to-hub", "me/student"]) == 0
+    assert all(map(math.isfinite, log(tmp_path / "run", "loss") + log(tmp_path / "run", "validation")))
     model = timm.create_model("hf-hub:me/student", pretrained=True, features_only=True)
     assert torch.equal(
         model.model.unet.conv_in.bias, load_file(tmp_path / "run/native/model.safetensors")["unet.conv_in.bias"]

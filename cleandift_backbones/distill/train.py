@@ -115,7 +115,8 @@ class Training:
         self.source.to(device, memory_format=torch.channels_last)
         self.module.to(device, memory_format=torch.channels_last)
         if accelerator.mixed_precision != "no":  # frozen: half of it is enough
-            self.module.teacher.to(torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16)
+            half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
+            torch.nn.Module.to(self.module.teacher, half)  # diffusers' own warns of float32 modules that are not there
         self.validation = validation_batch(self.data, self.source, self.prompts, accelerator, recipe.batch_size)
         groups = parameter_groups(recipe, self.module)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=device.type == "cuda")
