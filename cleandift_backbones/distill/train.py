@@ -12,6 +12,7 @@ from pathlib import Path
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -60,6 +61,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if precision == "auto":
         half = "no" if cpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = half
+    # Accelerate keeps one state per process, and refuses a second run of another precision (in a notebook, say).
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in kinds:
