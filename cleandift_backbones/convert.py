@@ -204,8 +204,9 @@ def to_diffusers(
         weights = weights.teacher()
     name = model or find_model(weights, teacher)
     cfg = architecture_of(name)
-    names = _unet_names(cfg)
-    missing = [key for key in names if key not in weights]
+    with torch.device("meta"):
+        like = {f"unet.{key}": tensor for key, tensor in FeatureUNet(**cfg["unet"]).state_dict().items()}
+    missing = sorted(key for key in like if key not in weights)
     if missing and fill:
         weights.fill(open_main(fill)[1], missing)
         missing = [key for key in missing if key not in weights]
@@ -214,8 +215,6 @@ def to_diffusers(
             f"{source} lacks {len(missing)} tensors of the whole UNet ({', '.join(missing[:3])}, ...): it was saved "
             "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
         )
-    with torch.device("meta"):
-        like = {f"unet.{key}": tensor for key, tensor in FeatureUNet(**cfg["unet"]).state_dict().items()}
     dtype = dtype or weights["unet.conv_in.weight"].dtype
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     side = timm.get_pretrained_cfg(name).input_size[-1] // 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)

@@ -221,12 +221,13 @@ def remember_of(what: str, file: HubFile, compute: Callable[[], Tensor], cache_d
         if tensor is None:
             raise
         return tensor
-    tensor = recall(key, cache_dir)
-    if tensor is None:
+
+    def compute_and_keep() -> Tensor:
         tensor = compute()
-        for name in (key, last):
-            _keep(name, tensor, cache_dir)
-    return tensor
+        _keep(last, tensor, cache_dir)
+        return tensor
+
+    return remember(key, compute_and_keep, cache_dir)
 
 
 def _keep(key: str, tensor: Tensor, cache_dir: str | Path | None) -> None:

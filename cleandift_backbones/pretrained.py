@@ -126,7 +126,7 @@ def open_parts(
     if weights is not None:
         checkpoints.check_family(weights, cfg["unet"]["cross_attention_dim"])
     own = own_text_encoder(main, weights, cache_dir)
-    places = {part: sources.given.get(part) or sources.get(part) for part in PARTS if part != "unet"}
+    places = {part: sources.get(part) for part in PARTS if part != "unet"}
     places["text_encoder"] = sources.given.get("text_encoder") or own or places["text_encoder"]
     lacking = [
         part
