@@ -113,9 +113,7 @@ class CleanDIFT(BaseModule):
         if isinstance(frozen_parts, str) or unknown:
             raise ValueError(f"frozen_parts {frozen_parts!r}: expected some of {tuple(PARTS)}")
         if dtype is not None and not frozen:
-            raise ValueError(
-                f"dtype={dtype!r} is for a frozen backbone: set frozen=True, or train with AmpOptimWrapper"
-            )
+            raise ValueError(f"dtype={dtype!r} needs frozen=True; a trained backbone takes AmpOptimWrapper")
         maps = describe(model_name, out_indices)
         self.model_name, self.indices = model_name, maps.indices
         self.out_channels, self.strides = maps.out_channels, maps.strides

@@ -187,9 +187,7 @@ def _expectations(
     if hasattr(head, "in_index"):  # mmsegmentation: levels are chosen by index
         index = _listed(head.in_index)
         if any(not -len(channels) <= i < len(channels) for i in index):
-            raise ValueError(
-                f"in_index {index} of {type(head).__name__} is out of range: there are {len(channels)} maps"
-            )
+            raise ValueError(f"in_index {index} of {type(head).__name__} is out of range: it gets {len(channels)} maps")
         wanted = [channels[i] for i in index]
         total = getattr(head, "input_transform", None) == "resize_concat"  # it keeps the sum only
         yield "in_channels", _listed(head.in_channels), [sum(wanted)] if total else wanted

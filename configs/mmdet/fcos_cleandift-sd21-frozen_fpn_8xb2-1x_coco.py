@@ -1,0 +1,7 @@
+_base_ = [
+    "./_base_/models/fcos_cleandift-sd21-frozen_fpn.py",
+    "./_base_/datasets/coco_detection.py",
+    "./_base_/schedules/frozen.py",
+    "./_base_/schedules/1x.py",
+    "./_base_/default_runtime.py",
+]

@@ -1,0 +1,8 @@
+_base_ = [
+    "./_base_/models/mask-rcnn_cleandift-sd21-finetune_fpn.py",
+    "./_base_/datasets/scenes_instance.py",
+    "./_base_/schedules/finetune.py",
+    "./_base_/schedules/20e.py",
+    "./_base_/default_runtime.py",
+]
+model = dict(roi_head=dict(bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)))

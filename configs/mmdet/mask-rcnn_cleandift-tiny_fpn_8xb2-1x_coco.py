@@ -1,0 +1,7 @@
+_base_ = [
+    "./_base_/models/mask-rcnn_cleandift-tiny_fpn.py",
+    "./_base_/datasets/coco_instance.py",
+    "./_base_/schedules/frozen.py",
+    "./_base_/schedules/1x.py",
+    "./_base_/default_runtime.py",
+]

@@ -1,0 +1,6 @@
+# Only the heads are trained.
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=1e-4),
+    clip_grad=dict(max_norm=1.0),
+)

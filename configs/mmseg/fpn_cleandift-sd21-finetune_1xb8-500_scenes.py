@@ -1,0 +1,8 @@
+_base_ = [
+    "./_base_/models/fpn_cleandift-sd21-finetune.py",
+    "./_base_/datasets/scenes.py",
+    "./_base_/schedules/finetune.py",
+    "./_base_/schedules/500.py",
+    "./_base_/default_runtime.py",
+]
+model = dict(decode_head=dict(num_classes=6))

@@ -1,0 +1,7 @@
+_base_ = [
+    "./_base_/models/upernet_cleandift-tiny.py",
+    "./_base_/datasets/ade20k.py",
+    "./_base_/schedules/frozen.py",
+    "./_base_/schedules/80k.py",
+    "./_base_/default_runtime.py",
+]
