@@ -169,7 +169,8 @@ class CleanDIFT(BaseModule):
         if not self.frozen:
             return tuple(self.model.forward_intermediates(x, self.indices, intermediates_only=True))
         # autocast would undo the dtype that was asked for
-        plain = torch.autocast(x.device.type, enabled=False) if self.dtype is not None else nullcontext()
+        mixed = self.dtype is not None and torch.amp.is_autocast_available(x.device.type)  # not on meta
+        plain = torch.autocast(x.device.type, enabled=False) if mixed else nullcontext()
         with torch.no_grad(), plain:
             images = x.to(next(self.model.parameters()).dtype)
             maps = self.model.forward_intermediates(images, self.indices, intermediates_only=True)

@@ -134,7 +134,10 @@ def check_model(model: nn.Module) -> None:
 def _check_preprocessor(preprocessor: nn.Module | None) -> None:
     if preprocessor is None or not hasattr(preprocessor, "_enable_normalize"):
         return
-    values = [getattr(preprocessor, name).flatten().tolist() for name in ("mean", "std") if hasattr(preprocessor, name)]
+    tensors = [getattr(preprocessor, name) for name in ("mean", "std") if hasattr(preprocessor, name)]
+    if any(t.is_meta for t in tensors):  # it holds no numbers
+        return
+    values = [t.flatten().tolist() for t in tensors]
     if any(abs(v - 127.5) > 0.5 for value in values for v in value) or not values:
         raise ValueError(
             f"model.data_preprocessor has mean and std {values or None}, but this backbone expects images in [-1, 1]: "
