@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint table pictures clean
+.PHONY: demo test lint table pictures test-mmseg test-mmdet clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py --out demo
@@ -14,6 +14,25 @@ test: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# mmsegmentation and mmdetection, in an environment of their own: mmdetection wants an older numpy.
+MM_VENV ?= .venv-mm
+MM := $(MM_VENV)/bin/python
+MM_TEST = $(MM) -c "import mmseg, mmdet, mmcv.ops" && OMP_NUM_THREADS=1 $(MM) -m pytest -n 2
+
+test-mmseg: $(MM_VENV)/.ready
+	$(MM_TEST) tests/test_mm.py tests/test_mm_checks.py tests/test_mmseg.py
+
+test-mmdet: $(MM_VENV)/.ready
+	$(MM_TEST) tests/test_mm_configs.py tests/test_mmdet.py
+
+# The compiled operators are kept outside the checkout, see tools/build_mmcv.sh.
+$(MM_VENV)/.ready: pyproject.toml tools/build_mmcv.sh
+	$(PYTHON) -m venv $(MM_VENV)
+	$(MM) -m pip install --quiet torch torchvision
+	tools/build_mmcv.sh $(MM)
+	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet]" pytest pytest-xdist
+	touch $@
 
 # The held-out pictures (needs npm), and the table of docs/results.md (half an hour on two cores).
 data/emoji: $(VENV)/.ready-dev
@@ -32,4 +51,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) $(MM_VENV) demo build *.egg-info

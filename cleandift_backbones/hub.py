@@ -33,6 +33,10 @@ _BASE_MODELS = {
 }
 
 
+#: arguments of a model that the backbone in mm.py takes too
+_MM_ARGUMENTS = ("in_chans", "timestep", "ensemble_size", "noise_seed")
+
+
 @dataclass
 class CardInfo:
     """What a model card says beyond what the model itself tells.
@@ -98,7 +102,7 @@ def timm_config(model: nn.Module) -> dict:
 
 
 def model_card(config: Mapping, info: CardInfo | None = None) -> str:
-    """README.md of a repository: what it is, how to load it with timm, torch.hub and mmengine, where it comes from.
+    """README.md of a repository: what it is, how to load it (timm, torch.hub, mmsegmentation), where it comes from.
 
     Args:
         config: of `timm_config`.
@@ -112,6 +116,8 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     base = info.base_model or _BASE_MODELS.get(arch)
     infos, default = offered_maps(name, config["model_args"].get("held"))
     arguments = "".join(f", {k}={v!r}" for k, v in config["model_args"].items())
+    # There maps are chosen by out_indices alone.
+    arguments_mm = "".join(f", {k}={v!r}" for k, v in config["model_args"].items() if k in _MM_ARGUMENTS)
     head = ModelCardData(
         license=license_,
         library_name="timm",
@@ -148,11 +154,10 @@ model = torch.hub.load("OWNER/REPO", "{name}", pretrained=True, features_only=Tr
                        pretrained_cfg_overlay=dict(hf_hub_id="{PLACEHOLDER}", hf_hub_filename=None, file=None))
 ```
 
-mmengine (mmsegmentation):
+mmsegmentation, mmdetection (in a config):
 
 ```python
-custom_imports = dict(imports=["cleandift_backbones"])
-model = dict(backbone=dict(type="TIMMBackbone", model_name="hf-hub:{PLACEHOLDER}", pretrained=True, features_only=True))
+backbone = dict(type="cleandift_backbones.CleanDIFT", model_name="{name}", pretrained="{PLACEHOLDER}"{arguments_mm})
 ```""",
         "## Training\n\n" + "\n\n".join(filter(None, [info.data and f"Data: {info.data}", recipe]))
         if info.data or recipe

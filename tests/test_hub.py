@@ -84,7 +84,13 @@ def test_card(hub, logged_in):
     info = CardInfo(data="3,000 web images", recipe={"steps": 400}, results={"SPair PCK@0.1": 61.4}, notes="Look here.")
     push_to_hub(make(), "me/features", card=info)
     card = files_of(hub, "me/features")["README.md"].content.decode()
-    for text in ("library_name: timm", "license: apache-2.0", '"hf-hub:me/features"', "torch.hub.load", "TIMMBackbone"):
+    for text in (
+        "library_name: timm",
+        "license: apache-2.0",
+        '"hf-hub:me/features"',
+        "torch.hub.load",
+        "cleandift_backbones.CleanDIFT",
+    ):
         assert text in card
     for text in ("3,000 web images", '"steps": 400', "| SPair PCK@0.1 | 61.4 |", "Look here.", "arXiv 2412.03439"):
         assert text in card

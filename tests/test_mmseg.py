@@ -1,6 +1,8 @@
 """mmsegmentation itself on the shipped configs: trained, validated, saved, resumed, used on small labelled scenes."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ pytest.importorskip("mmseg")
 pytest.importorskip("mmcv")
 
 import mmseg
-from mm_runs import make_scenes, shortened, train
+from mm_runs import ROOT, make_scenes, shortened, train
 from mmengine.config import Config
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -122,7 +124,7 @@ def test_layouts_of_ade20k_and_voc(data, lay_out, scenes, tmp_path):
     """Folders as these data sets have them: their classes, pipelines and schedules run as they are shipped."""
     lay_out(scenes, tmp_path / "data")
     path = f"mmseg/linear_cleandift-tiny_8xb2-80k_{data}-512x512.py"
-    config = Config.fromfile(Path(__file__).parents[1] / "configs" / path)
+    config = Config.fromfile(ROOT / "configs" / path)
     root = config.data_root
     text = config.pretty_text.replace(root, str(tmp_path / "data"))
     (tmp_path / "config.py").write_text(text)
@@ -153,6 +155,37 @@ def test_the_tools_of_mmsegmentation(scenes, tmp_path):
     assert "Iter(train) [3/3]" in tool("train.py", "--work-dir", "work", "--resume", "--cfg-options", *options)
     assert "mIoU" in tool("test.py", "work/iter_2.pth", "--show-dir", "drawn")
     assert list((tmp_path / "work").rglob("drawn/**/*.png")) or list(tmp_path.rglob("drawn/**/*.png"))
+
+
+PAGE = (ROOT / "docs" / "mm.md").read_text()
+
+
+@pytest.mark.slow
+def test_python_blocks_of_the_page(scenes, tmp_path, monkeypatch):
+    train(shortened("mmseg/linear_cleandift-tiny_1xb8-500_scenes.py", scenes, tmp_path / "runs" / "linear", **FEW))
+    (tmp_path / "runs" / "linear" / "iter_2.pth").rename(tmp_path / "runs" / "linear" / "iter_500.pth")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "scenes").symlink_to(scenes)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.S)), "mm.md", "exec"), names)
+    assert names["maps"].strides == [4, 8, 16, 32] and names["labels"].shape == (1, 64, 64)
+    assert list((tmp_path / "drawn" / "vis").iterdir())
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?:python|bash) \$MM\w+/.*$", PAGE, re.M))
+def test_command_lines_of_the_page(line, monkeypatch, capsys):
+    """The tools are there, their parsers take the arguments, and the configs exist."""
+    program, tool, *arguments = line.split()
+    package = pytest.importorskip(re.match(r"\$(MM\w+)", tool)[1].lower())
+    path = Path(package.__file__).parent / ".mim" / "tools" / Path(tool).name
+    assert path.is_file() and (ROOT / arguments[0]).is_file()
+    if program == "python":
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--surely-unknown"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(path), run_name="__main__")
+        assert "error: unrecognized arguments: --surely-unknown\n" in capsys.readouterr().err
 
 
 def test_the_hook_stops_a_run_before_it_starts(scenes, tmp_path):
