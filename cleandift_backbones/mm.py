@@ -119,7 +119,7 @@ class CleanDIFT(BaseModule):
         self.out_channels, self.strides = maps.out_channels, maps.strides
         self.frozen, self.dtype, self.save_frozen = frozen, dtype, save_frozen
         self.frozen_parts = tuple(PARTS) if frozen else tuple(frozen_parts)
-        self.source = _source(pretrained, NOT_GIVEN if init_cfg is NOT_GIVEN else init_cfg)
+        self.source = _source(pretrained, init_cfg)
         self.arguments = {**kwargs} if prompt is None else {**kwargs, "prompt": prompt}
         self.model = self._create(self.source)
         self.has_weights = self._is_init = bool(self.source)  # init_weights() then leaves them alone
@@ -224,8 +224,8 @@ class CleanDIFT(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_fits(self, own: Mapping, given: Mapping, left_out: Mapping, record: Mapping | None) -> None:
-        wrong = [f"{n} is {tuple(given[n].shape)}, here {tuple(own[n].shape)}" for n in own if n in given
-                 and own[n].shape != given[n].shape]  # fmt: skip
+        differing = [name for name in own if name in given and own[name].shape != given[name].shape]
+        wrong = [f"{name} is {tuple(given[name].shape)}, here {tuple(own[name].shape)}" for name in differing]
         wrong += [f"{name} is missing" for name in own if name not in given and name not in left_out]
         kind = record["model_name"] if record else self.model_name
         if kind.removesuffix("_pyramid") != self.model_name.removesuffix("_pyramid"):
