@@ -194,13 +194,17 @@ class CleanDIFT(BaseModule):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _frozen_state(self, model: nn.Module | None = None) -> dict[str, Tensor]:
-        state = (model or self.model).state_dict()
-        return {f"model.{name}": tensor for name, tensor in state.items() if self._is_frozen(name)}
+    @staticmethod
+    def _state(model: nn.Module) -> dict[str, Tensor]:
+        return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """State dict of what is frozen: what checkpoints leave out with save_frozen=False."""
+        return {n: t for n, t in self._state(self.model).items() if self._is_frozen(n.removeprefix("model."))}
 
     def _record(self) -> dict:
         """Which frozen weights these are; `probe` holds a number of each tensor."""
-        state = self._frozen_state()
+        state = self.frozen_state()
         probe = torch.stack([t.detach().flatten()[-1].float() for t in state.values()]).tolist()
         kind = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         return dict(model_name=self.model_name, source=self.source, dtype=kind, probe=dict(zip(state, probe)))
@@ -209,16 +213,15 @@ class CleanDIFT(BaseModule):
         """Puts frozen weights that a checkpoint left out back, and refuses checkpoints of other backbones."""
         stored = state_dict.pop(prefix + RECORD, None)
         record = None if stored is None else json.loads(bytes(stored.tolist()))
-        own = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        own = self._state(self.model)
         given = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        left_out = self._frozen_state() if record or not self.save_frozen else {}
+        left_out = record["probe"] if record else {} if self.save_frozen else self.frozen_state()
         if given or record:
             self._check_fits(own, given, left_out, record)
-        absent = [name for name in left_out if name not in given]
-        if record and absent:
-            left_out = self._frozen_of(record)
+        absent = [name for name in own if name in left_out and name not in given]
         if absent and (record or self.has_weights):
-            state_dict.update({prefix + name: left_out[name] for name in absent})
+            state = self._state_of(record) if record else own
+            state_dict.update({prefix + name: state[name] for name in absent})
         if given or record:
             self.has_weights = True
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -237,11 +240,12 @@ class CleanDIFT(BaseModule):
                 f"{'; '.join(wrong[:3])}{more}. Take the config that it was trained with"
             )
 
-    def _frozen_of(self, record: Mapping) -> dict[str, Tensor]:
-        """The frozen weights that a checkpoint was trained with: the model's own, or read from the recorded place."""
-        if self.has_weights and self._matches(self._frozen_state(), record):
-            return self._frozen_state()
-        state = self._frozen_state(self._create(record["source"])) if record["source"] else {}
+    def _state_of(self, record: Mapping) -> dict[str, Tensor]:
+        """The weights that a checkpoint left out: the model's own, or read from the recorded place."""
+        own = self._state(self.model)
+        if self.has_weights and self._matches(own, record):
+            return own
+        state = self._state(self._create(record["source"])) if record["source"] else {}
         if not self._matches(state, record):
             raise RuntimeError(
                 f"the checkpoint was trained on frozen weights of {record['model_name']} from "
@@ -255,9 +259,9 @@ class CleanDIFT(BaseModule):
         """Equal numbers, or as near as the coarser of the two dtypes allows."""
         kinds = {getattr(torch, record["dtype"]), next(self.model.parameters()).dtype}
         near = 0.0 if len(kinds) == 1 else max(torch.finfo(kind).eps for kind in kinds)
-        return all(
-            name in state and abs(float(state[name].flatten()[-1]) - value) <= near * abs(value) + near * 1e-3
-            for name, value in record["probe"].items()
+        probe = {name: value for name, value in record["probe"].items() if name in state}  # it may have been deeper
+        return bool(probe) and all(
+            abs(float(state[name].flatten()[-1]) - value) <= near * (abs(value) + 1e-3) for name, value in probe.items()
         )
 
 
@@ -269,7 +273,7 @@ def _leave_frozen_out(module: CleanDIFT, state: dict, prefix: str, metadata: dic
     """After state_dict(): drops the frozen weights, and says which they were."""
     if module.save_frozen or not module.frozen_parts:
         return
-    for name in module._frozen_state():
+    for name in module.frozen_state():
         state.pop(prefix + name)
     text = json.dumps(module._record()).encode()
     state[prefix + RECORD] = torch.tensor(list(text), dtype=torch.uint8)

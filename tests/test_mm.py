@@ -196,6 +196,13 @@ def test_frozen_parts_are_left_out():
     assert torch.equal(again(X), net(X))
 
 
+def test_fine_tuning_goes_on_from_a_frozen_run(native):
+    state = own(str(native), frozen=True, save_frozen=False).state_dict()
+    for again in (own(str(native)), own(None, init_cfg=None)):
+        again.load_state_dict(state, strict=True)
+        assert torch.equal(again(X)[0], own(str(native))(X)[0])
+
+
 def test_a_whole_checkpoint_needs_no_other_weights():
     net = Net(frozen=True)
     assert any("vae" in name for name in net.state_dict())

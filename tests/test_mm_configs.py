@@ -84,7 +84,7 @@ def test_frozen_checkpoints_are_small(path):
     """The weights; AdamW's two moments, which mmengine keeps beside them to resume, are twice as much again."""
     model, _ = build(path)
     assert model.backbone.save_frozen is False
-    frozen = {f"backbone.{name}" for name in model.backbone._frozen_state()}
+    frozen = {f"backbone.{name}" for name in model.backbone.frozen_state()}
     model.backbone.save_frozen = True  # else state_dict() asks for numbers, which meta tensors do not have
     state = model.state_dict()
     held = sum(t.numel() * t.element_size() for name, t in state.items() if name not in frozen)
