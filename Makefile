@@ -31,7 +31,7 @@ $(MM_VENV)/.ready: pyproject.toml tools/build_mmcv.sh
 	$(PYTHON) -m venv $(MM_VENV)
 	$(MM) -m pip install --quiet torch torchvision
 	tools/build_mmcv.sh $(MM)
-	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet]" pytest pytest-xdist
+	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet,text]" pytest pytest-xdist
 	touch $@
 
 # The held-out pictures (needs npm), and the table of docs/results.md (half an hour on two cores).

@@ -91,6 +91,20 @@ def test_noisy_and_pyramid():
     assert pyramid.strides == [2, 4, 8, 16, 32] and [x.shape[-2] for x in pyramid(X)] == [32, 16, 8, 4, 2]
 
 
+def test_prompt():
+    pytest.importorskip("transformers")
+    arguments = dict(frozen=True, save_frozen=False)
+    cat = CleanDIFT(**SIX, **arguments, prompt="cat face")
+    expected = timm.create_model(
+        "cleandift_tiny", pretrained=True, features_only=True, out_indices=(4,), prompt="cat face"
+    ).eval()
+    torch.testing.assert_close(cat(X)[0], expected(X)[0])
+    assert not torch.allclose(cat(X)[0], CleanDIFT(**SIX, frozen=True)(X)[0])
+    CleanDIFT(**SIX, **arguments, prompt="cat face").load_state_dict(cat.state_dict(), strict=True)
+    with pytest.raises(RuntimeError, match="prompt= to the text"):
+        CleanDIFT(**SIX, **arguments).load_state_dict(cat.state_dict())
+
+
 # --- frozen -------------------------------------------------------------------------------------------------------
 
 
