@@ -135,7 +135,7 @@ class _FusedBlock(torch.autograd.Function):
         return dx, d_scale, d_shift, d_up.to(up.dtype), d_down.to(down.dtype), None, None
 
 
-class FeedForward(nn.Module):
+class ResidualBlock(nn.Module):
     """Residual block: norm, SwiGLU (or SiLU) up-projection, zero-initialised down-projection."""
 
     def __init__(self, width: int, hidden: int, norm: Norm, gated: bool = True):
@@ -171,7 +171,7 @@ class MappingNetwork(nn.Module):
     def __init__(self, width: int, hidden: int, depth: int):
         super().__init__()
         self.in_norm = RMSNorm(width)
-        self.blocks = nn.ModuleList(FeedForward(width, hidden, RMSNorm(width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(width, hidden, RMSNorm(width)) for _ in range(depth))
         self.out_norm = RMSNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Head(nn.Module):
         super().__init__()
         norm = CONDITIONINGS[conditioning]
         self.layers = nn.ModuleList(
-            FeedForward(channels, channels, norm(channels, condition_width), gated) for _ in range(depth)
+            ResidualBlock(channels, channels, norm(channels, condition_width), gated) for _ in range(depth)
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

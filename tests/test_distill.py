@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.recipe import load_recipe
-from cleandift_backbones.heads import CONDITIONINGS, FeedForward, FiLM, ProjectionHeads, RMSNorm, modulate
+from cleandift_backbones.heads import CONDITIONINGS, ResidualBlock, FiLM, ProjectionHeads, RMSNorm, modulate
 from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.unet import FeatureUNet
 
@@ -94,7 +94,7 @@ def test_block_gives_the_gradients_of_its_plain_form(norm, gated):
     """Also where one clean map is projected to several timesteps, B x 1 x N x C with B x I x D."""
     torch.manual_seed(0)
     made = RMSNorm(6) if norm == "rms" else CONDITIONINGS[norm](6, 3)
-    block = FeedForward(6, 5, made, gated).double()
+    block = ResidualBlock(6, 5, made, gated).double()
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x = torch.randn(2, 1, 4, 6).double().requires_grad_()
@@ -131,7 +131,7 @@ def test_blocks_under_autocast_train_as_in_float32(conditioning):
 
 def test_a_block_keeps_its_input_and_its_up_projection_alone():
     """What the memory of the distillation rests on: 3 tensors of the input's size per block, not 6."""
-    block = FeedForward(64, 64, FiLM(64, 8))
+    block = ResidualBlock(64, 64, FiLM(64, 8))
     x, condition = torch.randn(2, 100, 64, requires_grad=True), torch.randn(2, 8)
     kept = {}
 
