@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.recipe import load_recipe
-from cleandift_backbones.heads import CONDITIONINGS, ResidualBlock, FiLM, ProjectionHeads, RMSNorm, modulate
+from cleandift_backbones.heads import CONDITIONINGS, FiLM, ProjectionHeads, ResidualBlock, RMSNorm, modulate
 from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.unet import FeatureUNet
 

@@ -177,7 +177,7 @@ def _pack_zero(optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor
 
 
 def _link_states(optimizer) -> None:
-    """Lets the accessors see the states. ZeRO does it once, after its first group's first step: the others have none."""
+    """Lets the accessors see the states. ZeRO does it after its first group's first step: too early for the others."""
     optimizer._hp_optimizer_states_linked = False
     optimizer._lazy_init_hp_params_optimizer_state()
 
