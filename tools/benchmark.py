@@ -183,6 +183,7 @@ class Kept:
 def training(options: argparse.Namespace) -> dict:
     cfg = architecture_of(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 here
     stride = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
     size, batch = (options.size or 128) // stride, options.batch_size
     generator = torch.Generator().manual_seed(0)
@@ -248,6 +249,8 @@ def training(options: argparse.Namespace) -> dict:
         for _ in tqdm(range(options.repeat), desc="timing"):  # in turn: a busy moment does not hit one of them alone
             for way in timed:
                 module = prepare(way)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 clock = time.perf_counter()
                 step(way, module)
                 rows[way]["seconds"].append(time.perf_counter() - clock)
