@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
 
 from .recipe import Recipe
@@ -93,6 +93,9 @@ def _set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
     if recipe.lora.rank:
         raise ValueError("lora.rank needs no sharding, there is little to shard: launch without FSDP (DDP)")
     plugin.mixed_precision_policy = None
+    # Every process reads the weights. With the launcher's default, text encoders would come empty but on the first one.
+    plugin.cpu_ram_efficient_loading = False
+    disable_fsdp_ram_efficient_loading()
 
 
 def _set_up_deepspeed(accelerator: Accelerator, recipe: Recipe, precision: str) -> None:
