@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,32 @@ RECIPE = str(ROOT / "configs/finetune/cleandift_tiny.yaml")
 GIVEN = ["max_steps=3", "ema=0.9", "gradient_accumulation=2", "mixed_precision=no", "sample_every=3"]
 
 
-def on_two_processes(kind, pictures, folder, *overrides):  # noqa: F811
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command += [str(ROOT / "tests/engine_ranks.py"), kind, str(folder)]
-    command += arguments(pictures, folder / "two", *GIVEN, "batch_size=1", *overrides)
+def launched(kind, pictures, folder, out, *overrides, options=("--nproc_per_node=2", "--standalone")):  # noqa: F811
+    """The launcher of one machine, started."""
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "tests/engine_ranks.py")]
+    command += [kind, str(folder), *arguments(pictures, folder / out, *GIVEN, "batch_size=1", *overrides)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr[-4000:]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def on_two_processes(kind, pictures, folder, *overrides):  # noqa: F811
+    process = launched(kind, pictures, folder, "two", *overrides)
+    said = process.communicate(timeout=400)[1]
+    assert process.returncode == 0, said[-4000:]
+
+
+def on_two_machines(pictures, folder, outs, *overrides):  # noqa: F811
+    """Two launchers with a process each, which find each other by address; what each wrote to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    machines = [
+        launched("ddp", pictures, folder, out, *overrides, options=[*common, f"--node_rank={rank}"])
+        for rank, out in enumerate(outs)
+    ]
+    said = [machine.communicate(timeout=400)[1] for machine in machines]
+    return [machine.returncode for machine in machines], said
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +79,17 @@ def test_two_processes_equal_one_with_the_joint_batch(kind, joint, pictures, tmp
 def test_a_run_goes_on_under_another_engine(joint, pictures, tmp_path):  # noqa: F811
     on_two_processes("fsdp", pictures, tmp_path, "stop_after=1")
     on_two_processes("ddp", pictures, tmp_path)
+    equal(load_file(tmp_path / "two/native/model.safetensors"), joint, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_machines(joint, pictures, tmp_path):  # noqa: F811
+    codes, said = on_two_machines(pictures, tmp_path, ["two", "two"], "stop_after=2")
+    assert codes == [0, 0], said
+    codes, said = on_two_machines(pictures, tmp_path, ["two", "other"])
+    assert 0 not in codes and "not the same on all machines: give a shared folder" in said[0] + said[1]
+    codes, said = on_two_machines(pictures, tmp_path, ["two", "two"])
+    assert codes == [0, 0], said
     equal(load_file(tmp_path / "two/native/model.safetensors"), joint, rtol=1e-3, atol=1e-5)
 
 

@@ -89,6 +89,7 @@ class Training:
         self.prompts = Prompts(recipe.text, self.source.prompt_embeds.to(device), self.source.text_encoder)
         if recipe.cache_dir:
             cache_latents(recipe, self.data, self.source, self.prompts, accelerator)
+            self._agree(len(self.data.pictures), "cache_dir", recipe.cache_dir)
             self.source.vae = None
         self.engine = engine_of(accelerator)
         self.source.to(device, memory_format=torch.channels_last)
@@ -198,6 +199,13 @@ class Training:
         mine = slice(accelerator.process_index * recipe.batch_size, (accelerator.process_index + 1) * recipe.batch_size)
         return timesteps[mine].to(latents.device), noise[mine].to(latents.device)
 
+    def _agree(self, number: int, field: str, folder: Path) -> None:
+        """Raises ValueError where processes found different things in a folder: it is not one for all machines."""
+        if self.accelerator.num_processes > 1:
+            every = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).tolist()
+            if len(set(every)) > 1:
+                raise ValueError(f"{field} {folder} is not the same on all machines: give a shared folder")
+
     def _any(self, flag: object) -> bool:
         """Whether the flag is set on any process."""
         if self.accelerator.num_processes == 1:
@@ -291,6 +299,7 @@ class Training:
     def _find(self) -> tuple[dict[str, Tensor], dict] | None:
         """The newest whole checkpoint; its weights are taken before an engine makes copies or shards of them."""
         found = self.checkpoints.load()
+        self._agree(0 if found is None else found[1]["step"], "output_dir", self.out)
         if found is None:
             return None
         if self.recipe.resume == "never":
