@@ -12,25 +12,46 @@ from collections.abc import Collection, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
-def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) * scale over the last dimension, computed in float32."""
-    wide = x.float()
-    factor = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * factor * scale.float()).to(x.dtype)
+def rms_factor(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """1 / rms(x) over the last dimension, in float32."""
+    return torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
 
 
-class RMSNorm(nn.Module):
+def modulate(x: Tensor, scale: Tensor, shift: Tensor | None, rms: bool) -> Tensor:
+    """x / rms(x) * scale over the last dimension, computed in float32, if `rms`; else x * scale + shift."""
+    if rms:
+        return (x.float() * rms_factor(x) * scale.float()).to(x.dtype)
+    return torch.addcmul(shift, x, scale)
+
+
+class Norm(nn.Module):
+    """What comes before a block's up-projection: `modulate` with a scale and a shift made from the condition."""
+
+    rms = True
+
+    def modulation(self, *condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(scale, shift or None), both ... x 1 x C for a condition ... x D."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
+        return modulate(x, *self.modulation(*condition), self.rms)
+
+
+class RMSNorm(Norm):
+    """RMS norm with a learned scale, and no condition. x: ... x C."""
+
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale)
+    def modulation(self) -> tuple[Tensor, None]:
+        return self.scale, None
 
 
-class AdaRMSNorm(nn.Module):
+class AdaRMSNorm(Norm):
     """RMS norm whose scale is 1 + linear(condition), zero at the start. x: ... x N x C, condition: ... x D."""
 
     def __init__(self, width: int, condition_width: int):
@@ -38,30 +59,86 @@ class AdaRMSNorm(nn.Module):
         self.linear = nn.Linear(condition_width, width, bias=False)
         nn.init.zeros_(self.linear.weight)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return rms_norm(x, 1 + self.linear(condition).unsqueeze(-2))
+    def modulation(self, condition: Tensor) -> tuple[Tensor, None]:
+        return 1 + self.linear(condition).unsqueeze(-2), None
 
 
-class FiLM(nn.Module):
+class FiLM(Norm):
     """x * (1 + scale) + shift, without normalisation: the paper's main configuration."""
+
+    rms = False
 
     def __init__(self, width: int, condition_width: int):
         super().__init__()
         self.linear = nn.Linear(condition_width, 2 * width, bias=False)
         nn.init.zeros_(self.linear.weight)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def modulation(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift = self.linear(condition).unsqueeze(-2).chunk(2, dim=-1)
-        return x * (1 + scale) + shift
+        return 1 + scale, shift
 
 
 CONDITIONINGS = {"film": FiLM, "adarms": AdaRMSNorm}
 
 
-class FeedForward(nn.Module):
+def _activate(y: Tensor, gated: bool) -> Tensor:
+    """a * silu(g) of (a, g) = y, or silu(y)."""
+    if not gated:
+        return F.silu(y)
+    a, g = y.chunk(2, dim=-1)
+    return F.silu(g).mul_(a)
+
+
+class _FusedBlock(torch.autograd.Function):
+    """x + down(activate(up(modulate(x)))), keeping x and the up-projection's output for the backward pass.
+
+    Autograd would keep twice as much, at every noise level and map; what it kept besides is elementwise and made again.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, up, down, rms: bool, gated: bool) -> Tensor:
+        y = F.linear(modulate(x, scale, shift, rms), up)
+        ctx.save_for_backward(x, scale, shift, up, down, y)
+        ctx.rms, ctx.gated = rms, gated
+        return x + F.linear(_activate(y, gated), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, up, down, y = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            narrow = grad.to(y.dtype)  # under autocast the products run in the forward pass's precision
+            hidden, dy = narrow @ down.to(y.dtype), torch.empty_like(y)
+            if ctx.gated:
+                (a, g), (da, dg) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)
+                gate = F.silu(g)
+                torch.mul(hidden, gate, out=da)
+                torch.ops.aten.silu_backward.grad_input(hidden.mul_(a), g, grad_input=dg)
+                hidden = gate.mul_(a)
+            else:
+                torch.ops.aten.silu_backward.grad_input(hidden, y, grad_input=dy)
+                hidden = F.silu(y)
+            d_down = narrow.flatten(0, -2).T @ hidden.flatten(0, -2)
+            z = modulate(x, scale, shift, ctx.rms).to(y.dtype)
+            d_up = dy.flatten(0, -2).T @ z.flatten(0, -2)
+            dz = dy @ up.to(y.dtype)
+            d_shift = None if shift is None else dz.sum_to_size(shift.shape).to(shift.dtype)
+            if ctx.rms:
+                factor = rms_factor(x)
+                unit, dz = x.float() * factor, dz.float()
+                d_scale, du = dz * unit, dz * scale.float()
+                dx = factor * (du - unit * (du * unit).mean(dim=-1, keepdim=True)) + grad
+            else:
+                d_scale, dx = dz * x, torch.addcmul(grad, dz, scale)
+            d_scale = d_scale.sum_to_size(scale.shape).to(scale.dtype)
+        dx = dx.sum_to_size(x.shape).to(x.dtype)
+        return dx, d_scale, d_shift, d_up.to(up.dtype), d_down.to(down.dtype), None, None
+
+
+class ResidualBlock(nn.Module):
     """Residual block: norm, SwiGLU (or SiLU) up-projection, zero-initialised down-projection."""
 
-    def __init__(self, width: int, hidden: int, norm: nn.Module, gated: bool = True):
+    def __init__(self, width: int, hidden: int, norm: Norm, gated: bool = True):
         super().__init__()
         self.norm = norm
         self.gated = gated
@@ -70,13 +147,10 @@ class FeedForward(nn.Module):
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
-        y = self.up_proj(self.norm(x, *condition))
-        if self.gated:
-            y, gate = y.chunk(2, dim=-1)
-            y = y * F.silu(gate)
-        else:
-            y = F.silu(y)
-        return x + self.down_proj(y)
+        if torch.is_grad_enabled():
+            weights = *self.norm.modulation(*condition), self.up_proj.weight, self.down_proj.weight
+            return _FusedBlock.apply(x, *weights, self.norm.rms, self.gated)
+        return x + self.down_proj(_activate(self.up_proj(self.norm(x, *condition)), self.gated))
 
 
 class FourierFeatures(nn.Module):
@@ -97,7 +171,7 @@ class MappingNetwork(nn.Module):
     def __init__(self, width: int, hidden: int, depth: int):
         super().__init__()
         self.in_norm = RMSNorm(width)
-        self.blocks = nn.ModuleList(FeedForward(width, hidden, RMSNorm(width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(ResidualBlock(width, hidden, RMSNorm(width)) for _ in range(depth))
         self.out_norm = RMSNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +191,7 @@ class Head(nn.Module):
         super().__init__()
         norm = CONDITIONINGS[conditioning]
         self.layers = nn.ModuleList(
-            FeedForward(channels, channels, norm(channels, condition_width), gated) for _ in range(depth)
+            ResidualBlock(channels, channels, norm(channels, condition_width), gated) for _ in range(depth)
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -169,9 +243,13 @@ class ProjectionHeads(nn.Module):
         for name in set(self.adapters) - set(names):
             del self.adapters[name]
 
-    def forward(self, maps: Mapping[str, Tensor], timestep: Tensor) -> dict[str, Tensor]:
-        """Projects maps B x C x h x w to timesteps B, or to I timesteps each, B x I: B * I x C x h x w (0..999)."""
+    def condition(self, timestep: Tensor) -> Tensor:
+        """Condition of every norm for timesteps of any shape, 0..999: ... -> ... x width."""
         features = self.time_emb(timestep.flatten().float() / 999)
         condition = self.mapping(self.time_in_proj(features.to(self.time_in_proj.weight.dtype)))
-        condition = condition.unflatten(0, timestep.shape)
+        return condition.unflatten(0, timestep.shape)
+
+    def forward(self, maps: Mapping[str, Tensor], timestep: Tensor) -> dict[str, Tensor]:
+        """Projects maps B x C x h x w to timesteps B, or to I timesteps each, B x I: B * I x C x h x w (0..999)."""
+        condition = self.condition(timestep)
         return {name: self.adapters[name](x, condition) for name, x in maps.items()}

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.recipe import load_recipe
-from cleandift_backbones.heads import FiLM, ProjectionHeads, rms_norm
+from cleandift_backbones.heads import CONDITIONINGS, FiLM, ProjectionHeads, ResidualBlock, RMSNorm, modulate
 from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.unet import FeatureUNet
 
@@ -68,7 +68,80 @@ def test_film_shift_is_not_its_scale():
 
 def test_rms_norm_in_half_precision_is_computed_wide():
     x = torch.full((1, 4), 300.0).half()  # its squares overflow float16
-    torch.testing.assert_close(rms_norm(x, torch.ones(4)), torch.ones(1, 4).half())
+    torch.testing.assert_close(modulate(x, torch.ones(4), None, rms=True), torch.ones(1, 4).half())
+
+
+def plain_block(block, x, *condition):
+    """The block as one would write it, left to autograd."""
+    if isinstance(block.norm, FiLM):
+        scale, shift = block.norm.linear(condition[0])[..., None, :].chunk(2, dim=-1)
+        z = x * (1 + scale) + shift
+    else:
+        scale = (
+            block.norm.scale if isinstance(block.norm, RMSNorm) else 1 + block.norm.linear(condition[0])[..., None, :]
+        )
+        z = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
+    y = block.up_proj(z)
+    if block.gated:
+        up, gate = y.chunk(2, dim=-1)
+        return x + block.down_proj(up * gate * torch.sigmoid(gate))
+    return x + block.down_proj(y * torch.sigmoid(y))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("norm", ["film", "adarms", "rms"])
+def test_block_gives_the_gradients_of_its_plain_form(norm, gated):
+    """Also where one clean map is projected to several timesteps, B x 1 x N x C with B x I x D."""
+    torch.manual_seed(0)
+    made = RMSNorm(6) if norm == "rms" else CONDITIONINGS[norm](6, 3)
+    block = ResidualBlock(6, 5, made, gated).double()
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(2, 1, 4, 6).double().requires_grad_()
+    condition = () if norm == "rms" else (torch.randn(2, 3, 3).double().requires_grad_(),)
+    inputs = [x, *condition, *block.parameters()]
+    with torch.no_grad():
+        expected = plain_block(block, x, *condition)
+    tolerance = dict(rtol=1e-5, atol=1e-5) if norm != "film" else {}  # the RMS is float32
+    torch.testing.assert_close(block(x, *condition).detach(), expected, **tolerance)
+    weight = torch.randn_like(expected)
+    found = torch.autograd.grad((block(x, *condition) * weight).sum(), inputs)
+    wanted = torch.autograd.grad((plain_block(block, x, *condition) * weight).sum(), inputs)
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("conditioning", ["film", "adarms"])
+def test_blocks_under_autocast_train_as_in_float32(conditioning):
+    torch.manual_seed(0)
+    heads = ProjectionHeads({"mid": 16}, conditioning=conditioning)
+    for p in heads.adapters.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, t = torch.randn(2, 16, 3, 3), torch.tensor([[5, 400, 900], [200, 600, 800]])
+    gradients = []
+    for enabled in (False, True):
+        heads.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = heads({"mid": x}, t)["mid"]
+        out.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 for p in heads.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in heads.parameters()]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_a_block_keeps_its_input_and_its_up_projection_alone():
+    """What the memory of the distillation rests on: 3 tensors of the input's size per block, not 6."""
+    block = ResidualBlock(64, 64, FiLM(64, 8))
+    x, condition = torch.randn(2, 100, 64, requires_grad=True), torch.randn(2, 8)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(x, condition)
+    assert sum(size for size in kept.values() if size >= x.numel()) == 3 * x.numel()
 
 
 def test_published_head_names():

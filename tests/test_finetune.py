@@ -287,46 +287,6 @@ def test_sigterm_saves_first(pictures, tmp_path):
     assert list((tmp_path / "run/checkpoints").glob("step_*.safetensors"))
 
 
-# --- several processes ---
-
-RANKS = """
-import sys
-from safetensors.torch import save_file
-from cleandift_backbones.distill.recipe import load_recipe
-from cleandift_backbones.distill.train import Training
-out, *arguments = sys.argv[1:]
-training = Training(load_recipe(arguments[0], arguments[1:]))
-assert training.accelerator.num_processes == 2
-training.run()
-state = {name: tensor.contiguous() for name, tensor in training.module.student.state_dict().items()}
-save_file(state, f"{out}/rank{training.accelerator.process_index}.safetensors")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_joint_batch(pictures, tmp_path):
-    """DDP over gloo, really run."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    given = arguments(pictures, tmp_path / "two", "max_steps=3", "batch_size=1")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(tmp_path / "ranks.py"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [*command, str(tmp_path), *given], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
-    equal(first, second)
-    one = finetune(pictures, tmp_path / "one", "max_steps=3", "batch_size=2")
-    equal(first, {name: one[f"unet.{name}"] for name in first}, rtol=1e-3, atol=1e-4)
-
-
 # --- faults ---
 
 

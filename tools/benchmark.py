@@ -16,7 +16,7 @@ Loading time is without imports. Memory is what the process holds more than afte
 `training` compares forward and backward of one batch, random weights, in turn, on the GPU if there is one:
   plain         the public recipe: the student runs once per noise level
   this package  one student pass per image serves all noise levels; also with gradient checkpointing, LoRA, bf16 (GPU)
-Loss and gradients of the two are compared; activations are the tensors that autograd keeps for the backward pass.
+Loss and gradients are compared with plain's; activations are the tensors that autograd keeps for the backward pass.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from cleandift_backbones import checkpoints
 from cleandift_backbones.distill.lora import add_lora
@@ -126,18 +128,30 @@ class Plain(Distiller):
         noisy = self.scheduler.add_noise(repeated, noise.flatten(0, 1), flat)
         with torch.no_grad():
             target = self.teacher(noisy, flat, teacher_prompt, self.maps)
-        guess = self.heads(self.student(repeated, self.timestep, student_prompt, self.maps), flat)
-        losses = {name: map_loss(guess[name], target[name], self.loss) for name in self.maps}
+        clean = self.student(repeated, self.timestep, student_prompt, self.maps)
+        condition = self.heads.condition(flat)
+        losses = {n: map_loss(self.project(self.heads.adapters[n], x, condition), target[n]) for n, x in clean.items()}
         return sum(losses.values()) / len(losses), losses
 
+    @staticmethod
+    def project(head, x, condition):
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in head.layers:
+            y, gate = block.up_proj(block.norm(tokens, condition)).chunk(2, dim=-1)
+            tokens = tokens + block.down_proj(y * F.silu(gate))
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
-def make_distiller(kind: type[Distiller], cfg: dict, device: torch.device) -> Distiller:
+
+def make_distillers(cfg: dict, device: torch.device) -> dict[str, Distiller]:
+    """The plain way and ours, on the same weights."""
     torch.manual_seed(0)
     teacher, student = FeatureUNet.build(cfg["unet"], "us10"), FeatureUNet.build(cfg["unet"], "us10")
-    channels = {info.name: info.channels for info in student.infos}
-    heads = ProjectionHeads(channels)
-    maps = dict.fromkeys(channels, 1.0)
-    return kind(teacher, student, DDPMScheduler(**cfg["scheduler"]), maps, heads).to(device).train()
+    maps = {info.name: 1.0 for info in student.infos}
+    heads = ProjectionHeads({info.name: info.channels for info in student.infos})
+    for parameter in heads.adapters.parameters():  # at their start the heads are the identity
+        torch.nn.init.normal_(parameter, std=0.02)
+    parts = teacher, student, DDPMScheduler(**cfg["scheduler"]), maps, heads
+    return {"plain": Plain(*parts).to(device).train(), "this package": Distiller(*parts).to(device).train()}
 
 
 class Kept:
@@ -169,6 +183,7 @@ class Kept:
 def training(options: argparse.Namespace) -> dict:
     cfg = architecture_of(options.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 here
     stride = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
     size, batch = (options.size or 128) // stride, options.batch_size
     generator = torch.Generator().manual_seed(0)
@@ -178,82 +193,95 @@ def training(options: argparse.Namespace) -> dict:
     prompt = torch.randn(1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"], generator=generator).to(device)
     arguments = latents, timesteps, noise, prompt, prompt
 
+    distillers = make_distillers(cfg, device)
+
     def prepare(way: str) -> Distiller:
-        module = make_distiller(Plain if way == "plain" else Distiller, cfg, device)
-        if way != "plain":
-            module.to(memory_format=torch.channels_last)  # as tools/finetune.py does
-        module.student.grad_checkpointing = way.endswith("checkpointing")
-        if way.endswith("LoRA"):
-            add_lora(module.student, 64)
-            module.to(device)
+        module = distillers["plain" if way.startswith("plain") else "this package"]
+        # channels_last is what tools/finetune.py does
+        module.to(memory_format=torch.contiguous_format if way.startswith("plain") else torch.channels_last)
+        module.student.grad_checkpointing = "checkpointing" in way
+        if "LoRA" in way and not hasattr(module.student, "peft_config"):
+            add_lora(module.student, 64).to(device)
         return module
 
     def step(way: str, module: Distiller) -> torch.Tensor:
         module.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=way.endswith("bf16")):
+        with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in way):
             loss = module(*arguments)[0]
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return loss.detach()
 
-    ways = ["plain", "this package", "with gradient checkpointing", "with LoRA"] + ["with bf16"] * (
-        device.type == "cuda"
-    )
-    reference, rows = None, {}
-    for way in ways:
-        module = prepare(way)
-        with Kept(module) as kept:
+    def look(way: str, module: Distiller) -> dict:
+        """A first step: what it keeps, its loss, and how far its gradients are from the plain way's."""
+        with Kept(module) as kept, torch.autocast(device.type, torch.bfloat16, enabled="bf16" in way):
             loss = module(*arguments)[0]
         del loss
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        loss = step(way, module)
+        loss = float(step(way, module))
+        row = dict(seconds=[], activations=kept.megabytes, loss=loss)
+        if device.type == "cuda":
+            row["peak"] = torch.cuda.max_memory_allocated() / 2**20
         # A thousand entries of each: whole gradients of two SD UNets would not fit many machines.
         gradients = {
             name: p.grad.flatten()[:: max(1, p.numel() // 1000)].cpu().clone()
             for name, p in module.named_parameters()
             if p.grad is not None
         }
-        times = []
-        for _ in range(options.repeat):
-            clock = time.perf_counter()
-            step(way, module)
-            times.append(time.perf_counter() - clock)
-        row = dict(seconds=times, activations=kept.megabytes, loss=float(loss))
-        if device.type == "cuda":
-            row["peak"] = torch.cuda.max_memory_allocated() / 2**20
-        if reference is None:
-            reference = (float(loss), gradients)
-        elif way in ("this package", "with gradient checkpointing"):
-            norm = sum(g.double().square().sum() for g in reference[1].values()).sqrt()
-            apart = sum((gradients[n] - g).double().square().sum() for n, g in reference[1].items()).sqrt()
-            row["loss_apart"] = abs(float(loss) - reference[0]) / abs(reference[0])
-            row["gradients_apart"] = float(apart / norm)
-        rows[way] = row
-        print(f"{way}: {batch / statistics.median(times):.2f} images/s, {kept.megabytes:.0f} MB of activations")
-        del module, gradients
-    return dict(rows=rows, device=str(device), size=options.size or 128, batch=batch)
+        if way == "plain":
+            row["gradients"] = gradients
+        elif "LoRA" not in way:
+            base = rows["plain"]
+            norm = sum(g.double().square().sum() for g in base["gradients"].values()).sqrt()
+            apart = sum((gradients[n] - g).double().square().sum() for n, g in base["gradients"].items()).sqrt()
+            row |= dict(loss_apart=abs(loss - base["loss"]) / abs(base["loss"]), gradients_apart=float(apart / norm))
+        return row
+
+    ways = ["plain", "this package", "this package, checkpointing"]
+    if device.type == "cuda":
+        ways += ["plain, bf16", "this package, bf16", "this package, bf16, checkpointing"]
+    rows: dict[str, dict] = {}
+    for timed in (ways, ["this package, LoRA"]):  # adapters do not come off again
+        for way in tqdm(timed, desc="first steps"):
+            rows[way] = look(way, prepare(way))
+        for _ in tqdm(range(options.repeat), desc="timing"):  # in turn: a busy moment does not hit one of them alone
+            for way in timed:
+                module = prepare(way)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                clock = time.perf_counter()
+                step(way, module)
+                rows[way]["seconds"].append(time.perf_counter() - clock)
+    del rows["plain"]["gradients"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return dict(rows=rows, device=name, size=options.size or 128, batch=batch)
 
 
 def training_table(found: dict, options: argparse.Namespace) -> str:
-    plain = found["rows"]["plain"]
-    lines = [
-        "| way | images/s | times plain | activations, MB | times plain | loss apart | gradients apart |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for way, row in found["rows"].items():
-        seconds, base = statistics.median(row["seconds"]), statistics.median(plain["seconds"])
-        apart = [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "gradients_apart")]
-        lines.append(
-            f"| {way} | {found['batch'] / seconds:.2f} | {base / seconds:.2f} | {row['activations']:.0f} | "
-            f"{row['activations'] / plain['activations']:.2f} | {apart[0]} | {apart[1]} |"
-        )
+    rows = found["rows"]
+    peak = "peak" in rows["plain"]
+    head = ["way", "images/s", "spread", "times plain", "activations, MB", "times plain"] + ["peak, GB"] * peak
+    head += ["loss apart", "gradients apart"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for way, row in rows.items():
+        base = rows["plain, bf16" if "bf16" in way else "plain"]
+        seconds = statistics.median(row["seconds"])
+        cells = [
+            way,
+            f"{found['batch'] / seconds:.2f}",
+            f"{found['batch'] / max(row['seconds']):.2f} to {found['batch'] / min(row['seconds']):.2f}",
+            f"{statistics.median(base['seconds']) / seconds:.2f}",
+            f"{row['activations']:.0f}",
+            f"{row['activations'] / base['activations']:.2f}",
+        ]
+        cells += [f"{row['peak'] / 1024:.1f}"] if peak else []
+        cells += [f"{row[key]:.1e}" if key in row else "" for key in ("loss_apart", "gradients_apart")]
+        lines.append("| " + " | ".join(cells) + " |")
     return (
         f"{options.model}, {found['size']} px, batch {found['batch']}, 3 noise levels, 11 maps, FiLM heads, medians of "
-        f"{options.repeat}; {found['device']}, torch {torch.__version__}, {os.cpu_count()} cores\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"{options.repeat}; {found['device']}, torch {torch.__version__}\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 from cleandift_backbones.distill.recipe import load_recipe, read_yaml
 
 
@@ -38,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         from cleandift_backbones.distill.train import distill
 
         return distill(recipe)
+    except torch.OutOfMemoryError as error:
+        remedy = "lower batch_size and raise gradient_accumulation, or set gradient_checkpointing=true or lora.rank=64"
+        parser.exit(2, f"{parser.prog}: error: {error}\n{remedy}; the last checkpoint stands\n")
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 

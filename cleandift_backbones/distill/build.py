@@ -11,7 +11,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
@@ -22,6 +22,7 @@ from ..prompts import PromptEncoder
 from ..unet import FeatureUNet
 from .cache import CachedBatches, LatentCache
 from .data import Batch, DecodeOptions, FolderBatches, Picture, list_pictures, plain_images
+from .engine import autocast, whole
 from .lora import add_lora
 from .module import Distiller
 from .recipe import Recipe
@@ -179,7 +180,7 @@ def cache_latents(recipe: Recipe, data: Data, source: DIFT, prompts: Prompts, ac
 
         @torch.no_grad()
         def encode(images: Tensor) -> Tensor:
-            with accelerator.autocast():
+            with autocast(accelerator):
                 return source.vae(images.to(accelerator.device))[0]
 
         broken = data.cache.fill(everything, data.options, encode, prompts.embed)
@@ -230,7 +231,7 @@ def encode_batch(
         latents, embeds, names = batch
         return latents.to(device).float(), embeds.to(device).float(), list(names), []
     images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), accelerator.autocast():
+    with torch.no_grad(), autocast(accelerator):
         latents = source.vae(images)[0]
     return latents.float(), prompts.embed(batch.captions), batch.names, batch.broken
 
@@ -256,8 +257,12 @@ def validation_batch(
     return images, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
+def trained_parameters(module: Distiller) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def trained_state(module: Distiller) -> dict[str, Tensor]:
-    """What a checkpoint holds: everything trained, and the heads' fixed frequencies."""
-    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    """What a checkpoint holds: everything trained, whole, and the heads' fixed frequencies."""
+    trained = trained_parameters(module)
     state = module.state_dict()
-    return {name: t for name, t in state.items() if name in trained or name.startswith("heads.")}
+    return {name: whole(t) for name, t in state.items() if name in trained or name.startswith("heads.")}

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..checkpoints import CheckpointError, open_weights, verify
@@ -68,34 +67,3 @@ class Checkpoints:
             except (CheckpointError, KeyError, ValueError) as error:
                 _logger.warning(f"{path} is passed over for an older one: {error}")
         return None
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as tensors and a JSON value."""
-    state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{name}"] = value
-            else:
-                scalars[f"{index}/{name}"] = value
-    return tensors, {"groups": state["param_groups"], "scalars": scalars}
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], packed: Mapping) -> None:
-    """Gives an optimizer the state that `pack_optimizer` took."""
-    states: dict[int, dict] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, key = name.split("/")
-            states.setdefault(int(index), {})[key] = tensor
-    for name, value in packed["scalars"].items():
-        index, key = name.split("/")
-        states.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": states, "param_groups": packed["groups"]})
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            # Back to the parameter's memory layout: the fused kernels want them equal.
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

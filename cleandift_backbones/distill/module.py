@@ -61,7 +61,10 @@ class Distiller(nn.Module):
         self.scheduler = scheduler
         self.maps, self.loss = dict(maps), loss
         self.heads = heads
-        self.timestep = nn.Parameter(torch.tensor(float(timestep)))
+        self.timestep = nn.Parameter(torch.tensor([float(timestep)]))  # FSDP shards no scalars
+
+    #: what FSDP gathers at a time; up and down blocks are not called as such
+    _no_split_modules = ("ResnetBlock2D", "BasicTransformerBlock", "ResidualBlock")
 
     def train(self, mode: bool = True) -> Distiller:
         super().train(mode)
@@ -94,3 +97,14 @@ class Distiller(nn.Module):
         losses = {name: map_loss(guess[name], target[name], self.loss) for name in self.maps}
         total = sum(weight * losses[name] for name, weight in self.maps.items()) / sum(self.maps.values())
         return total, {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def compare(
+        self, latents: Tensor, noise: Tensor, timestep: int, teacher_prompt: Tensor, student_prompt: Tensor, name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One map of the student, of the teacher on clean latents, and of the teacher on noised ones."""
+        t = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        student = self.student(latents, self.timestep, student_prompt, [name])[name]
+        clean, noised = (self.teacher(x, t, teacher_prompt, [name])[name] for x in (latents, noisy))
+        return student, clean, noised

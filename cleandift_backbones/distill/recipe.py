@@ -137,6 +137,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         missing = OmegaConf.missing_keys(merged)
         if missing:
             raise ValueError(f"no value for {', '.join(sorted(missing))}: give e.g. {sorted(missing)[0]}=VALUE")
+        if merged.mixed_precision == "False":  # YAML reads a bare `no` so
+            merged.mixed_precision = "no"
         for name, allowed in _CHOICES.items():
             if OmegaConf.select(merged, name) not in allowed:
                 value = OmegaConf.select(merged, name)

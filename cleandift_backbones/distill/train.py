@@ -11,13 +11,11 @@ from pathlib import Path
 
 import timm
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 
-from .. import checkpoints, hub
 from ..images import check_folder
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
@@ -31,44 +29,20 @@ from .build import (
     make_loader,
     parameter_groups,
     report_broken,
+    trained_parameters,
     trained_state,
     validation_batch,
 )
-from .checkpoint import Checkpoints, pack_optimizer, unpack_optimizer
-from .lora import lora_state, merged_state
+from .checkpoint import Checkpoints
+from .engine import autocast, engine_of, half_of, like, make_accelerator, pack_optimizer, unpack_optimizer, whole
+from .export import student_state, write_native
+from .lora import lora_state
 from .module import Distiller, stratified_timesteps
 from .monitor import Monitor, feature_sheet
 from .recipe import Recipe, save_recipe
 from .trainer import EMA, lr_factor, mix_seed, step_generator
 
 _logger = logging.getLogger(__name__)
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """One process, or what `accelerate launch` started.
-
-    Raises:
-        ValueError: sharded training (FSDP, DeepSpeed), which the checkpoints do not know yet; no such device.
-    """
-    if recipe.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"device must be auto, cpu or cuda, got {recipe.device!r}: choose GPUs with CUDA_VISIBLE_DEVICES"
-        )
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use device=cpu")
-    cpu = recipe.device == "cpu" or not torch.cuda.is_available()
-    precision = recipe.mixed_precision
-    if precision == "auto":
-        half = "no" if cpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        precision = half
-    # Accelerate keeps one state per process, and refuses a second run of another precision (in a notebook, say).
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
-    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in kinds:
-        raise ValueError(f"{accelerator.distributed_type} is not supported: use one process or DDP (accelerate launch)")
-    return accelerator
 
 
 class Signals:
@@ -115,22 +89,32 @@ class Training:
         self.prompts = Prompts(recipe.text, self.source.prompt_embeds.to(device), self.source.text_encoder)
         if recipe.cache_dir:
             cache_latents(recipe, self.data, self.source, self.prompts, accelerator)
+            self._agree(len(self.data.pictures), "cache_dir", recipe.cache_dir)
             self.source.vae = None
+        self.engine = engine_of(accelerator)
         self.source.to(device, memory_format=torch.channels_last)
-        self.module.to(device, memory_format=torch.channels_last)
-        if accelerator.mixed_precision != "no":  # frozen: half of it is enough
-            half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16
+        # Sharding engines cut weights into flat pieces.
+        flat = self.engine in ("fsdp", "deepspeed")
+        self.module.to(device, memory_format=torch.contiguous_format if flat else torch.channels_last)
+        half = half_of(accelerator)
+        if half is not None:  # frozen: half of it is enough
             torch.nn.Module.to(self.module.teacher, half)  # diffusers' own warns of float32 modules that are not there
         self.validation = validation_batch(self.data, self.source, self.prompts, accelerator, recipe.batch_size)
         groups = parameter_groups(recipe, self.module)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=device.type == "cuda")
         self.peaks = [group["lr"] for group in groups]
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.ema = EMA({"distiller": self.module}, recipe.ema) if recipe.ema else None
         self.step, self.broken, self.skipped = 0, 0, 0
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep_checkpoints)
-        self._resume()
+        found = self._find()
+        if self.engine == "fsdp":  # the frozen teacher stays in one piece, in its own precision
+            accelerator.state.fsdp_plugin.ignored_modules = [self.module.teacher]
         self.wrapped, self.optimizer = accelerator.prepare(self.module, self.optimizer)
+        if self.engine == "fsdp":
+            register_fsdp_forward_method(self.module, "compare")
+        self.parameters = trained_parameters(self.module)
+        self.ema = EMA({"distiller": self.module}, recipe.ema) if recipe.ema else None
+        if found is not None:
+            self._resume(found)
 
     # --- the loop ---
 
@@ -168,7 +152,7 @@ class Training:
                     bar.write(f"stopped after step {self.step}: the same command goes on from {self.out}")
                     break
         self.monitor.close()
-        if self.step == recipe.max_steps and main:
+        if self.step == recipe.max_steps:
             self.export()
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -185,16 +169,15 @@ class Training:
             latents, embeds, called, broken = encode_batch(next(batches), self.source, self.prompts, accelerator)
             names += called
             self._count_broken(broken)
-            hold = nullcontext() if micro == count - 1 else accelerator.no_sync(self.wrapped)
-            with hold:
+            with accelerator.accumulate(self.wrapped), autocast(accelerator):
                 loss, each = self.wrapped(latents, *self._draw(latents, micro), *self.prompts.split(embeds))
                 finite = finite and not self._any(not torch.isfinite(loss))
                 if finite:
-                    accelerator.backward(loss / count)
+                    accelerator.backward(loss)  # divides it by their number; DeepSpeed takes its step here
             self.monitor.track(len(latents), loss=loss, **{f"loss_map_{name}": value for name, value in each.items()})
         if finite:
-            norm = accelerator.clip_grad_norm_(self.parameters, recipe.clip)
-            finite = bool(torch.isfinite(norm)) or accelerator.scaler is not None  # a scaler skips by itself
+            norm = torch.as_tensor(accelerator.clip_grad_norm_(self.parameters.values(), recipe.clip))
+            finite = bool(torch.isfinite(whole(norm))) or accelerator.scaler is not None  # a scaler skips by itself
         if finite:
             self.optimizer.step()
             self.skipped = 0
@@ -216,6 +199,13 @@ class Training:
         mine = slice(accelerator.process_index * recipe.batch_size, (accelerator.process_index + 1) * recipe.batch_size)
         return timesteps[mine].to(latents.device), noise[mine].to(latents.device)
 
+    def _agree(self, number: int, field: str, folder: Path) -> None:
+        """Raises ValueError where processes found different things in a folder: it is not one for all machines."""
+        if self.accelerator.num_processes > 1:
+            every = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).tolist()
+            if len(set(every)) > 1:
+                raise ValueError(f"{field} {folder} is not the same on all machines: give a shared folder")
+
     def _any(self, flag: object) -> bool:
         """Whether the flag is set on any process."""
         if self.accelerator.num_processes == 1:
@@ -230,7 +220,8 @@ class Training:
     def _skip(self, names: list[str]) -> None:
         self.skipped += 1
         _logger.warning(f"step {self.step} is skipped: its loss or gradient is not finite")
-        if self.skipped >= self.recipe.max_skipped_steps:
+        # DeepSpeed has taken a part of the step already, and cannot skip the rest.
+        if self.skipped >= self.recipe.max_skipped_steps or self.engine == "deepspeed":
             raise FloatingPointError(
                 f"the loss was not finite in {self.skipped} steps in a row, up to step {self.step}. The last batch was "
                 f"{', '.join(names)}. Lower learning_rate, or look at these pictures; the last checkpoint stands"
@@ -247,13 +238,11 @@ class Training:
         self.module.train()
 
     def validate(self) -> None:
-        """Loss on held-out pictures with fixed noise and timesteps, on the first process."""
-        if not self.accelerator.is_main_process:
-            return
+        """Loss on held-out pictures with fixed noise and timesteps; the same on every process, for shards."""
         _, latents, embeds = self.validation
         device, low_high, levels = self.accelerator.device, self.recipe.timestep_range, self.recipe.timestep_levels
         totals = []
-        with self.averaged(), self.accelerator.autocast():
+        with self.averaged(), autocast(self.accelerator):
             for start in range(0, len(latents), self.recipe.batch_size):
                 part = slice(start, start + self.recipe.batch_size)
                 generator = step_generator(torch.device("cpu"), self.recipe.seed, start, 11)
@@ -263,30 +252,20 @@ class Training:
                 loss, each = self.module(x, timesteps, noise, *self.prompts.split(embeds[part].to(device)))
                 totals.append({"validation": loss} | {f"validation_map_{k}": v for k, v in each.items()})
         means = {key: float(torch.stack([t[key] for t in totals]).mean()) for key in totals[0]}
-        self.monitor.write(self.step, timestep=float(self.module.timestep.detach()), **means)
+        self.monitor.write(self.step, timestep=float(whole(self.module.timestep.detach())), **means)
 
     def sample(self) -> None:
         """A picture of features: the student on clean pictures, the teacher on clean and on noised ones."""
-        if not self.accelerator.is_main_process:
-            return
         images, latents, embeds = (x[:6] for x in self.validation)
-        device, name = self.accelerator.device, "us6" if "us6" in self.module.maps else next(iter(self.module.maps))
-        latents = latents.to(device)
-        teacher, student = self.prompts.split(embeds.to(device))
-        noise = torch.randn(latents.shape, generator=step_generator(torch.device("cpu"), self.recipe.seed, 3)).to(
-            device
-        )
-        t = torch.full((len(latents),), 261, device=device)
-        noisy = self.module.scheduler.add_noise(latents, noise, t)
-        with self.averaged(), self.accelerator.autocast():
-            rows = {
-                f"student, {name}, step {self.step}": self.module.student(
-                    latents, self.module.timestep, student, [name]
-                ),
-                "teacher on clean pictures": self.module.teacher(latents, t, teacher, [name]),
-                "teacher, t = 261": self.module.teacher(noisy, t, teacher, [name]),
-            }
-        self.monitor.picture(self.step, feature_sheet(images, {k: list(v[name]) for k, v in rows.items()}))
+        name = "us6" if "us6" in self.module.maps else next(iter(self.module.maps))
+        latents, prompts = latents.to(device := self.accelerator.device), self.prompts.split(embeds.to(device))
+        noise = torch.randn(latents.shape, generator=step_generator(torch.device("cpu"), self.recipe.seed, 3))
+        with self.averaged(), autocast(self.accelerator):
+            maps = self.module.compare(latents, noise.to(device), 261, *prompts, name)
+        titles = f"student, {name}, step {self.step}", "teacher on clean pictures", "teacher, t = 261"
+        if self.accelerator.is_main_process:
+            rows = {title: list(x) for title, x in zip(titles, maps)}
+            self.monitor.picture(self.step, feature_sheet(images, rows))
 
     # --- keeping ---
 
@@ -307,20 +286,22 @@ class Training:
         return kept | {"processes": self.accelerator.num_processes, "samples": len(self.data.pictures)}
 
     def save(self) -> None:
-        """A checkpoint, written by the first process; a full disk is survived."""
+        """A checkpoint of whole tensors, written by the first process; a full disk is survived."""
+        tensors = {f"model/{name}": tensor for name, tensor in trained_state(self.module).items()}
+        if self.ema is not None:
+            tensors |= {f"ema/{name}": whole(tensor) for name, tensor in self.ema.shadow.items()}
+        tensors |= pack_optimizer(self.optimizer.optimizer, self.parameters)
         if self.accelerator.is_main_process:
-            tensors = {f"model/{name}": tensor for name, tensor in trained_state(self.module).items()}
-            if self.ema is not None:
-                tensors |= {f"ema/{name}": tensor for name, tensor in self.ema.shadow.items()}
-            packed, scalars = pack_optimizer(self.optimizer.optimizer)
-            state = {"step": self.step, "broken": self.broken, "settings": self.settings(), "optimizer": scalars}
-            self.checkpoints.save(self.step, tensors | packed, state)
+            state = {"step": self.step, "broken": self.broken, "settings": self.settings()}
+            self.checkpoints.save(self.step, tensors, state)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
+    def _find(self) -> tuple[dict[str, Tensor], dict] | None:
+        """The newest whole checkpoint; its weights are taken before an engine makes copies or shards of them."""
         found = self.checkpoints.load()
+        self._agree(0 if found is None else found[1]["step"], "output_dir", self.out)
         if found is None:
-            return
+            return None
         if self.recipe.resume == "never":
             raise FileExistsError(
                 f"{self.checkpoints.folder} holds a run: use resume=auto to go on, or another output_dir"
@@ -332,66 +313,24 @@ class Training:
             raise ValueError(f"{self.out} holds another run: {told}. Give the same recipe, or another output_dir")
         model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
         self.module.load_state_dict(model, strict=False)
+        return found
+
+    def _resume(self, found: tuple[dict[str, Tensor], dict]) -> None:
+        tensors, state = found
         if self.ema is not None:
             for name, shadow in self.ema.shadow.items():
-                shadow.copy_(tensors[f"ema/{name}"])
-        unpack_optimizer(self.optimizer, tensors, state["optimizer"])
+                shadow.copy_(like(shadow, tensors[f"ema/{name}"]))
+        unpack_optimizer(self.optimizer.optimizer, self.parameters, tensors)
         self.step, self.broken = state["step"], state["broken"]
 
     def export(self) -> None:
-        """The native folder: student, learned timestep, empty prompt, heads; card with the curve; or push it."""
-        recipe = self.recipe
+        """The native folder, written by the first process, and pushed if the recipe says so."""
+        data = f"{len(self.data.pictures)} {'shards' if self.data.streamed else 'pictures'}, {self.size} px"
         with self.averaged():
-            state = student_state(recipe, self.module)
-            if recipe.lora.rank:
-                checkpoints.save_native(lora_state(self.module.student), self.out / "lora.safetensors")
-            learned = float(self.module.timestep.detach())
-        folder = self.out / "native"
-        card = hub.CardInfo(
-            data=f"{len(self.data.pictures)} {'shards' if self.data.streamed else 'pictures'}, {self.size} px",
-            recipe=json.loads(method(recipe)),
-            results=final_losses(self.out / "log.jsonl"),
-        )
-        with torch.device("meta"):
-            model = timm.create_model(recipe.model)
-        dtype = getattr(torch, recipe.save_dtype)
-        config = hub.timm_config(model)
-        if self.module.heads is not None:
-            config["model_args"]["heads"] = {k: v for k, v in vars(recipe.heads).items() if k != "weights"}
-        metadata = {"model": recipe.model, "recipe": method(recipe)}
-        checkpoints.save_folder(state, folder, config, hub.model_card(config, card), metadata, dtype)
-        print(f"wrote {folder} after {self.step} steps; learned timestep {learned:.2f}")
-        if recipe.push_to_hub:
-            print(f"pushed to {hub.push_to_hub(folder, recipe.push_to_hub)}")
-
-
-def student_state(recipe: Recipe, module: Distiller) -> dict[str, Tensor]:
-    """The student as a native state dict, with the heads; what runs after its last map is the teacher's."""
-    # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
-    state = load_teacher(recipe).state_dict()
-    unet = merged_state(module.student) if recipe.lora.rank else module.student.state_dict()
-    state |= {f"unet.{name}": tensor.detach().cpu() for name, tensor in unet.items()}
-    state["timestep"] = module.timestep.detach().cpu().float()
-    if module.heads is not None:
-        state |= {f"heads.{name}": tensor.detach().cpu() for name, tensor in module.heads.state_dict().items()}
-    return state
-
-
-def final_losses(log: Path) -> dict[str, str]:
-    """First and last validation loss of a run's log."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    found = [line["validation"] for line in lines if "validation" in line]
-    return {"validation loss, before": f"{found[0]:.4f}", "validation loss, after": f"{found[-1]:.4f}"} if found else {}
-
-
-def method(recipe: Recipe) -> str:
-    """The recipe as JSON without what concerns one machine only: paths, device, workers."""
-    fields = json.loads(json.dumps(vars(recipe), default=vars))
-    for name in ("output_dir", "teacher_weights", "cache_dir", "device", "num_workers", "resume", "push_to_hub"):
-        fields.pop(name)
-    fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}
-    fields["heads"].pop("weights")
-    return json.dumps(fields)
+            state = student_state(self.module)
+            if self.accelerator.is_main_process:
+                adapters = lora_state(self.module.student) if self.recipe.lora.rank else None
+                write_native(self.recipe, state, adapters, data)
 
 
 def distill(recipe: Recipe) -> int:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import replacing, write_text
-from .checkpoint import pack_optimizer, unpack_optimizer
+from .engine import pack_optimizer, unpack_optimizer
 
 __all__ = [
     "EMA",
@@ -317,12 +317,15 @@ class Run:
                 f"{broken} not finite before step {self.step}: lower --lr; the last checkpoint stands"
             )
 
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {f"{k}/{n}": p for k, m in self.modules.items() for n, p in m.named_parameters()}
+
     def save(self) -> None:
         """Everything that a resumed run needs, in one file, written aside and renamed."""
-        tensors, packed = pack_optimizer(self.optimizer)
+        tensors = pack_optimizer(self.optimizer, self._named())
         tensors |= {f"model/{k}/{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
         tensors |= {f"ema/{name}": t for name, t in self.ema.shadow.items()}
-        state = {"step": self.step, "spent": self.elapsed(), "settings": self.settings, **packed}
+        state = {"step": self.step, "spent": self.elapsed(), "settings": self.settings}
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         with replacing(self.out / CHECKPOINT) as aside:
             save_file(tensors, aside, {"state": json.dumps(state)})
@@ -341,7 +344,7 @@ class Run:
             module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         for name, shadow in self.ema.shadow.items():
             shadow.copy_(tensors[f"ema/{name}"])
-        unpack_optimizer(self.optimizer, tensors, state)
+        unpack_optimizer(self.optimizer, self._named(), tensors)
         self.step, self.spent = state["step"], state["spent"]
 
 

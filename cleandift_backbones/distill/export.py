@@ -1,0 +1,72 @@
+"""What a run leaves: a native folder with the student, its timestep, the empty prompt, the heads, and a card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor
+
+from .. import checkpoints, hub
+from .build import load_teacher
+from .engine import whole
+from .lora import merged_state
+from .module import Distiller
+from .recipe import Recipe
+
+
+def student_state(module: Distiller) -> dict[str, Tensor]:
+    """What was trained, whole, on the CPU, under native names, adapters merged; every process must ask."""
+    student = module.student
+    unet = merged_state(student) if hasattr(student, "peft_config") else student.state_dict()
+    state = {f"unet.{name}": whole(tensor.detach()).cpu() for name, tensor in unet.items()}
+    state["timestep"] = whole(module.timestep.detach()).cpu().float().reshape(())
+    if module.heads is not None:
+        state |= {f"heads.{name}": whole(tensor.detach()).cpu() for name, tensor in module.heads.state_dict().items()}
+    return state
+
+
+def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[str, Tensor] | None, data: str) -> None:
+    """Writes output_dir/native, and lora.safetensors beside it; pushes the folder if the recipe says so.
+
+    Args:
+        state: of `student_state`. What the student does not hold (VAE, empty prompt, what runs after its last map) is
+            the teacher's.
+        adapters: of `lora_state`, if there are any. data: for the card, e.g. "3000 pictures, 768 px".
+    """
+    out = Path(recipe.output_dir)
+    if adapters is not None:
+        checkpoints.save_native(adapters, out / "lora.safetensors")
+    # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
+    state = load_teacher(recipe).state_dict() | dict(state)
+    card = hub.CardInfo(data=data, recipe=json.loads(method(recipe)), results=final_losses(out / "log.jsonl"))
+    with torch.device("meta"):
+        config = hub.timm_config(timm.create_model(recipe.model))
+    if recipe.heads.depth:
+        config["model_args"]["heads"] = {k: v for k, v in vars(recipe.heads).items() if k != "weights"}
+    metadata = {"model": recipe.model, "recipe": method(recipe)}
+    folder, dtype = out / "native", getattr(torch, recipe.save_dtype)
+    checkpoints.save_folder(state, folder, config, hub.model_card(config, card), metadata, dtype)
+    print(f"wrote {folder} after {recipe.max_steps} steps; learned timestep {float(state['timestep']):.2f}")
+    if recipe.push_to_hub:
+        print(f"pushed to {hub.push_to_hub(folder, recipe.push_to_hub)}")
+
+
+def final_losses(log: Path) -> dict[str, str]:
+    """First and last validation loss of a run's log."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    found = [line["validation"] for line in lines if "validation" in line]
+    return {"validation loss, before": f"{found[0]:.4f}", "validation loss, after": f"{found[-1]:.4f}"} if found else {}
+
+
+def method(recipe: Recipe) -> str:
+    """The recipe as JSON without what concerns one machine only: paths, device, workers."""
+    fields = json.loads(json.dumps(vars(recipe), default=vars))
+    for name in ("output_dir", "teacher_weights", "cache_dir", "device", "num_workers", "resume", "push_to_hub"):
+        fields.pop(name)
+    fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}
+    fields["heads"].pop("weights")
+    return json.dumps(fields)
