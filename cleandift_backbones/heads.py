@@ -86,7 +86,7 @@ def _activate(y: Tensor, gated: bool) -> Tensor:
     if not gated:
         return F.silu(y)
     a, g = y.chunk(2, dim=-1)
-    return F.silu(g).mul_(a)
+    return a * F.silu(g)
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, x: Tensor, *condition: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compilers choose what to keep themselves
             weights = *self.norm.modulation(*condition), self.up_proj.weight, self.down_proj.weight
             return _FusedBlock.apply(x, *weights, self.norm.rms, self.gated)
         return x + self.down_proj(_activate(self.up_proj(self.norm(x, *condition)), self.gated))

@@ -129,6 +129,22 @@ def test_blocks_under_autocast_train_as_in_float32(conditioning):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
+def test_heads_compile_and_export():
+    torch.manual_seed(0)
+    heads = ProjectionHeads({"mid": 8}, depth=1)
+    for p in heads.adapters.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    given = ({"mid": torch.randn(2, 8, 3, 3)}, torch.tensor([[5, 400], [200, 600]]))
+    gradients = []
+    for run in (heads, torch.compile(heads, fullgraph=True, backend="aot_eager")):
+        heads.zero_grad()
+        run(*given)["mid"].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in heads.parameters()]))
+    torch.testing.assert_close(*gradients)
+    exported = torch.export.export(heads, given).module()
+    torch.testing.assert_close(exported(*given)["mid"], heads(*given)["mid"])
+
+
 def test_a_block_keeps_its_input_and_its_up_projection_alone():
     """What the memory of the distillation rests on: 3 tensors of the input's size per block, not 6."""
     block = ResidualBlock(64, 64, FiLM(64, 8))

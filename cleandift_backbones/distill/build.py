@@ -242,8 +242,7 @@ def validation_batch(
     """(images, latents, prompt embeddings) of the held-out pictures, on the CPU."""
     images, kept = plain_images(data.heldout, data.options)
     if data.cache is not None:
-        files = CachedBatches(data.cache, kept, False, 0, len(kept), 1).files
-        held = [checkpoints.open_weights(file) for file in files]
+        held = [checkpoints.open_weights(data.cache.path(picture)) for picture in kept]
         latents, embeds = (
             torch.stack(x) for x in zip(*((h.get_tensor("latents")[0], h.get_tensor("prompt")) for h in held))
         )

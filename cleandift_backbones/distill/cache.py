@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, open_weights
 from ..files import replacing, write_text
 from ..images import ImageError
-from .data import DecodeOptions, Picture, decode
-from .trainer import batch_indices, step_generator
+from .data import DecodeOptions, OrderedBatches, Picture, decode
+from .trainer import step_generator
 
 
 class LatentCache:
@@ -93,33 +92,22 @@ class LatentCache:
         return broken
 
 
-class CachedBatches(Dataset):
-    """Batches of a `LatentCache` in the order of `data.FolderBatches`; item n is (latents, prompts, names).
+class CachedBatches(OrderedBatches):
+    """Batches of a `LatentCache`: (latents, prompts, names).
 
     Args:
-        flip: take the mirrored latents for half of them. Others: see `data.FolderBatches`.
+        flip: take the mirrored latents for half of them. Others: see `data.OrderedBatches`.
     """
 
-    def __init__(self, cache, pictures, flip: bool, seed, batch_size, batches, start=0, rank=0, world=1):
-        self.files = [cache.path(picture) for picture in pictures]
-        self.names = [picture.name for picture in pictures]
-        self.flip, self.seed, self.batch_size = flip, seed, batch_size
-        self.batches, self.start, self.rank, self.world = batches, start, rank, world
+    def __init__(self, cache: LatentCache, pictures: Sequence[Picture], flip: bool, *args, **kwargs):
+        super().__init__(pictures, *args, **kwargs)
+        self.cache, self.flip = cache, flip
 
-    def __len__(self) -> int:
-        return self.batches - self.start
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[str]]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        place, joint = number + self.start, self.batch_size * self.world
-        chosen = batch_indices(place, joint, len(self.files), self.seed)[self.rank * self.batch_size :]
+    def batch(self, pictures: Sequence[Picture], first: int) -> tuple[Tensor, Tensor, list[str]]:
         latents, prompts = [], []
-        for offset, index in enumerate(chosen[: self.batch_size].tolist()):
-            held = load_file(self.files[index])
-            draw = step_generator(
-                torch.device("cpu"), self.seed, 7, place * joint + self.rank * self.batch_size + offset
-            )
+        for offset, picture in enumerate(pictures):
+            held = load_file(self.cache.path(picture))
+            draw = step_generator(torch.device("cpu"), self.seed, 7, first + offset)
             latents.append(held["latents"][int(self.flip and torch.rand((), generator=draw) < 0.5)])
             prompts.append(held["prompt"])
-        return torch.stack(latents), torch.stack(prompts), [self.names[i] for i in chosen[: self.batch_size].tolist()]
+        return torch.stack(latents), torch.stack(prompts), [picture.name for picture in pictures]

@@ -150,22 +150,21 @@ def decode_batch(pictures: Sequence[Picture], options: DecodeOptions, *seed: int
     return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
 
 
-class FolderBatches(Dataset):
-    """Training batches of a folder by their place in the run: item n is batch start + n of process `rank`.
+class OrderedBatches(Dataset):
+    """Training batches by their place in the run: item n is batch start + n of process `rank`.
 
     A batch depends on the seed and its place alone, so that a resumed run goes on where it stopped, whatever the
     number of workers; the batches of all processes together are those of one process with the joint batch size. Give
-    it to a DataLoader with batch_size=None.
+    it to a DataLoader with batch_size=None. Subclasses say what a `batch` is.
 
     Args:
-        pictures: of `list_pictures`. options: how to decode them. seed.
+        pictures: of `list_pictures`. seed.
         batch_size: of one process. batches: length of the run, of which `start` are done. rank, world: of the process.
     """
 
     def __init__(
         self,
         pictures: Sequence[Picture],
-        options: DecodeOptions,
         seed: int,
         batch_size: int,
         batches: int,
@@ -173,22 +172,33 @@ class FolderBatches(Dataset):
         rank: int = 0,
         world: int = 1,
     ):
-        self.pictures, self.options, self.seed, self.batch_size = pictures, options, seed, batch_size
+        self.pictures, self.seed, self.batch_size = pictures, seed, batch_size
         self.batches, self.start, self.rank, self.world = batches, start, rank, world
 
     def __len__(self) -> int:
         return self.batches - self.start
 
-    def chosen(self, number: int) -> list[int]:
-        """Indices of the pictures of item `number`."""
-        joint = batch_indices(number + self.start, self.batch_size * self.world, len(self.pictures), self.seed)
-        return joint[self.rank * self.batch_size :][: self.batch_size].tolist()
-
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int):
         if not 0 <= number < len(self):
             raise IndexError(number)
-        first = (number + self.start) * self.batch_size * self.world + self.rank * self.batch_size
-        return decode_batch([self.pictures[i] for i in self.chosen(number)], self.options, self.seed, 7, first)
+        place, joint, mine = number + self.start, self.batch_size * self.world, self.rank * self.batch_size
+        chosen = batch_indices(place, joint, len(self.pictures), self.seed)[mine:][: self.batch_size]
+        return self.batch([self.pictures[i] for i in chosen.tolist()], place * joint + mine)
+
+    def batch(self, pictures: Sequence[Picture], first: int):
+        """What the model gets; `first` numbers the first picture among all draws of the run, for its random choices."""
+        raise NotImplementedError
+
+
+class FolderBatches(OrderedBatches):
+    """Batches decoded from pictures. Args: options: how to decode them; others: see `OrderedBatches`."""
+
+    def __init__(self, pictures: Sequence[Picture], options: DecodeOptions, *args, **kwargs):
+        super().__init__(pictures, *args, **kwargs)
+        self.options = options
+
+    def batch(self, pictures: Sequence[Picture], first: int) -> Batch:
+        return decode_batch(pictures, self.options, self.seed, 7, first)
 
 
 def is_transparent(picture: Picture) -> bool:
