@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCardData, get_token
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from . import checkpoints
 from .checkpoints import CheckpointError
-from .download import HubFile, explained
+from .download import HubError, HubFile, explained
 from .models import offered_maps
 from .version import __version__
 
@@ -267,6 +268,20 @@ def _operations(folder: Path, repo_id: str, there: set[str]) -> list[CommitOpera
     stale = {name for name in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)}
     stale -= {operation.path_in_repo for operation in operations}
     return operations + [CommitOperationDelete(name) for name in sorted(stale)]
+
+
+def check_push(repo_id: str) -> None:
+    """What can be known before there is anything to push.
+
+    Raises:
+        ValueError: not a repository's name. download.HubError: nobody is logged in.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository's name, expected USER/REPO: {error}") from error
+    if get_token() is None:
+        raise HubError(f"nobody is logged in to push to {repo_id}: run `hf auth login`, or set HF_TOKEN")
 
 
 def push_to_hub(

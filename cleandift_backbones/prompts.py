@@ -121,7 +121,7 @@ def has_transformers() -> bool:
         return False
 
 
-def _identity(source: str | Path, cache_dir: str | Path | None) -> str:
+def encoder_identity(source: str | Path, cache_dir: str | Path | None = None) -> str:
     """Which text encoder this is: a repository's commit, or a folder's files."""
     place = download.parse_source(source)
     if isinstance(place, download.HubFile):
@@ -154,8 +154,8 @@ def embed(
         if isinstance(place, download.HubFile):
             config = place.join("text_encoder/config.json")
             return download.remember_of(f"prompt {texts[0]!r}", config, compute, cache_dir)
-        return download.remember(f"prompt {texts[0]!r} of {_identity(source, cache_dir)}", compute, cache_dir)
-    identity = _identity(source, cache_dir)
+        return download.remember(f"prompt {texts[0]!r} of {encoder_identity(source, cache_dir)}", compute, cache_dir)
+    identity = encoder_identity(source, cache_dir)
     new = [text for text in dict.fromkeys(texts) if (identity, text) not in _embeddings]
     found = {text: _embeddings[identity, text] for text in texts if text not in new}
     if new:
@@ -172,7 +172,7 @@ def kept(text: str, source: str | Path, cache_dir: str | Path | None = None) -> 
     """Whether `embed(..., keep=True)` kept this text's embedding."""
     place = download.parse_source(source)
     if not isinstance(place, download.HubFile):
-        return download.recall(f"prompt {text!r} of {_identity(source, cache_dir)}", cache_dir) is not None
+        return download.recall(f"prompt {text!r} of {encoder_identity(source, cache_dir)}", cache_dir) is not None
     try:
         config = place.join("text_encoder/config.json")
         download.remember_of(f"prompt {text!r}", config, _not_kept, cache_dir)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from cleandift_backbones.checkpoints import save_native
 from cleandift_backbones.distill.build import Prompts
+from cleandift_backbones.distill.checkpoint import Checkpoints
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.train import Training
 from cleandift_backbones.latents import LatentEncoder
@@ -277,6 +280,21 @@ def test_killed_ten_times(pictures, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_first(pictures, tmp_path, number):
+    """As a terminal and a launcher send it: the data workers get it too."""
+    command = [sys.executable, str(ROOT / "tools/finetune.py"), *arguments(pictures, tmp_path / "run")]
+    command += ["max_steps=1000", "checkpoint_every=1000", "num_workers=2", "gradient_accumulation=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run/log.jsonl").exists() or not log(tmp_path / "run", "loss"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == 128 + number
+    assert list((tmp_path / "run/checkpoints").glob("step_*.safetensors"))
+
+
 def test_sigterm_saves_first(pictures, tmp_path):
     process = run_in_process(pictures, tmp_path / "run", "max_steps=1000", "checkpoint_every=1000")
     while not (tmp_path / "run/log.jsonl").exists() or len((tmp_path / "run/log.jsonl").read_text().splitlines()) < 3:
@@ -366,3 +384,127 @@ def test_bad_folders(tmp_path, capsys):
     refused(folder, tmp_path / "out", capsys, "a.json: a caption must be a string")
     (folder / "metadata.jsonl").write_text('{"text": "no name"}')
     refused(folder, tmp_path / "out", capsys, "metadata.jsonl: every line needs a file_name")
+
+
+# --- found by a reviewer ---
+
+
+def test_a_line_that_was_cut_off_does_not_stop_a_resumed_run(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert main(arguments(pictures, out, "stop_after=2")) == 0
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 0.')
+    assert main(arguments(pictures, out)) == 0
+    assert len(log(out, "loss")) == 4
+
+
+def test_a_disk_that_takes_no_log_and_no_picture(pictures, tmp_path, monkeypatch, caplog, capsys):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cleandift_backbones.distill.monitor.save_png", full)
+    monkeypatch.setattr("cleandift_backbones.distill.checkpoint.write_file", full)
+    opened = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode="r", *a, **k: full() if mode == "a" else opened(self, mode, *a, **k)
+    )
+    assert main(arguments(pictures, tmp_path / "run", "sample_every=2")) == 0
+    assert "no line in" in capsys.readouterr().err and "the run goes on" in caplog.text
+
+
+def test_checkpoints_behind_damaged_ones_stay(tmp_path):
+    kept = Checkpoints(tmp_path, keep=2)
+    for step in (3, 4):
+        kept.save(step, {"x": torch.zeros(2)}, {})
+        kept.path(step).write_bytes(b"cut")
+    (tmp_path / ".step_0000009.safetensors.part").write_bytes(b"killed")
+    assert kept.load() is None
+    for step in (1, 2):
+        kept.save(step, {"x": torch.full((2,), float(step))}, {})
+    assert kept.steps() == [2, 1] and kept.load()[0]["x"].tolist() == [2, 2]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_one_unreadable_picture_is_passed_over_at_batch_size_1(pictures, tmp_path, caplog):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    (folder / "05.png").write_bytes(b"no picture")
+    (folder / "05.txt").unlink()
+    assert main(arguments(folder, tmp_path / "run", "batch_size=1", "max_steps=24", "data.max_broken=1")) == 0
+    assert caplog.text.count("05.png") <= 2  # told once for training, once for validation, not once an epoch
+
+
+def test_accumulated_batches_equal_one_of_twice_the_size(pictures, tmp_path, monkeypatch):
+    """With the noise of a picture given by its place in the run."""
+
+    def draw(self, latents, micro):
+        place = (self.step * self.recipe.gradient_accumulation + micro) * self.recipe.batch_size
+        noise = [
+            torch.randn(3, *latents.shape[1:], generator=torch.Generator().manual_seed(place + i))
+            for i in range(len(latents))
+        ]
+        return torch.tensor([[50, 400, 800]]).expand(len(latents), -1), torch.stack(noise)
+
+    monkeypatch.setattr(Training, "_draw", draw)
+    one = finetune(pictures, tmp_path / "one", "batch_size=2", "max_steps=2")
+    two = finetune(pictures, tmp_path / "two", "batch_size=1", "gradient_accumulation=2", "max_steps=2")
+    equal(one, two, rtol=1e-3, atol=1e-6)
+
+
+def test_what_may_change_in_a_resumed_run(pictures, tmp_path):
+    out = tmp_path / "run"
+    assert main(arguments(pictures, out, "max_steps=2")) == 0
+    changed = [
+        "max_steps=3",
+        "gradient_checkpointing=true",
+        "data.max_broken=7",
+        "num_workers=1",
+        "max_skipped_steps=9",
+    ]
+    assert main([*arguments(pictures, out, *changed), "--resume", "auto", "checkpoint_every=1"]) == 0
+
+
+def test_settings_are_what_they_say(pictures, tmp_path):
+    given = [f"data.path={pictures}", "output_dir=~/x", "heads_learning_rate=0", "clip=0"]
+    recipe = load_recipe(RECIPE, given)
+    assert recipe.output_dir == str(Path.home() / "x")
+    for overrides, message in (
+        (["clip=-1"], "clip must be"),
+        (["stop_after=-1"], "stop_after above 0"),
+        (["heads.depth=0", "heads.weights=a"], "needs heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(RECIPE, [*given, *overrides])
+    start = finetune(pictures, tmp_path / "start", "max_steps=1", "heads_learning_rate=0", "ema=0", "clip=0")
+    end = finetune(pictures, tmp_path / "end", "max_steps=3", "heads_learning_rate=0", "ema=0", "clip=0")
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], end[name])}
+    assert "unet" in moved and "heads" not in moved
+
+
+def test_adapters_load_at_their_scale(pictures, tmp_path):
+    made = finetune(pictures, tmp_path / "run", "lora.rank=4", "lora.alpha=16", "ema=0", "learning_rate=0.01")
+    adapters = load_file(tmp_path / "run/lora.safetensors")
+    teacher = timm.create_model("dift_tiny", pretrained=True, final_map="us10").state_dict()
+    name = next(n.removesuffix(".lora_A.weight") for n in adapters if n.endswith("attn1.to_q.lora_A.weight"))
+    product = adapters[f"{name}.lora_B.weight"] @ adapters[f"{name}.lora_A.weight"]  # as a reader without alpha does
+    plain = "unet." + name.removeprefix("unet.")
+    torch.testing.assert_close(made[f"{plain}.weight"] - teacher[f"{plain}.weight"], product, rtol=1e-2, atol=1e-5)
+
+
+def test_a_cache_knows_its_encoder(pictures, tmp_path):
+    out = [f"cache_dir={tmp_path / 'cache'}", "max_steps=1"]
+    finetune(pictures, tmp_path / "one", *out)
+    before = set((tmp_path / "cache").rglob("*.safetensors"))
+    teacher = timm.create_model("dift_tiny", pretrained=True, final_map="us10")
+    with torch.no_grad():
+        teacher.vae.encoder.conv_in.weight.mul_(1.5)
+    save_native(teacher.state_dict(), tmp_path / "other.safetensors", {"model": "dift_tiny"})
+    finetune(pictures, tmp_path / "two", *out, f"teacher_weights={tmp_path / 'other.safetensors'}")
+    assert len(set((tmp_path / "cache").rglob("*.safetensors"))) == 2 * len(before)
+
+
+def test_names_to_push_to_are_looked_at_first(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cleandift_backbones.hub.get_token", lambda: None)
+    for name, message in (("a/b/c", "expected USER/REPO"), ("me/mine", "nobody is logged in")):
+        with pytest.raises(SystemExit):
+            main([*arguments(pictures, tmp_path / "run"), "--push-to-hub", name])
+        assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

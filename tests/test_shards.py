@@ -9,7 +9,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, Picture, decode, list_pictures
+from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, Picture, decode, list_pictures, read_rgba
 from cleandift_backbones.distill.shards import ShardBatches, find_shards
 from cleandift_backbones.images import ImageError
 
@@ -173,3 +173,30 @@ def test_processes_share_the_joint_batch_of_a_folder(folder, tmp_path):
         assert torch.equal(one[number].images, joint)
     resumed = FolderBatches(pictures, OPTIONS, seed=0, batch_size=4, batches=5, start=3)
     assert len(resumed) == 2 and torch.equal(resumed[0].images, one[3].images)
+
+
+def test_a_sample_with_a_wrong_caption_is_told_and_kept_without_one(tmp_path):
+    with wds.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=4, verbose=False) as writer:
+        for number in range(4):
+            caption = {"caption": 3} if number == 1 else {"caption": "fine"}
+            writer.write({"__key__": f"{number:09}", "jpg": jpeg(number), "json": caption})
+    found = batches(tmp_path, 4)
+    assert any("000000001" in told and "must be a string" in told for batch in found for told in batch.broken)
+    assert set(captions(found)) == {"fine", ""}
+
+
+def test_a_batch_without_a_readable_picture_takes_another(tmp_path):
+    with wds.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=4, verbose=False) as writer:
+        for number in range(4):
+            data = b"no picture" if number == 2 else jpeg(number)
+            writer.write({"__key__": f"{number:09}", "jpg": data, "json": {"caption": str(number)}})
+    found = batches(tmp_path, 8, batch_size=1, buffer=1, seed=0)
+    assert len(found) == 8 and sum(bool(batch.broken) for batch in found) == 2
+
+
+def test_transparent_pictures_are_not_squashed(tmp_path):
+    Image.new("RGBA", (40, 20), (255, 0, 0, 255)).save(tmp_path / "wide.png")
+    rgba = read_rgba(Picture("wide", tmp_path / "wide.png", ""), 64)
+    opaque = rgba[3] > 127
+    assert rgba.shape == (4, 64, 64)
+    assert abs(int(opaque.any(0).sum()) - 2 * int(opaque.any(1).sum())) <= 2  # still twice as wide as high

@@ -18,6 +18,7 @@ import sys
 import torch
 
 from cleandift_backbones.distill.recipe import load_recipe, read_yaml
+from cleandift_backbones.hub import check_push
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="YAML file, see configs/finetune/")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. data.path=DIR max_steps=400")
     parser.add_argument("--fields", action="store_true", help="print all fields of the recipe and stop")
+    parser.add_argument("--resume", choices=("auto", "never"), help="the same as resume=...")
     parser.add_argument("--push-to-hub", metavar="USER/REPO", help="publish the result there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         if options.fields:
             from omegaconf import OmegaConf
@@ -37,11 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         recipe = load_recipe(options.recipe, options.overrides)
         recipe.push_to_hub = options.push_to_hub or recipe.push_to_hub
+        recipe.resume = options.resume or recipe.resume
+        if recipe.push_to_hub:
+            check_push(recipe.push_to_hub)
         from cleandift_backbones.distill.train import distill
 
         return distill(recipe)
     except torch.OutOfMemoryError as error:
-        remedy = "lower batch_size and raise gradient_accumulation, or set gradient_checkpointing=true or lora.rank=64"
+        remedy = "set gradient_checkpointing=true, or in a new output_dir a lower batch_size or lora.rank=64"
         parser.exit(2, f"{parser.prog}: error: {error}\n{remedy}; the last checkpoint stands\n")
     except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

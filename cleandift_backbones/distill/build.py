@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import signal
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
+from ..checkpoints.writing import checksum
 from ..heads import ProjectionHeads
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
-from ..prompts import PromptEncoder
+from ..prompts import PromptEncoder, encoder_identity
 from ..unet import FeatureUNet
 from .cache import CachedBatches, LatentCache
 from .data import Batch, DecodeOptions, FolderBatches, Picture, list_pictures, plain_images
-from .engine import autocast, whole
+from .engine import autocast, half_of, whole
 from .lora import add_lora
 from .module import Distiller
 from .recipe import Recipe
@@ -81,7 +83,10 @@ def parameter_groups(recipe: Recipe, module: Distiller) -> list[dict]:
     groups = [dict(params=[*student, module.timestep], lr=recipe.learning_rate)]
     if module.heads is not None:
         groups.append(
-            dict(params=list(module.heads.parameters()), lr=recipe.heads_learning_rate or recipe.learning_rate)
+            dict(
+                params=list(module.heads.parameters()),
+                lr=recipe.learning_rate if recipe.heads_learning_rate is None else recipe.heads_learning_rate,
+            )
         )
     return groups
 
@@ -145,7 +150,7 @@ def list_data(recipe: Recipe, size: int) -> Data:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout, a folder"
             raise ValueError(f"{need}: {data.path} holds .tar shards")
         return Data(shards, _sparse(list_pictures(data.heldout)), options)
-    pictures = list_pictures(path)
+    pictures = list_pictures(path, without=recipe.output_dir)
     if data.heldout:
         return Data(pictures, _sparse(list_pictures(data.heldout)), options)
     heldout = pictures[::20]
@@ -168,9 +173,10 @@ def cache_latents(recipe: Recipe, data: Data, source: DIFT, prompts: Prompts, ac
         )
     identity = dict(
         teacher=recipe.teacher,
-        weights=str(recipe.teacher_weights),
+        vae=checksum(source.vae.state_dict()),
         text=recipe.text,
-        text_encoder=str(source.text_encoder),
+        text_encoder=encoder_identity(source.text_encoder) if recipe.text != "empty" else "",
+        precision=str(half_of(accelerator)),
         size=data.options.size,
     )
     data.cache = LatentCache(recipe.cache_dir, identity)
@@ -193,15 +199,21 @@ def cache_latents(recipe: Recipe, data: Data, source: DIFT, prompts: Prompts, ac
         raise ValueError(f"none of the pictures in {recipe.data.path} can be read")
 
 
-def report_broken(broken: Sequence[str], total: int, limit: int) -> None:
+def report_broken(broken: Collection[str], total: int, limit: int) -> None:
     """Warns of pictures that could not be read. Raises ValueError if they are more than the limit in all."""
     for reason in broken:
         _logger.warning(f"skipped: {reason}")
     if total > limit:
         raise ValueError(
-            f"{total} pictures could not be read, the last: {broken[-1]}. That is more than data.max_broken={limit}: "
+            f"{total} pictures could not be read, the last: {reason}. That is more than data.max_broken={limit}: "
             "repair the data, or raise it"
         )
+
+
+def _leave_signals(_worker: int) -> None:
+    """Signals reach a launcher's whole process group: the workers serve until the main process has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator) -> DataLoader:
@@ -219,7 +231,9 @@ def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator
     else:
         dataset = FolderBatches(data.pictures, data.options, recipe.seed, recipe.batch_size, batches, **place)
     cuda = accelerator.device.type == "cuda"
-    return DataLoader(dataset, batch_size=None, num_workers=recipe.num_workers, pin_memory=cuda)
+    return DataLoader(
+        dataset, batch_size=None, num_workers=recipe.num_workers, pin_memory=cuda, worker_init_fn=_leave_signals
+    )
 
 
 def encode_batch(

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, open_weights
+from ..checkpoints.writing import write_file
 from ..files import replacing, write_text
 from ..images import ImageError
 from .data import DecodeOptions, OrderedBatches, Picture, decode
@@ -34,7 +35,8 @@ class LatentCache:
 
     def path(self, picture: Picture) -> Path:
         file = Path(picture.source)
-        told = f"{self.identity} {file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns} {picture.caption}"
+        stat = file.stat() if file.exists() else None  # a missing one is told when it is read
+        told = f"{self.identity} {file.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {picture.caption}"
         digest = hashlib.sha256(told.encode()).hexdigest()[:32]
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
@@ -84,7 +86,7 @@ class LatentCache:
                     for number, picture in enumerate(good):
                         pair = torch.stack([latents[number], latents[number + len(good)]])
                         with replacing(self.path(picture)) as aside:
-                            save_file({"latents": pair, "prompt": prompts[number].contiguous()}, aside)
+                            write_file({"latents": pair, "prompt": prompts[number]}, aside, None)
                 bar.update(len(todo[start : start + batch_size]))
         write_text(
             self.folder / "README.txt", "Latents and prompt embeddings of cleandift_backbones: may be deleted.\n"

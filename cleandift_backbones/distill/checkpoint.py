@@ -50,8 +50,12 @@ class Checkpoints:
             last = f"the one of step {self.steps()[0]} stands" if self.steps() else "there is none yet"
             _logger.warning(f"no checkpoint of step {step}: {error} ({last}); the run goes on")
             return False
-        for old in self.steps()[self.keep :]:
+        steps = self.steps()
+        newer = [other for other in steps if other > step]  # damaged ones, which this run went back behind
+        for old in newer + [other for other in steps if other <= step][self.keep :]:
             self.path(old).unlink()
+        for part in self.folder.glob(".step_*.part"):  # of a process that was killed while it saved
+            part.unlink()
         return True
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +22,7 @@ from .compose import Compositor, compose_plain
 from .trainer import batch_indices, step_generator
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+SPARE = 10  # pictures tried where none of a batch can be read
 
 
 class Picture(NamedTuple):
@@ -66,11 +69,12 @@ def caption_of_json(told: object) -> str:
     return found.strip()
 
 
-def list_pictures(folder: str | Path) -> list[Picture]:
+def list_pictures(folder: str | Path, without: str | Path | None = None) -> list[Picture]:
     """The pictures of a folder with their captions.
 
     By metadata.jsonl (Hugging Face imagefolder: file_name, and text or caption), else every picture below the folder,
-    sorted, with the caption of its side-car .txt or .json; without one the caption is "".
+    sorted, with the caption of its side-car .txt or .json; without one the caption is "". What lies below `without`,
+    a run's own folder, is left out.
 
     Raises:
         ValueError: no pictures there, a line of metadata.jsonl without file_name, a caption that is no string.
@@ -81,12 +85,14 @@ def list_pictures(folder: str | Path) -> list[Picture]:
         if table.is_file():
             where = table
             entries = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-            if not all(isinstance(entry, dict) and "file_name" in entry for entry in entries):
-                raise ValueError("every line needs a file_name")
+            if not all(isinstance(entry, dict) and isinstance(entry.get("file_name"), str) for entry in entries):
+                raise ValueError("every line needs a file_name, a string")
             found = [(folder / entry["file_name"], caption_of_json(entry)) for entry in entries]
         else:
             found = []
-            for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES):
+            own = Path(without).resolve() if without else None
+            paths = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+            for path in sorted(p for p in paths if own is None or own not in p.resolve().parents):
                 where, caption = path.with_suffix(".txt"), ""
                 if where.is_file():
                     caption = where.read_text(encoding="utf-8").strip()
@@ -123,21 +129,27 @@ def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator)
     return image
 
 
-def decode_batch(pictures: Sequence[Picture], options: DecodeOptions, *seed: int) -> Batch:
+def decode_batch(
+    pictures: Sequence[Picture], options: DecodeOptions, *seed: int, spare: Iterable[Picture] = ()
+) -> Batch:
     """Decodes pictures; in the place of a broken one stands another of the batch, and `broken` names it.
 
     Args:
         seed: of the first picture's crop and mirror; the last of these numbers counts up from picture to picture.
+        spare: tried one after the other where all of the batch are broken.
 
     Raises:
         ImageError: all are broken.
     """
     if options.background == "random" and all(is_transparent(picture) for picture in pictures):
-        rgba = torch.stack([read_rgba(picture, options.size) for picture in pictures])
-        images = Compositor()(rgba, step_generator(torch.device("cpu"), *seed))
-        return Batch(images, [p.caption for p in pictures], [p.name for p in pictures], [])
+        with suppress(ImageError):  # a broken one is told below
+            rgba = torch.stack([read_rgba(picture, options.size) for picture in pictures])
+            images = Compositor()(rgba, step_generator(torch.device("cpu"), *seed))
+            return Batch(images, [p.caption for p in pictures], [p.name for p in pictures], [])
     good, broken = [], []
-    for number, picture in enumerate(pictures):
+    for number, picture in enumerate(itertools.chain(pictures, spare)):
+        if number >= len(pictures) and good:
+            break
         generator = step_generator(torch.device("cpu"), *seed[:-1], seed[-1] + number)
         try:
             good.append((decode(picture, options, generator), picture))
@@ -198,7 +210,8 @@ class FolderBatches(OrderedBatches):
         self.options = options
 
     def batch(self, pictures: Sequence[Picture], first: int) -> Batch:
-        return decode_batch(pictures, self.options, self.seed, 7, first)
+        following = (self.pictures[(first + number) % len(self.pictures)] for number in range(SPARE))
+        return decode_batch(pictures, self.options, self.seed, 7, first, spare=following)
 
 
 def is_transparent(picture: Picture) -> bool:
@@ -218,6 +231,8 @@ def read_rgba(picture: Picture, size: int) -> Tensor:
             image = image.convert("RGBA")
     except (OSError, SyntaxError) as error:
         raise ImageError(f"{picture.name} is not a readable picture ({error}): replace or remove it") from None
+    if image.width != image.height:  # transparent all around, not squashed
+        image = ImageOps.pad(image, [max(image.size)] * 2, color=(0, 0, 0, 0))
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

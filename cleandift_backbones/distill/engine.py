@@ -6,11 +6,17 @@ A checkpoint names whole tensors by parameter, however they were spread: a run m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, disable_fsdp_ram_efficient_loading
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    disable_fsdp_ram_efficient_loading,
+)
 from torch import Tensor, nn
 
 from .recipe import Recipe
@@ -45,7 +51,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision=precision, cpu=cpu, gradient_accumulation_steps=recipe.gradient_accumulation
+        mixed_precision=precision,
+        cpu=cpu,
+        # As a plugin: a number would give way to the launcher's environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation),
+        # The first process may fill a cache or push to the Hub while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     kind = accelerator.distributed_type
     if kind not in KINDS:

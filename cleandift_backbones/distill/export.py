@@ -16,6 +16,7 @@ from .engine import whole
 from .lora import merged_state
 from .module import Distiller
 from .recipe import Recipe
+from .trainer import read_log
 
 
 def student_state(module: Distiller) -> dict[str, Tensor]:
@@ -57,8 +58,7 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
 
 def final_losses(log: Path) -> dict[str, str]:
     """First and last validation loss of a run's log."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    found = [line["validation"] for line in lines if "validation" in line]
+    found = [line["validation"] for line in read_log(log) if line.get("validation") is not None]
     return {"validation loss, before": f"{found[0]:.4f}", "validation loss, after": f"{found[-1]:.4f}"} if found else {}
 
 

@@ -50,4 +50,7 @@ def lora_state(unet: FeatureUNet) -> dict[str, Tensor]:
     """The adapters alone, under diffusers' names: `UNet2DConditionModel.load_lora_adapter` takes them."""
     from peft.utils import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(unet)
+    config = unet.peft_config["default"]
+    scale = config.lora_alpha / config.r  # the file names no alpha: its readers take the rank
+    state = get_peft_model_state_dict(unet)
+    return {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in state.items()}

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,13 +70,15 @@ class Monitor:
             for name, value in values.items():
                 if math.isfinite(value):
                     self.writer.add_scalar(name.replace("_map_", "/"), value, step)
-            self.writer.flush()
+            with self._tolerant():
+                self.writer.flush()
 
     def picture(self, step: int, image: Image.Image) -> None:
         """`samples/step_0000100.png`, and the same in TensorBoard."""
         if not self.active:
             return
-        save_png(image, self.out / "samples" / f"step_{step:07d}.png")
+        with self._tolerant():
+            save_png(image, self.out / "samples" / f"step_{step:07d}.png")
         if self.writer is not None:
             from torchvision.transforms.functional import pil_to_tensor
 
@@ -83,7 +86,16 @@ class Monitor:
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with self._tolerant():
+                self.writer.close()
+
+    @contextmanager
+    def _tolerant(self):
+        """A full disk costs what is shown, not the run."""
+        try:
+            yield
+        except OSError as error:
+            _logger.warning(f"{self.out}: {error}; the run goes on")
 
 
 def peak_memory() -> float:

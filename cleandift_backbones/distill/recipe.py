@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ class Recipe:
     final_rate: float = 1.0  # part of the rate left at the end of a cosine; 1: constant after the warm-up
     weight_decay: float = 0.0
     ema: float = 0.0  # decay of the weights' average that is exported; 0: the weights themselves
-    clip: float = 1.0
+    clip: float = 1.0  # largest norm of the gradient; 0: any
     timestep: float = 261.0  # start of the student's learned timestep
     seed: int = 0
     num_workers: int = 2
@@ -155,6 +156,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"maps must give every map a weight above 0, got {dict(merged.maps)}")
         if merged.data.size is not None and merged.data.size < 64:
             raise ValueError(f"data.size must be at least 64 pixels, got {merged.data.size}")
+        if merged.clip < 0 or (merged.stop_after is not None and merged.stop_after <= 0):
+            raise ValueError(
+                f"clip must be at least 0 (0: off) and stop_after above 0, got {merged.clip}, {merged.stop_after}"
+            )
+        if merged.heads.weights and not merged.heads.depth:
+            raise ValueError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
+        for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
+            if OmegaConf.select(merged, name):
+                OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))
         if merged.lora.rank < 0 or merged.heads.depth < 0:
             raise ValueError(
                 f"lora.rank and heads.depth must be at least 0, got {merged.lora.rank}, {merged.heads.depth}"

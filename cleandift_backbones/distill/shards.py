@@ -78,6 +78,7 @@ class ShardBatches(IterableDataset):
         self.shards, self.options, self.seed, self.batch_size = shards, options, seed, batch_size
         self.start, self.rank, self.world, self.buffer = start, rank, world, buffer
         self._corrupt: list[str] = []
+        self._last: list[Picture] = []  # for a batch without any readable picture
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -91,7 +92,8 @@ class ShardBatches(IterableDataset):
             next(samples)
         while True:
             chosen = [self._picture(next(samples)) for _ in range(self.batch_size)]
-            batch = decode_batch(chosen, self.options, self.seed, part, done)
+            batch = decode_batch(chosen, self.options, self.seed, part, done, spare=self._last)
+            self._last = [picture for picture in chosen if picture.name in batch.names] or self._last
             batch.broken.extend(self._corrupt)
             self._corrupt.clear()
             yield batch
@@ -100,7 +102,11 @@ class ShardBatches(IterableDataset):
     def _picture(self, sample: dict) -> Picture:
         name = f"{sample['__url__']}:{sample['__key__']}"
         data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), b"")
-        return Picture(name, data, caption_of(sample))
+        try:
+            return Picture(name, data, caption_of(sample))
+        except ValueError as error:
+            self._corrupt.append(f"{name}: {error}")
+            return Picture(name, data, "")
 
     def _shuffled(self, part: int, parts: int) -> Iterator[dict]:
         draw, held = random.Random(mix_seed(self.seed, part, 17)), []

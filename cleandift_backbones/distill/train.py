@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import signal
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -75,6 +76,7 @@ class Training:
         self.accelerator = accelerator = make_accelerator(recipe)
         torch.set_float32_matmul_precision("high")
         if recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         set_seed(mix_seed(recipe.seed, 1) % 2**32)
         side = timm.get_pretrained_cfg(recipe.model).input_size[-1]
@@ -103,7 +105,8 @@ class Training:
         groups = parameter_groups(recipe, self.module)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=device.type == "cuda")
         self.peaks = [group["lr"] for group in groups]
-        self.step, self.broken, self.skipped = 0, 0, 0
+        self.step, self.skipped = 0, 0
+        self.broken: set[str] = set()
         self.checkpoints = Checkpoints(self.out / "checkpoints", recipe.keep_checkpoints)
         found = self._find()
         if self.engine == "fsdp":  # the frozen teacher stays in one piece, in its own precision
@@ -176,10 +179,15 @@ class Training:
                     accelerator.backward(loss)  # divides it by their number; DeepSpeed takes its step here
             self.monitor.track(len(latents), loss=loss, **{f"loss_map_{name}": value for name, value in each.items()})
         if finite:
-            norm = torch.as_tensor(accelerator.clip_grad_norm_(self.parameters.values(), recipe.clip))
-            finite = bool(torch.isfinite(whole(norm))) or accelerator.scaler is not None  # a scaler skips by itself
+            norm = torch.as_tensor(accelerator.clip_grad_norm_(self.parameters.values(), recipe.clip or math.inf))
+            if accelerator.scaler is None:
+                finite = bool(torch.isfinite(whole(norm)))
+            else:  # float16: the scaler takes the step only if it is finite, and lowers its scale otherwise
+                self.optimizer.step()
+                finite = not accelerator.optimizer_step_was_skipped
         if finite:
-            self.optimizer.step()
+            if accelerator.scaler is None:
+                self.optimizer.step()
             self.skipped = 0
             if self.ema is not None:
                 self.ema.update(self.step)
@@ -214,17 +222,21 @@ class Training:
         return bool(total > 0)
 
     def _count_broken(self, broken: list[str]) -> None:
-        self.broken += len(broken)
-        report_broken(broken, self.broken, self.recipe.data.max_broken)
+        new = set(broken) - self.broken  # each is told and counted once, not once an epoch
+        self.broken |= new
+        report_broken(sorted(new), len(self.broken), self.recipe.data.max_broken)
 
     def _skip(self, names: list[str]) -> None:
         self.skipped += 1
         _logger.warning(f"step {self.step} is skipped: its loss or gradient is not finite")
+        # A float16 scaler may need 16 steps to find its first scale.
+        limit = max(self.recipe.max_skipped_steps, 20 * (self.accelerator.scaler is not None))
         # DeepSpeed has taken a part of the step already, and cannot skip the rest.
-        if self.skipped >= self.recipe.max_skipped_steps or self.engine == "deepspeed":
+        if self.skipped >= limit or self.engine == "deepspeed":
             raise FloatingPointError(
                 f"the loss was not finite in {self.skipped} steps in a row, up to step {self.step}. The last batch was "
-                f"{', '.join(names)}. Lower learning_rate, or look at these pictures; the last checkpoint stands"
+                f"{', '.join(names)}. Look at these pictures, or lower learning_rate in a new output_dir; the last "
+                "checkpoint stands"
             )
 
     # --- looking ---
@@ -271,18 +283,15 @@ class Training:
 
     def settings(self) -> dict:
         """What a resumed run must agree in."""
-        free = {
-            "output_dir",
-            "device",
-            "num_workers",
-            "resume",
-            "stop_after",
-            "push_to_hub",
-            "cache_dir",
-            "tensorboard",
-        }
+        free = {"output_dir", "device", "resume", "stop_after", "push_to_hub", "cache_dir", "tensorboard"}
         free |= {"checkpoint_every", "validate_every", "log_every", "sample_every", "keep_checkpoints", "save_dtype"}
+        free |= {"gradient_checkpointing", "max_skipped_steps"}
+        if not self.data.streamed:  # the order of shards depends on the workers
+            free.add("num_workers")
+        if self.recipe.final_rate == 1:  # the rate does not depend on the end
+            free.add("max_steps")
         kept = {k: v for k, v in json.loads(json.dumps(vars(self.recipe), default=vars)).items() if k not in free}
+        del kept["data"]["max_broken"]
         return kept | {"processes": self.accelerator.num_processes, "samples": len(self.data.pictures)}
 
     def save(self) -> None:
@@ -292,7 +301,8 @@ class Training:
             tensors |= {f"ema/{name}": whole(tensor) for name, tensor in self.ema.shadow.items()}
         tensors |= pack_optimizer(self.optimizer.optimizer, self.parameters)
         if self.accelerator.is_main_process:
-            state = {"step": self.step, "broken": self.broken, "settings": self.settings()}
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+            state = {"step": self.step, "broken": sorted(self.broken), "settings": self.settings(), "scaler": scaler}
             self.checkpoints.save(self.step, tensors, state)
         self.accelerator.wait_for_everyone()
 
@@ -321,7 +331,9 @@ class Training:
             for name, shadow in self.ema.shadow.items():
                 shadow.copy_(like(shadow, tensors[f"ema/{name}"]))
         unpack_optimizer(self.optimizer.optimizer, self.parameters, tensors)
-        self.step, self.broken = state["step"], state["broken"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.broken = state["step"], set(state["broken"])
 
     def export(self) -> None:
         """The native folder, written by the first process, and pushed if the recipe says so."""

@@ -141,6 +141,19 @@ class EMA:
             parameter.copy_(source[name])
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of a `JsonLog`; one that was cut off (full disk, power cut) is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines(True) if _step_of(line) < math.inf]
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; of one that was cut off (full disk, power cut) infinity: it is dropped."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class JsonLog:
     """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes."""
 
@@ -148,13 +161,17 @@ class JsonLog:
         self.path = path
         kept = []
         if start and path.is_file():
-            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= start]
+            kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= start]
         write_text(path, "".join(kept))
 
     def write(self, **values: float | int | str | list) -> None:
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in plain.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(rounded) + "\n")
+        except OSError as error:  # a full disk costs lines of the log, not the run
+            print(f"no line in {self.path}: {error}", file=sys.stderr)
 
 
 class Run:
