@@ -23,6 +23,7 @@ for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOK
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,3 +52,15 @@ def logged_in(monkeypatch):
 def offline(monkeypatch):
     """Calling it cuts the network off."""
     return lambda: monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of twelve captioned pictures, to train on."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        image = Image.new("RGB", (70 + number, 64 + 3 * number), (20 * number, 200 - 15 * number, 90))
+        image.paste((250 - 20 * number, 10 * number, 90), (8 + number, 16, 40 + number, 56))
+        image.save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"red box {number}")
+    return folder

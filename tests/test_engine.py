@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from finetune_runs import arguments, equal, finetune
 from safetensors.torch import load_file
-from test_finetune import arguments, equal, finetune, pictures  # noqa: F401 (a fixture)
 
 from cleandift_backbones.distill import engine
 from cleandift_backbones.distill.recipe import Recipe, load_recipe
@@ -22,7 +22,7 @@ RECIPE = str(ROOT / "configs/finetune/cleandift_tiny.yaml")
 GIVEN = ["max_steps=3", "ema=0.9", "gradient_accumulation=2", "mixed_precision=no", "sample_every=3"]
 
 
-def launched(kind, pictures, folder, out, *overrides, options=("--nproc_per_node=2", "--standalone")):  # noqa: F811
+def launched(kind, pictures, folder, out, *overrides, options=("--nproc_per_node=2", "--standalone")):
     """The launcher of one machine, started."""
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "tests/engine_ranks.py")]
     command += [kind, str(folder), *arguments(pictures, folder / out, *GIVEN, "batch_size=1", *overrides)]
@@ -30,13 +30,13 @@ def launched(kind, pictures, folder, out, *overrides, options=("--nproc_per_node
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def on_two_processes(kind, pictures, folder, *overrides):  # noqa: F811
+def on_two_processes(kind, pictures, folder, *overrides):
     process = launched(kind, pictures, folder, "two", *overrides)
     said = process.communicate(timeout=400)[1]
     assert process.returncode == 0, said[-4000:]
 
 
-def on_two_machines(pictures, folder, outs, *overrides):  # noqa: F811
+def on_two_machines(pictures, folder, outs, *overrides):
     """Two launchers with a process each, which find each other by address; what each wrote to stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def on_two_machines(pictures, folder, outs, *overrides):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def joint(pictures, tmp_path_factory):  # noqa: F811
+def joint(pictures, tmp_path_factory):
     """The weights that one process makes of the joint batch."""
     return finetune(pictures, tmp_path_factory.mktemp("joint") / "one", *GIVEN, "batch_size=2")
 
@@ -63,7 +63,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)])
-def test_two_processes_equal_one_with_the_joint_batch(kind, joint, pictures, tmp_path):  # noqa: F811
+def test_two_processes_equal_one_with_the_joint_batch(kind, joint, pictures, tmp_path):
     """Stopped after two steps and resumed, each engine from its own checkpoint."""
     on_two_processes(kind, pictures, tmp_path, "stop_after=2")
     assert not (tmp_path / "two/native").exists()
@@ -76,14 +76,14 @@ def test_two_processes_equal_one_with_the_joint_batch(kind, joint, pictures, tmp
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_under_another_engine(joint, pictures, tmp_path):  # noqa: F811
+def test_a_run_goes_on_under_another_engine(joint, pictures, tmp_path):
     on_two_processes("fsdp", pictures, tmp_path, "stop_after=1")
     on_two_processes("ddp", pictures, tmp_path)
     equal(load_file(tmp_path / "two/native/model.safetensors"), joint, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_two_machines(joint, pictures, tmp_path):  # noqa: F811
+def test_two_machines(joint, pictures, tmp_path):
     codes, said = on_two_machines(pictures, tmp_path, ["two", "two"], "stop_after=2")
     assert codes == [0, 0], said
     codes, said = on_two_machines(pictures, tmp_path, ["two", "other"])

@@ -113,8 +113,8 @@ def test_find_shards(folder, tmp_path):
 
 
 def test_training_from_shards(folder, tmp_path):
+    from finetune_runs import FAST, RECIPE
     from safetensors.torch import load_file
-    from test_finetune import FAST, RECIPE
 
     from tools.finetune import main
 
