@@ -122,10 +122,10 @@ def check_model(model: nn.Module) -> None:
     channels, strides = list(backbone.out_channels), list(backbone.strides)
     neck = getattr(model, "neck", None)
     if neck is not None:
-        _same("model.neck.in_channels", _listed(getattr(neck, "in_channels", channels)), channels, "backbone gives")
-        channels, strides = _after_neck(neck, strides)
+        given, (channels, strides) = channels, _after_neck(neck, strides)
         if channels is None:
             return
+        _same("model.neck.in_channels", _listed(neck.in_channels), given, "backbone gives")
     for name, head in _heads(model):
         for attribute, found, wanted in _expectations(head, channels, strides):
             _same(f"{name}.{attribute}", found, wanted, "neck gives" if neck is not None else "backbone gives")
@@ -170,7 +170,7 @@ def _after_neck(neck: nn.Module, strides: list[int]) -> tuple[list[int] | None, 
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name in ("decode_head", "auxiliary_head", "rpn_head", "bbox_head", "mask_head"):
+    for name in ("decode_head", "auxiliary_head", "rpn_head", "bbox_head"):  # a mask_head may take maps of its own
         head = getattr(model, name, None)
         if isinstance(head, Sequence) or type(head).__name__ == "ModuleList":
             yield from ((f"model.{name}[{i}]", part) for i, part in enumerate(head))

@@ -1,6 +1,7 @@
 """The backbone under mmengine's conventions; neither mmsegmentation nor mmdetection is needed here."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -350,13 +351,31 @@ def test_random_frozen_weights_are_refused():
 )
 def test_images_of_another_kind(images, message):
     with pytest.raises(ValueError, match=message):
-        CleanDIFT(**SIX)(images)
+        CleanDIFT(**SIX).eval()(images)
 
 
 def test_only_the_first_images_are_looked_at():
-    backbone = CleanDIFT(**SIX)
+    backbone = CleanDIFT(**SIX).eval()
     backbone(X)
     backbone(X * 2)
+
+
+def test_colour_jitter_may_leave_the_range_in_training():
+    backbone = CleanDIFT(**SIX).train()
+    backbone(X * 1.9)
+    with pytest.raises(ValueError, match="to 25"):
+        backbone((X + 1) * 127.5)
+    with pytest.raises(ValueError, match="expects"):
+        backbone.eval()(X * 1.9)
+
+
+def test_the_record_notices_more_than_the_last_numbers(tmp_path):
+    backbone = CleanDIFT(**SIX, save_frozen=False)
+    state = backbone.state_dict()
+    with torch.no_grad():
+        for parameter in backbone.model.parameters():
+            parameter.flatten()[:-1].mul_(1.5)
+    assert not backbone._matches(backbone._state(backbone.model), json.loads(bytes(state["frozen_weights"].tolist())))
 
 
 @pytest.mark.parametrize("arguments", [dict(frozen_parts=("vae", "unet_side")), dict(frozen_parts="vae")])

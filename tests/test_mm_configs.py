@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 pytest.importorskip("mmengine")
@@ -85,7 +84,6 @@ def test_frozen_checkpoints_are_small(path):
     model, _ = build(path)
     assert model.backbone.save_frozen is False
     frozen = {f"backbone.{name}" for name in model.backbone.frozen_state()}
-    model.backbone.save_frozen = True  # else state_dict() asks for numbers, which meta tensors do not have
     state = model.state_dict()
     held = sum(t.numel() * t.element_size() for name, t in state.items() if name not in frozen)
     assert held < 100e6 < sum(t.numel() * t.element_size() for t in state.values())
@@ -118,9 +116,6 @@ def test_early_layers_learn_slowly(path):
     )
     heads = {rates[id(p)] for n, p in named.items() if not n.startswith("backbone.")}
     assert heads == {config.optim_wrapper.optimizer.lr}
-    # custom_keys are substrings: every layer of the model that learns must be named the way the timm model names it
-    layers = timm.create_model("cleandift_tiny").group_matcher(coarse=True)
-    assert set(layers) == {"stem", "down", "mid", "up"}
 
 
 WRONG = [

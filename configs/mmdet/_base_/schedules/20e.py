@@ -10,3 +10,4 @@ default_hooks = dict(
     checkpoint=dict(type="CheckpointHook", interval=5),
     visualization=dict(type="DetVisualizationHook"),
 )
+auto_scale_lr = dict(enable=False, base_batch_size=8)

@@ -5,7 +5,7 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-4, weight_decay=1e-2),
     clip_grad=dict(max_norm=1.0),
     paramwise_cfg=dict(
-        norm_decay_mult=0.0,
+        norm_decay_mult=0.0,  # of neck and heads: mmengine applies it where no custom key does
         custom_keys={
             "backbone.model.unet.up_blocks.3": dict(lr_mult=0.1),
             "backbone.model.unet.up_blocks.2": dict(lr_mult=0.08),
