@@ -32,8 +32,8 @@ def window_matrix(cells: int, pixels: int, start: float, length: float, whole: i
     """Linear interpolation to a picture that takes only a part of what the map shows (mode "pad").
 
     The map's cells cover an input of `whole` pixels, of which [start, start + length) show the picture's `pixels`.
-    Pixel centres lie at + 0.5, and beyond the outermost cells' centres the map goes on unchanged, as in torch's interpolation
-    (align_corners=False), which this equals for start = 0 and length = whole.
+    Pixel centres lie at + 0.5, and beyond the outermost cells' centres the map goes on unchanged, as in torch's
+    interpolation (align_corners=False), which this equals for start = 0 and length = whole.
 
     Returns:
         pixels x cells.

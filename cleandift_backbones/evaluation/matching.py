@@ -58,7 +58,7 @@ def match_pairs(
         data: the pairs.
         mode, whole: how pictures were brought to the model's input, see `frame`.
         window: 0 for the best pixel; otherwise the mean position under a softmax of the scores in a window of that many
-            pixels' side around it (the window soft-argmax of GeoAware-SC, arXiv 2311.17034, section 4.3, here on the
+            pixels' side around it (the window soft-argmax of GeoAware-SC, arXiv 2311.17034, here on the
             upsampled scores).
         temperature: of that softmax.
 
@@ -131,8 +131,8 @@ def pck_tallies(found: Sequence[torch.Tensor], data: PairSet, alphas: Sequence[f
     """PCK of what was found, to be resampled over target pictures.
 
     Keys are "REFERENCE@ALPHA MODE": the reference length is that of the target's `bbox` or `img` (its longer side);
-    `per point` pools all points (the CleanDIFT paper's), `per image` is the mean over pairs of each pair's share. With the
-    first alpha also "... per point, CATEGORY". bbox is left out where a pair has no box.
+    `per point` pools all points (the CleanDIFT paper's), `per image` is the mean over pairs of each pair's share. With
+    the first alpha also "... per point, CATEGORY". bbox is left out where a pair has no box.
     """
     targets = {picture: k for k, picture in enumerate(sorted({pair.target for pair in data.pairs}))}
     names = categories(data.pairs)
