@@ -1,6 +1,10 @@
 #!/usr/bin/env python3
 """Measure feature maps on held-out emoji: cross-style retrieval and eye correspondence, in one table.
 
+    python tools/evaluate.py correspondence --model cleandift_sd21 dift_sd21 --data SPair-71k
+
+and the other tasks of the paper are described in docs/evaluation.md.
+
     python tools/evaluate.py --suite emoji --data data/emoji --out results
 
 takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over
@@ -24,7 +28,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from cleandift_backbones.evaluation import emoji, report
+from cleandift_backbones.evaluation import command, emoji, report
 from cleandift_backbones.evaluation.features import (
     PIXELS,
     Extractor,
@@ -50,6 +54,8 @@ on these same pictures, for every row alike."""
 
 
 def main() -> None:
+    if len(sys.argv) > 1 and sys.argv[1] in command.TASKS:
+        return command.main(sys.argv[1:])
     parser = _parser()
     args = parser.parse_args()
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -70,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.epilog = f"Tasks with data of one's own: evaluate.py TASK --help, TASK one of {', '.join(command.TASKS)}."
     parser.add_argument("--suite", choices=["emoji"], default="emoji", help="what to measure")
     parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")

@@ -46,6 +46,10 @@ class Features:
             self._open = (path, safe_open(path, "pt"))
         return self._open[1].get_tensor(key).float()
 
+    def part(self, start: int, stop: int | None = None) -> Features:
+        """Those of the items from start to stop."""
+        return Features(self.keys[start:stop], self.places)
+
     def stack(self, indices: Sequence[int]) -> torch.Tensor:
         """Several: N x ..."""
         return torch.stack([self[int(i)] for i in indices])
