@@ -54,8 +54,8 @@ def test_correspondence(spair, tmp_path, monkeypatch, capsys):  # noqa: F811
     metrics = data["runs"][0]["maps"]["pixels"]
     assert len(metrics) == 2 * 3 * 2 + 2 * 2 and "bbox@0.1 per point, cat" in metrics
     assert data["pairs"] == 3 and data["points"] == 6 and list(data["runs"][3]["maps"]) == ["us6"]
-    assert "prompt 'A photo of a aeroplane.' and alike" in data["runs_told"]["cleandift_tiny"]
-    assert data["runs_told"]["pixels"].startswith("no prompt")
+    assert "prompt 'A photo of a aeroplane.' and alike" in data["details"]["cleandift_tiny"]
+    assert data["details"]["pixels"].startswith("no prompt")
     printed = capsys.readouterr().out
     assert "| test_vit, random weights |" in printed and "bbox@0.1 per point" in printed
     evaluate(monkeypatch, "correspondence", "--model", *OTHERS, *common, "--resize", "pad", "--soft-argmax", 5)

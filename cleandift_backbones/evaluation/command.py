@@ -300,7 +300,7 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
         rows.append(Row(planned.label, planned.kind, results, planned.settings, total))
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
-    info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), runs_told=told)
+    info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
     return Report(
         rows, {key: key for key in metrics}, info, args.seed, task.main(metrics), task.lower & set(metrics), task.unit
     )

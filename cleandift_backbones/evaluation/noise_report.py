@@ -45,7 +45,7 @@ def _plot(path: Path, entries: Sequence[Entry]) -> None:
     panels: dict[tuple[str, str], list[tuple[int, Shares]]] = {}
     for model, name, step, share in entries:
         panels.setdefault((model, name), []).append((step, share))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(5.6, 3.6 * len(panels)), 3.4), squeeze=False, sharey=True)
     for axis, ((model, name), found) in zip(axes.flat, panels.items()):
         found.sort(key=lambda pair: pair[0])
         steps = [step for step, _ in found]

@@ -284,6 +284,7 @@ class Report:
                 axis.barh(place, scale * value, xerr=error, color=COLOURS[rows[0].kind], ecolor="#52525b", capsize=2)
         axis.set_yticks(range(len(labels)), labels)
         axis.invert_yaxis()
+        axis.set_xlim(left=0)
         axis.set_xlabel("less is better" if metric in self.lower else "per cent")
         axis.grid(axis="x", alpha=0.2)
 
@@ -292,10 +293,12 @@ class Report:
         if not swept:
             return self._bars(axis, metric)
         scale = self._scale(metric)
-        labels = dict.fromkeys((row.kind, row.settings.get("ensemble")) for row in swept)
+        curves = {(row.kind, row.settings.get("ensemble"), row.label.split(",")[0]): [] for row in swept}
+        for row in swept:
+            curves[row.kind, row.settings.get("ensemble"), row.label.split(",")[0]].append(row)
+        several = len({model for kind, _, model in curves if kind == "noisy"}) > 1
         styles = ["-", "--", ":", "-."]
-        for number, (kind, ensemble) in enumerate(labels):
-            runs = [row for row in swept if (row.kind, row.settings.get("ensemble")) == (kind, ensemble)]
+        for number, ((kind, ensemble, model), runs) in enumerate(curves.items()):
             runs.sort(key=lambda row: row.settings["timestep"])
             bests = [best for row in runs if (best := self.best([row], metric))]
             if not bests:
@@ -303,7 +306,9 @@ class Report:
             steps = [best.row.settings["timestep"] for best in bests]
             bounds = np.array([rate_interval(best.tally, self.weights) for best in bests]).T * scale
             label = (
-                f"noisy, {ensemble} noise{'s' if ensemble > 1 else ''}" if kind == "noisy" else "teacher, clean picture"
+                f"{model if several else 'noisy'}, {ensemble} noise{'s' if ensemble > 1 else ''}"
+                if kind == "noisy"
+                else "teacher, clean picture"
             )
             line_style = styles[number % 4] if kind == "noisy" else "-"
             values = [scale * best.tally.rate for best in bests]
