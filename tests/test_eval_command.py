@@ -93,7 +93,7 @@ def test_segmentation(voc, tmp_path, monkeypatch):  # noqa: F811
     evaluate(monkeypatch, "segmentation", "--model", *OTHERS, *arguments, "--map", "random:test_resnet=layer2")
     data = results(out, "segmentation")
     assert list(data["runs"][0]["maps"]) == ["layer2"] and list(data["runs"][1]["maps"]) == ["blocks.5"]
-    assert 0 < data["runs"][0]["maps"]["layer2"]["pixel accuracy"]["rate"] <= 1
+    assert 0 < data["runs"][0]["maps"]["layer2"]["pixel accuracy"]["rate"] <= 1 and data["empty_masks"] == 0
 
 
 def test_depth(nyu, tmp_path, monkeypatch):  # noqa: F811
@@ -138,6 +138,7 @@ def test_noise(classes, tmp_path, monkeypatch):
         (["segmentation", "--model", "pixels"], "neither layout (found train, val)"),
         (["depth", "--model", "pixels"], "no split 'train' of NYUv2 (found train, val)"),
         (["correspondence", "--model", "pixels"], "no pairs (found train, val); expected one of"),
+        (["nkk", "--model", "pixels"], "argument TASK: invalid choice: 'nkk'"),
         (["noise", "--model", "pixels"], "pixels draws no noise; give dift_* models"),
     ],
 )

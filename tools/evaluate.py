@@ -58,14 +58,14 @@ on these same pictures, for every row alike."""
 
 
 def main() -> None:
-    if len(sys.argv) > 1 and sys.argv[1] in command.TASKS:
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         return command.main(sys.argv[1:])
     parser = _parser()
     args = parser.parse_args()
     if args.timesteps is None:
         args.timesteps = [100, 400] if args.quick else [1, 50, 100, 200, 300, 400]
     if args.quick and args.limit_concepts is None:
-        args.limit_concepts = 100
+        args.limit_concepts = 60
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         plan, device = _check(args)
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
     parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
     parser.add_argument(
-        "--quick", action="store_true", help="in minutes: 100 concepts, timesteps 100 and 400, unless they are given"
+        "--quick", action="store_true", help="in minutes: 60 concepts, timesteps 100 and 400, unless they are given"
     )
     parser.add_argument("--limit-concepts", type=int, metavar="N", help="use only N concepts, for a quick look")
     parser.add_argument(

@@ -115,6 +115,7 @@ class Segmentation(Task):
     def _labels(self, cells: Size):
         if self.known is None or self.known[0] != cells:  # runs of a sweep share them
             self.known = (cells, *(segmentation.all_labels(scenes, cells) for scenes in (self.train, self.val)))
+            self.facts["empty_masks"] = sum(not len(one.counts) for labels in self.known[1:] for one in labels)
         return self.known[1:]
 
     def measure(self, features, size, progress=True):
