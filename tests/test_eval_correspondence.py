@@ -168,10 +168,21 @@ def maps_of(data, channels=9, cells=(6, 5), seed=0):
     return [torch.randn(channels, *cells, generator=generator) for _ in data.items]
 
 
-def test_matching_equals_the_protocol_pair_by_pair(spair):
+class Counted(list):
+    """Maps that say how often each was read."""
+
+    def __getitem__(self, index):
+        self.reads = [*getattr(self, "reads", []), index]
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("chunk", [1, 2**22])
+def test_matching_equals_the_protocol_pair_by_pair(spair, monkeypatch, chunk):
+    monkeypatch.setattr(matching, "CHUNK", chunk)
     data = pairs.read_pairs(spair)
-    maps = maps_of(data)
+    maps = Counted(maps_of(data))
     found = matching.match_pairs(maps, data, progress=False)
+    assert max(map(maps.reads.count, range(4))) == 2  # once as a source, once as a target, however many pairs
     for pair, points in zip(data.pairs, found, strict=True):
         source, target = maps[pair.source], maps[pair.target]
         sizes = data.sizes[pair.source], data.sizes[pair.target]
