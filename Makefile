@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint table pictures test-mmseg test-mmdet clean
+.PHONY: demo test lint table table-quick pictures test-mmseg test-mmdet clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py --out demo
@@ -40,6 +40,10 @@ data/emoji: $(VENV)/.ready-dev
 
 table: data/emoji
 	$(BIN)/python tools/evaluate.py --suite emoji --data data/emoji --out results
+
+# The same on fewer concepts and timesteps, in minutes.
+table-quick: data/emoji
+	$(BIN)/python tools/evaluate.py --suite emoji --quick --data data/emoji --out results/quick
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

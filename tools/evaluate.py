@@ -1,6 +1,10 @@
 #!/usr/bin/env python3
 """Measure feature maps on held-out emoji: cross-style retrieval and eye correspondence, in one table.
 
+    python tools/evaluate.py correspondence --model cleandift_sd21 dift_sd21 --data SPair-71k
+
+and the other tasks of the paper are described in docs/evaluation.md.
+
     python tools/evaluate.py --suite emoji --data data/emoji --out results
 
 takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over
@@ -24,7 +28,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from cleandift_backbones.evaluation import emoji, report
+from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
 from cleandift_backbones.evaluation.features import (
     PIXELS,
     Extractor,
@@ -45,20 +49,33 @@ side. "Centred" takes the pictures as they are, where an eye is mostly near the 
 with "same position". "Placed" shrinks each picture to {low}..{high} of the canvas at a random place (and measures the
 tolerance on the shrunk side) and mirrors half of the targets, so that position does not help.
 
+Subgroup: the share of pictures whose Unicode subgroup wins the vote of their {k} nearest pictures of other concepts
+(cosine, pooled map). Figure: mean IoU of figure and ground, as the drawing's opacity tells them, by a linear map fitted
+by least squares on half of the concepts and judged on the other half; predictions upsampled by nearest neighbour.
+
 Pictures lie on plain light grey {grey}. The best map, and for the noisy and teacher rows the best timestep, are chosen
 on these same pictures, for every row alike."""
 
 
 def main() -> None:
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        return command.main(sys.argv[1:])
     parser = _parser()
     args = parser.parse_args()
+    if args.timesteps is None:
+        args.timesteps = [100, 400] if args.quick else [1, 50, 100, 200, 300, 400]
+    if args.quick and args.limit_concepts is None:
+        args.limit_concepts = 60
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         plan, device = _check(args)
         suite = emoji.load_suite(args.data, args.size, args.eyes, args.limit_concepts, args.seed, progress=True)
         result = _run(args, plan, suite, device)
         paths = result.write(
-            args.out, ABOUT.format(alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND)
+            args.out,
+            ABOUT.format(
+                k=emoji_probes.K, alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND
+            ),
         )
     except (ModelError, emoji.SuiteError, ImageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -70,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.epilog = f"Tasks with data of one's own: evaluate.py TASK --help, TASK one of {', '.join(command.TASKS)}."
     parser.add_argument("--suite", choices=["emoji"], default="emoji", help="what to measure")
     parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
@@ -79,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         "swept; a cleandift_* model brings its random twin",
     )  # fmt: skip
     parser.add_argument(
-        "--timesteps", nargs="+", type=int, metavar="T", default=[1, 50, 100, 200, 300, 400],
-        help="of the dift_* models (noise added), and of their UNets on clean pictures; 0..999",
+        "--timesteps", nargs="+", type=int, metavar="T",
+        help="of the dift_* models (noise added), and of their UNets on clean pictures, 0..999; "
+        "1 50 100 200 300 400 unless given",
     )  # fmt: skip
     parser.add_argument(
         "--ensemble", nargs="+", type=int, metavar="N", default=[1, 8], help="noises averaged by dift_* models"
@@ -88,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--maps", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
     parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
+    parser.add_argument(
+        "--quick", action="store_true", help="in minutes: 60 concepts, timesteps 100 and 400, unless they are given"
+    )
     parser.add_argument("--limit-concepts", type=int, metavar="N", help="use only N concepts, for a quick look")
     parser.add_argument(
         "--shared-noise", action="store_true", help="one noise for all pictures instead of one per style"
@@ -233,7 +255,7 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
 
 def _key(args: argparse.Namespace, run: dict, data: str) -> str:
     """Names a run by all that its numbers depend on, so that an interrupted command goes on where it stopped."""
-    options = [args.size, args.seed, args.placements, args.shared_noise, args.maps]
+    options = [args.size, args.seed, args.placements, args.shared_noise, args.maps, list(emoji.METRICS)]
     told = json.dumps([data, options, _digests([run]), run], sort_keys=True, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:20]
 

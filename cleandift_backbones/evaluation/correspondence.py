@@ -28,9 +28,35 @@ def interpolation_matrix(cells: int, pixels: int, device: torch.device | str = "
     return F.interpolate(torch.eye(cells, device=device)[None], size=pixels, mode="linear", align_corners=False)[0].T
 
 
+def window_matrix(cells: int, pixels: int, start: float, length: float, whole: int) -> torch.Tensor:
+    """Linear interpolation to a picture that takes only a part of what the map shows (mode "pad").
+
+    The map's cells cover an input of `whole` pixels, of which [start, start + length) show the picture's `pixels`.
+    Pixel centres lie at + 0.5, and beyond the outermost cells' centres the map goes on unchanged, as in torch's
+    interpolation (align_corners=False), which this equals for start = 0 and length = whole.
+
+    Returns:
+        pixels x cells.
+    """
+    inside = start + (torch.arange(pixels, dtype=torch.float64) + 0.5) * length / pixels
+    position = (inside * cells / whole - 0.5).clamp(0, cells - 1)
+    low = position.floor().clamp(max=max(cells - 2, 0)).long()
+    share = (position - low).float()
+    matrix = torch.zeros(pixels, cells)
+    matrix.scatter_(1, low[:, None], 1 - share[:, None])
+    if cells > 1:
+        matrix.scatter_(1, low[:, None] + 1, share[:, None])
+    return matrix
+
+
 def upsampled_norm(maps: torch.Tensor, size: Size) -> torch.Tensor:
     """Length of every vector of bilinearly upsampled maps: N x C x h x w -> N x H x W, without upsampling them."""
     rows, columns = (interpolation_matrix(n, m, maps.device) for n, m in zip(maps.shape[-2:], size, strict=True))
+    return interpolated_norm(maps, rows, columns)
+
+
+def interpolated_norm(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The same for any two matrices of linear interpolation, H x h and W x w."""
     # weight of a cell with itself, and (twice, by symmetry) of a cell with its neighbour; only two neighbours ever meet
     rows_same, rows_next = rows.square(), 2 * rows[:, :-1] * rows[:, 1:]
     columns_same, columns_next = columns.square(), 2 * columns[:, :-1] * columns[:, 1:]

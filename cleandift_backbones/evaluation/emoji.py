@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 from ..images import read_image, to_tensor
-from . import correspondence, retrieval
+from . import correspondence, emoji_probes, retrieval
 from .bootstrap import Tally
 from .features import Extractor, extract
 
@@ -40,6 +41,8 @@ METRICS = {
     "retrieval_whole": "retrieval, whole map",
     "eyes_centred": "eyes, centred",
     "eyes_placed": "eyes, placed",
+    "subgroup": "subgroup, kNN",
+    "figure": "figure, mIoU",
 }
 Tallies = dict[str, Tally]
 
@@ -55,6 +58,8 @@ class Suite:
     Attributes:
         pictures: N x 3 x S x S in 0..1.
         concepts, styles: N names each.
+        subgroups: N names, "" where none is known; or none at all.
+        alphas: N x S x S opacities in 0..1, None where a picture has none.
         eyes: index of a picture -> 2 x 2 tensor of (x, y) as fractions of the side, left eye then right eye as seen.
     """
 
@@ -63,6 +68,8 @@ class Suite:
     styles: list[str]
     eyes: dict[int, torch.Tensor]
     folder: str = ""
+    subgroups: list[str] = field(default_factory=list)
+    alphas: torch.Tensor | None = None
     names: list[str] = field(init=False)  # concepts, each once
 
     def __post_init__(self):
@@ -110,24 +117,34 @@ def load_suite(
     missing = [line["file_name"] for line in lines if not (root / line["file_name"]).is_file()]
     if missing:
         raise SuiteError(f"{root}: {len(missing)} of {len(lines)} pictures are missing, first {missing[0]}; {_MAKE}")
-    pictures = torch.empty(len(lines), 3, size, size)
+    pictures, alphas = torch.empty(len(lines), 3, size, size), torch.ones(len(lines), size, size)
     for i, line in enumerate(tqdm(lines, desc="pictures", unit="img", disable=not progress, leave=False)):
         image = to_tensor(read_image(root / line["file_name"], BACKGROUND))[None]
         if image.shape[-2:] != (size, size):
             image = F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         pictures[i] = image[0]
+        alphas[i] = _alpha(root / line["file_name"], size)
     marks = {}
     for i, line in enumerate(lines):
         points = eyes.get(line["concept"], {}).get(line["style"])
         if points is not None:
             marks[i] = torch.tensor(points, dtype=torch.float32)
-    suite = Suite(pictures, [x["concept"] for x in lines], [x["style"] for x in lines], marks, str(root))
+    concepts, styles, subgroups = ([x[key] for x in lines] for key in ("concept", "style", "subgroup"))
+    opaque = bool((alphas.flatten(1).amin(1) >= 0.5).any())  # a picture without a ground
+    suite = Suite(pictures, concepts, styles, marks, str(root), subgroups, None if opaque else alphas)
     if not suite.eye_pairs():
         raise SuiteError(f"{root}: no concept has marked eyes in two styles; give more pictures or another eyes file")
     return suite
 
 
 _MAKE = "make the folder with `python tools/make_pictures.py --out DIR`"
+
+
+def _alpha(path: Path, size: int) -> torch.Tensor:
+    """Opacity of a picture that was read before, size x size in 0..1."""
+    with Image.open(path) as image:
+        alpha = image.convert("RGBA").getchannel("A").resize((size, size), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(alpha)).float() / 255
 
 
 def _read_metadata(root: Path) -> list[dict]:
@@ -138,7 +155,8 @@ def _read_metadata(root: Path) -> list[dict]:
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
-            lines.append({key: line[key] for key in ("file_name", "style", "concept")})
+            known = {key: line[key] for key in ("file_name", "style", "concept")}
+            lines.append(known | dict(subgroup=line.get("subgroup", "")))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             wanted = "file_name, style and concept"
             raise SuiteError(f"{path}, line {number}: expected {wanted} ({error!r}); {_MAKE}") from None
@@ -256,6 +274,7 @@ class Benchmark:
         for pooling in retrieval.POOLINGS:
             hits = retrieval.cross_style_hits(retrieval.embed(centred, pooling), suite.concepts, suite.styles)
             tallies[f"retrieval_{pooling}"] = self._tally_retrieval(hits)
+        tallies |= self._measure_probes(centred)
         eyed = centred[torch.tensor(self.eyed, device=centred.device)]
         tallies["eyes_centred"] = self._tally_eyes([self.match(eyed, eyed, self.points, self.points, suite.side)])
         found = [
@@ -264,6 +283,21 @@ class Benchmark:
         ]
         if found:
             tallies["eyes_placed"] = self._tally_eyes(found)
+        return tallies
+
+    def _measure_probes(self, centred: torch.Tensor) -> Tallies:
+        suite, tallies = self.suite, {}
+        index = {name: k for k, name in enumerate(suite.names)}
+        rows = np.array([index[concept] for concept in suite.concepts])
+        if any(suite.subgroups):
+            embeddings = retrieval.embed(centred, "pooled").cpu()
+            found, counted = emoji_probes.subgroup_hits(embeddings, suite.concepts, suite.subgroups)
+            if counted.any():
+                tallies["subgroup"] = _gather(rows, found[:, None], counted[:, None], len(index))
+        fitted = emoji_probes.halves(suite.concepts, self.seed)
+        if suite.alphas is not None and fitted.any():
+            hits, unions = emoji_probes.figure_counts(centred, suite.alphas, fitted)
+            tallies["figure"] = _gather(rows[~fitted.numpy()], hits, unions, len(index))
         return tallies
 
     def match(
@@ -317,3 +351,11 @@ class Benchmark:
                 tally.hits[index[concept], group] = hit
                 tally.trials[index[concept], group] = 1
         return tally
+
+
+def _gather(rows: np.ndarray, hits: torch.Tensor, trials: torch.Tensor, concepts: int) -> Tally:
+    """Numbers per picture, M x G, added up per concept."""
+    tally = Tally(*(np.zeros((concepts, hits.shape[1])) for _ in range(2)))
+    np.add.at(tally.hits, rows, hits.double().numpy())
+    np.add.at(tally.trials, rows, trials.double().numpy())
+    return tally

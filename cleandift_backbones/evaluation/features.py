@@ -59,6 +59,7 @@ class Extractor:
     std: tuple[float, ...]
     size: tuple[int, int] | None
     device: torch.device
+    first_prompt: torch.Tensor | None = None  # embeddings that the model had before `set_prompts`
 
     @torch.inference_mode()
     def __call__(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,9 +71,10 @@ class Extractor:
         x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
         try:
             outputs = self.model(x)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(f"{self.name}: out of memory with a batch of {len(x)}; lower the batch size") from error
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, RuntimeError, ValueError, MemoryError) as error:
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+                lower = "lower the batch size (--batch-size)" if len(x) > 1 else "lower the size (--size)"
+                raise ModelError(f"{self.name}: out of memory with a batch of {len(x)}; {lower}") from error
             raise ModelError(
                 f"{self.name} cannot take pictures of {x.shape[-1]}x{x.shape[-2]}: {_line(error)}"
             ) from error
@@ -85,6 +87,31 @@ class Extractor:
         core = getattr(self.model, "model", self.model)
         if hasattr(getattr(core, "vae", None), "map_infos"):  # a LatentEncoder, whose module imports diffusers
             core.vae = RememberedLatents(core.vae, memory)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the model is conditioned on text and knows a text encoder."""
+        core = getattr(self.model, "model", self.model)
+        return bool(getattr(core, "text_encoder", None)) and hasattr(core, "set_prompt")
+
+    def set_prompts(self, prompts: Sequence[str]) -> None:
+        """Conditions the model on texts, one per picture of the next batch; none: on what it was conditioned at first.
+
+        Raises:
+            ModelError: a model that takes no text, or whose text encoder cannot be had.
+        """
+        if not self.takes_prompts:
+            raise ModelError(f"{self.name} takes no prompts, or knows no text encoder; give --prompt none")
+        core = getattr(self.model, "model", self.model)
+        if self.first_prompt is None:
+            self.first_prompt = core.prompt_embeds
+        try:
+            if not prompts:
+                core.set_prompt(self.first_prompt)
+            else:
+                core.set_prompt(prompts[0] if len(set(prompts)) == 1 else list(prompts))
+        except (ImportError, OSError, ValueError) as error:
+            raise ModelError(f"{self.name}: {_line(error)}; or give --prompt none") from error
 
     def reseed(self, seed: int) -> bool:
         """Draws other noises from now on, if the model is one that uses noise (DIFT); says whether it is."""
@@ -116,6 +143,15 @@ class RememberedLatents(nn.Module):
             latents, _ = self.vae(images[new])
             self.memory.update(zip([keys[i] for i in new], latents, strict=True))
         return torch.stack([self.memory[key] for key in keys]), {}
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hash of all that a model computes with: its parameters and buffers, also those that checkpoints leave out."""
+    state = hashlib.blake2b()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def _digest(*tensors: torch.Tensor) -> bytes:

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from ..files import replacing, write_text
 from .bootstrap import Tally, concept_weights, difference, rate_interval
 
-VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy")
+VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy", "scipy", "pillow")
 COLOURS = {"clean": "#c2410c", "noisy": "#1d4ed8", "teacher": "#0f766e", "baseline": "#6b7280", "control": "#a1a1aa"}
 
 
@@ -77,12 +77,12 @@ class Best:
     tally: Tally
 
 
-def best_of(rows: Sequence[Row], metric: str) -> Best | None:
-    """The run and map of the highest rate; None if nothing was measured."""
+def best_of(rows: Sequence[Row], metric: str, lower: bool = False) -> Best | None:
+    """The run and map of the highest (or lowest) rate; None if nothing was measured."""
     found = [
         Best(row, name, tallies[metric]) for row in rows for name, tallies in row.results.items() if metric in tallies
     ]
-    return max(found, key=lambda best: best.tally.rate, default=None)
+    return (min if lower else max)(found, key=lambda best: best.tally.rate, default=None)
 
 
 @dataclass
@@ -91,16 +91,39 @@ class Report:
 
     Attributes:
         metrics: {key: heading}. info: command, data, sizes, ... (JSON values).
+        main: metrics of the first table, the verdicts and the plot; () for all.
+        lower: metrics in a unit of their own of which less is better; all others are shares, of which more is.
+        unit: what the bootstrap draws.
     """
 
     rows: list[Row]
     metrics: dict[str, str]
     info: dict
     seed: int = 0
+    main: tuple[str, ...] = ()
+    lower: frozenset[str] = frozenset()
+    unit: str = "concepts"
 
     def __post_init__(self):
+        self.shown = {key: text for key, text in self.metrics.items() if not self.main or key in self.main}
         first = next(tally for row in self.rows for tallies in row.results.values() for tally in tallies.values())
         self.weights = concept_weights(len(first.hits), seed=self.seed)
+
+    def best(self, rows: Sequence[Row], metric: str) -> Best | None:
+        """See `best_of`."""
+        return best_of(rows, metric, metric in self.lower)
+
+    def _scale(self, metric: str) -> float:
+        return 1 if metric in self.lower else 100
+
+    def _digits(self, metric: str) -> str:
+        return ".3f" if metric in self.lower else ".1f"
+
+    def _interval(self, metric: str, tally: Tally, note: str = "", bold: bool = False) -> str:
+        scale, digits = self._scale(metric), self._digits(metric)
+        low, high = (format(scale * bound, digits) for bound in rate_interval(tally, self.weights))
+        number = format(scale * tally.rate, digits)
+        return f"{f'**{number}**' if bold else number} [{low}, {high}]" + (f" {note}" if note else "")
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row.kind == kind]
@@ -119,8 +142,8 @@ class Report:
     def comparisons(self) -> list[dict]:
         """Best clean against best noisy run (each over all its maps and settings), per metric, paired over concepts."""
         result = []
-        for metric in self.metrics:
-            clean, noisy = best_of(self.of_kind("clean"), metric), best_of(self.of_kind("noisy"), metric)
+        for metric in self.shown:
+            clean, noisy = self.best(self.of_kind("clean"), metric), self.best(self.of_kind("noisy"), metric)
             if clean and noisy:
                 delta, low, high = difference(clean.tally, noisy.tally, self.weights)
                 result.append(
@@ -134,41 +157,51 @@ class Report:
         """The comparisons in words, a sentence per metric."""
         sentences = []
         for item in self.comparisons():
-            delta, (low, high) = item["difference"], item["interval"]
-            if low > 0:
-                words = f"clean wins by {100 * delta:.1f} points"
-            elif high < 0:
-                words = f"clean loses by {-100 * delta:.1f} points"
+            metric = item["metric"]
+            scale, digits = self._scale(metric), self._digits(metric)
+            points, unit = ("", "") if metric in self.lower else (" points", " %")
+            delta, low, high = (scale * value for value in (item["difference"], *item["interval"]))
+            if low <= 0 <= high:
+                words = f"no clear winner: clean minus noisy is {delta:+{digits}}{points}"
             else:
-                words = f"no clear winner: clean minus noisy is {100 * delta:+.1f} points"
+                wins = (high < 0) if metric in self.lower else (low > 0)
+                words = f"clean {'wins' if wins else 'loses'} by {abs(delta):{digits}}{points}"
             sides = "; ".join(
-                f"{side} {100 * item[side]['rate']:.1f} % ({item[side]['text']})" for side in ("clean", "noisy")
+                f"{side} {scale * item[side]['rate']:{digits}}{unit} ({item[side]['text']})"
+                for side in ("clean", "noisy")
             )
-            heading = self.metrics[item["metric"]]
+            heading = self.metrics[metric]
             sentences.append(
-                f"**{heading}**: {words} [{100 * low:+.1f}, {100 * high:+.1f}]. {sides[0].upper()}{sides[1:]}."
+                f"**{heading}**: {words} [{low:+{digits}}, {high:+{digits}}]. {sides[0].upper()}{sides[1:]}."
             )
         return sentences
 
     def table(self) -> str:
         """A Markdown table: a line per label, a column per metric; the best of each column in bold."""
         labels = list(dict.fromkeys(row.label for row in self.rows))
-        top = {m: best.tally.rate for m in self.metrics if (best := best_of(self.rows, m))}
-        lines = ["| features | " + " | ".join(self.metrics.values()) + " |", "| --- |" + " --- |" * len(self.metrics)]
+        top = {m: best.tally.rate for m in self.shown if (best := self.best(self.rows, m))}
+        lines = ["| features | " + " | ".join(self.shown.values()) + " |", "| --- |" + " --- |" * len(self.shown)]
         for label in labels:
             rows = [row for row in self.rows if row.label == label]
             cells = []
-            for metric in self.metrics:
-                best = best_of(rows, metric)
+            for metric in self.shown:
+                best = self.best(rows, metric)
                 if best is None:
                     cells.append("")
                     continue
-                low, high = rate_interval(best.tally, self.weights)
-                number = f"{100 * best.tally.rate:.1f}"
-                number = f"**{number}**" if best.tally.rate == top[metric] else number
                 note = best.map + (f", {_settings(best.row)}" if len(rows) > 1 else "") if best.map else ""
-                cells.append(f"{number} [{100 * low:.1f}, {100 * high:.1f}]" + (f" {note}" if note else ""))
+                cells.append(self._interval(metric, best.tally, note, best.tally.rate == top[metric]))
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def long_table(self) -> str:
+        """A Markdown table of all metrics: a line per metric, a column per label."""
+        labels = list(dict.fromkeys(row.label for row in self.rows))
+        lines = ["| | " + " | ".join(labels) + " |", "| --- |" + " --- |" * len(labels)]
+        for metric, heading in self.metrics.items():
+            bests = [self.best([row for row in self.rows if row.label == label], metric) for label in labels]
+            cells = [self._interval(metric, best.tally) if best else "" for best in bests]
+            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
     def map_table(self, metric: str) -> str:
@@ -177,35 +210,39 @@ class Report:
         kinds = {kind: title for kind, title in kinds.items() if self.of_kind(kind)}
         names = list(dict.fromkeys(name for kind in kinds for row in self.of_kind(kind) for name in row.results))
         lines = [f"| {self.metrics[metric]} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+        pick, scale, digits = min if metric in self.lower else max, self._scale(metric), self._digits(metric)
         for kind, title in kinds.items():
             rates = [
-                max(
+                pick(
                     (r.results[n][metric].rate for r in self.of_kind(kind) if metric in r.results.get(n, {})),
                     default=np.nan,
                 )
                 for n in names
             ]
-            lines.append(f"| {title} | " + " | ".join(f"{100 * rate:.1f}" for rate in rates) + " |")
+            lines.append(f"| {title} | " + " | ".join(format(scale * rate, digits) for rate in rates) + " |")
         return "\n".join(lines)
 
     def markdown(self, about: str) -> str:
         """Heading, verdict, table, tables by map, and how it was made."""
         verdicts = "\n".join(f"- {sentence}" for sentence in self.verdicts())
-        by_map = (
-            "\n\n".join(self.map_table(m) for m in self.metrics)
-            if self.of_kind("clean") or self.of_kind("noisy")
-            else ""
-        )
+        several = any(len(row.results) > 1 for row in self.rows if row.kind in ("clean", "noisy"))
+        by_map = "\n\n".join(self.map_table(m) for m in self.shown) if several else ""
         made = ", ".join(f"{name} {number}" for name, number in versions().items())
         facts = "\n".join(f"- {key}: {value}" for key, value in self.info.items())
         parts = [
             about,
             f"## Clean against the best noisy run\n\n{verdicts}" if verdicts else "",
-            f"## Table\n\nPer cent, with 95 % intervals (bootstrap over concepts), best map.\n\n{self.table()}",
+            f"## Table\n\n{self._caption()}\n\n{self.table()}",
+            f"## Everything measured\n\n{self.long_table()}" if len(self.shown) < len(self.metrics) else "",
             f"## By map\n\n{by_map}" if by_map else "",
             f"## How it was made\n\n{facts}\n- seed: {self.seed}\n- versions: {made}",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _caption(self) -> str:
+        what = f"Per cent, with 95 % intervals (bootstrap over {self.unit}), best map."
+        lower = [text for key, text in self.shown.items() if key in self.lower]
+        return what + (f" Not per cent, and less is better: {', '.join(lower)}." if lower else "")
 
     def plot(self, path: Path) -> None:
         """The noisy curve over the timestep against the clean line, a panel per metric, as a PNG."""
@@ -216,13 +253,13 @@ class Report:
 
         style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
         with plt.rc_context(style):
-            columns = min(2, len(self.metrics))
-            rows = -(-len(self.metrics) // columns)
+            columns = min(2, len(self.shown))
+            rows = -(-len(self.shown) // columns)
             figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False)
-            for axis, (metric, heading) in zip(axes.flat, self.metrics.items()):
+            for axis, (metric, heading) in zip(axes.flat, self.shown.items()):
                 self._panel(axis, metric)
                 axis.set_title(heading, loc="left", fontweight="bold")
-            for axis in axes.flat[len(self.metrics) :]:
+            for axis in axes.flat[len(self.shown) :]:
                 axis.remove()
             entries: dict = {}
             for axis in axes.flat:
@@ -236,23 +273,45 @@ class Report:
                 figure.savefig(aside, dpi=160, format="png")
             plt.close(figure)
 
+    def _bars(self, axis, metric: str) -> None:
+        labels = list(dict.fromkeys(row.label for row in self.rows))
+        scale = self._scale(metric)
+        for place, label in enumerate(labels):
+            rows = [row for row in self.rows if row.label == label]
+            if best := self.best(rows, metric):
+                value, (low, high) = best.tally.rate, rate_interval(best.tally, self.weights)
+                error = [[scale * max(0, value - low)], [scale * max(0, high - value)]]
+                axis.barh(place, scale * value, xerr=error, color=COLOURS[rows[0].kind], ecolor="#52525b", capsize=2)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_xlim(left=0)
+        axis.set_xlabel("less is better" if metric in self.lower else "per cent")
+        axis.grid(axis="x", alpha=0.2)
+
     def _panel(self, axis, metric: str) -> None:
         swept = [row for row in self.rows if row.kind in ("noisy", "teacher") and "timestep" in row.settings]
-        labels = dict.fromkeys((row.kind, row.settings.get("ensemble")) for row in swept)
+        if not swept:
+            return self._bars(axis, metric)
+        scale = self._scale(metric)
+        curves = {(row.kind, row.settings.get("ensemble"), row.label.split(",")[0]): [] for row in swept}
+        for row in swept:
+            curves[row.kind, row.settings.get("ensemble"), row.label.split(",")[0]].append(row)
+        several = len({model for kind, _, model in curves if kind == "noisy"}) > 1
         styles = ["-", "--", ":", "-."]
-        for number, (kind, ensemble) in enumerate(labels):
-            runs = [row for row in swept if (row.kind, row.settings.get("ensemble")) == (kind, ensemble)]
+        for number, ((kind, ensemble, model), runs) in enumerate(curves.items()):
             runs.sort(key=lambda row: row.settings["timestep"])
-            bests = [best for row in runs if (best := best_of([row], metric))]
+            bests = [best for row in runs if (best := self.best([row], metric))]
             if not bests:
                 continue
             steps = [best.row.settings["timestep"] for best in bests]
-            bounds = np.array([rate_interval(best.tally, self.weights) for best in bests]).T * 100
+            bounds = np.array([rate_interval(best.tally, self.weights) for best in bests]).T * scale
             label = (
-                f"noisy, {ensemble} noise{'s' if ensemble > 1 else ''}" if kind == "noisy" else "teacher, clean picture"
+                f"{model if several else 'noisy'}, {ensemble} noise{'s' if ensemble > 1 else ''}"
+                if kind == "noisy"
+                else "teacher, clean picture"
             )
             line_style = styles[number % 4] if kind == "noisy" else "-"
-            values = [100 * best.tally.rate for best in bests]
+            values = [scale * best.tally.rate for best in bests]
             axis.plot(steps, values, line_style, color=COLOURS[kind], marker="o", ms=3.5, lw=1.5, label=label)
             if kind == "noisy" and number == 0:
                 axis.fill_between(steps, *bounds, color=COLOURS[kind], alpha=0.1, lw=0)
@@ -260,27 +319,24 @@ class Report:
         labels = dict.fromkeys(row.label for row in flat)
         for number, label in enumerate(labels):
             rows = [row for row in flat if row.label == label]
-            best = best_of(rows, metric)
+            best = self.best(rows, metric)
             if best is None:
                 continue
-            kind, value = rows[0].kind, 100 * best.tally.rate
+            kind, value = rows[0].kind, scale * best.tally.rate
             clean = kind == "clean"
             line = "-" if clean else styles[(number + 1) % 4]
             axis.axhline(value, color=COLOURS[kind], ls=line, lw=2.2 if clean else 1.1, label=label)
             if clean:
                 low, high = rate_interval(best.tally, self.weights)
-                axis.axhspan(100 * low, 100 * high, color=COLOURS[kind], alpha=0.1, lw=0)
-        axis.set_ylabel("per cent")
-        if swept:
-            axis.set_xlabel("timestep t of the noise")
-        else:
-            axis.set_xticks([])
+                axis.axhspan(scale * low, scale * high, color=COLOURS[kind], alpha=0.1, lw=0)
+        axis.set_ylabel("less is better" if metric in self.lower else "per cent")
+        axis.set_xlabel("timestep t of the noise")
         axis.grid(axis="y", alpha=0.2)
 
-    def write(self, folder: str | os.PathLike, about: str) -> list[Path]:
-        """Writes results.json, results.md and results.png into a folder and returns their paths."""
+    def write(self, folder: str | os.PathLike, about: str, name: str = "results") -> list[Path]:
+        """Writes NAME.json, NAME.md and NAME.png into a folder and returns their paths."""
         folder = Path(folder)
-        paths = [folder / f"results.{ending}" for ending in ("json", "md", "png")]
+        paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
         text = json.dumps(self.to_json(), indent=1) + "\n"
         write_text(paths[0], text)
         write_text(paths[1], self.markdown(about))

@@ -1,0 +1,333 @@
+"""The command line of the tasks: `tools/evaluate.py TASK --model NAME ... --data PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import timm
+import torch
+from tqdm import tqdm
+
+from ..images import ImageError, check_folder
+from . import depth, knn, pairs, segmentation, tasks
+from .cache import DTYPES, FeatureCache
+from .features import PIXELS, Extractor, ModelError, list_maps, load_extractor, map_indices, resolve_device
+from .items import ENDINGS, DataError, file_item
+from .matching import ALPHAS
+from .noise import noise_shares
+from .noise_report import write_shares
+from .probes import Recipe
+from .report import Report, Row
+
+TASKS = {
+    "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
+    "knn": "classes by the nearest training pictures: train/CLASS/*, val/CLASS/*, or ImageNet",
+    "retrieval": "pictures of the same class: CLASS/*",
+    "segmentation": "a linear probe on VOC's or ADE20K's layout: mIoU",
+    "depth": "a linear probe on NYUv2's layout: RMSE, AbsRel, delta",
+    "noise": "how much of a noisy feature's variance is the noise: any folder of pictures",
+}
+#: the paper's timestep of the noisy features; kNN's was tuned map by map
+TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
+DEFAULT_TIMESTEP = 261
+ABOUT = {
+    "correspondence": """PCK: the share of keypoints found within alpha times the longer side of the target's box (bbox)
+or of the picture (img); per point pools all points, per image is the mean over pairs. Features upsampled bilinearly to
+the pictures' size, cosine similarity.""",
+    "knn": "Spatial mean of a map, cosine similarity, a vote of the k nearest training pictures.",
+    "retrieval": """Spatial mean of a map, cosine similarity. recall@k: the share of pictures that find one of their
+class among their k nearest; each asks all others, pictures without another of their class are left out.""",
+    "segmentation": """A 1x1 convolution on the map, trained on cached features; predictions upsampled by nearest
+neighbour. mIoU over the classes that occur.""",
+    "depth": """A 1x1 convolution on the map to 256 bins over 0.1..10 m, trained by the scale-invariant log loss on
+cached features; predictions upsampled bilinearly. Measures are means over pictures.""",
+}
+
+
+@dataclass
+class Run:
+    """One model with settings, to be measured."""
+
+    label: str
+    kind: str
+    model: str
+    maps: list[str]
+    pretrained: bool = True
+    settings: dict = field(default_factory=dict)
+    kwargs: dict = field(default_factory=dict)
+
+
+def numbers(kind: type):
+    """A parser of "1,50,100"."""
+
+    def parse(text: str) -> list:
+        return [kind(part) for part in text.split(",") if part.strip()]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """All tasks as sub-commands."""
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    result = argparse.ArgumentParser(prog=prog, description="Measure feature maps of any timm model.")
+    commands = result.add_subparsers(dest="task", required=True, metavar="TASK")
+    for task, about in TASKS.items():
+        one = commands.add_parser(task, help=about, description=f"{task}: {about}", formatter_class=shape)
+        _common(one, task)
+        _special(one, task)
+    return result
+
+
+def _common(one: argparse.ArgumentParser, task: str) -> None:
+    one.add_argument(
+        "--model", nargs="+", required=True, metavar="NAME",
+        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights",
+    )  # fmt: skip
+    one.add_argument("--data", required=True, metavar="PATH", help="the data set")
+    one.add_argument(
+        "--map", nargs="+", default=[], metavar="MAP",
+        help="maps by name or index, for all models; MODEL=MAP for one of them. Default: "
+        + ("the last" if task in ("knn", "retrieval") else "us6, or else the map of the stride nearest to 16"),
+    )  # fmt: skip
+    one.add_argument("--out", default="results", help=f"folder for {task}.json, {task}.md and {task}.png")
+    one.add_argument("--cache", metavar="DIR", help="folder of cached features; default OUT/features")
+    one.add_argument("--size", type=int, help="side of the model's input; default the model's own")
+    one.add_argument("--batch-size", type=int, default=8, help="pictures per pass; lower it if memory runs out")
+    one.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
+    one.add_argument(
+        "--prompt", default="auto",
+        help="text for models that take it; auto: the task's own, if the model has a text encoder; none: the empty one",
+    )  # fmt: skip
+    one.add_argument("--timesteps", type=numbers(int), metavar="T,T,...", help="of dift_* models, 0..999")
+    one.add_argument("--ensemble", type=numbers(int), metavar="N,N,...", help="noises averaged by dift_* models")
+    one.add_argument(
+        "--weights", nargs="+", default=[], metavar="MODEL=FILE", help="safetensors instead of a model's published ones"
+    )
+    one.add_argument("--limit", type=int, metavar="N", help="only N pairs, or pictures of each split")
+    one.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    one.add_argument("--threads", type=int, help="CPU threads")
+    one.add_argument("--seed", type=int, default=0, help="of noises, random weights, probes and the bootstrap")
+
+
+def _special(one: argparse.ArgumentParser, task: str) -> None:
+    if task == "correspondence":
+        one.add_argument("--split", default="test", help="of SPair-71k and PF-PASCAL")
+        one.add_argument("--alpha", type=numbers(float), default=list(ALPHAS), metavar="A,A", help="thresholds")
+        one.add_argument("--resize", choices=["squash", "pad"], default="squash", help="pictures to the model's input")
+        one.add_argument("--soft-argmax", type=int, default=0, metavar="PIXELS", help="side of its window; 0: argmax")
+        one.add_argument("--temperature", type=float, default=0.04, help="of the soft-argmax")
+        one.add_argument("--skip-outside", action="store_true", help="leave out keypoints outside their pictures")
+    elif task in ("knn", "retrieval"):
+        one.add_argument("--k", type=numbers(int), default=[10, 1, 5, 20] if task == "knn" else [1, 5, 10])
+        if task == "knn":
+            one.add_argument("--weighted", action="store_true", help="votes count exp(similarity / 0.07)")
+            one.add_argument("--per-class", type=int, metavar="N", help="training pictures of each class")
+    elif task in ("segmentation", "depth"):
+        one.add_argument("--epochs", type=int, default=10, help="of the probe")
+        one.add_argument("--learning-rate", type=float, default=1e-3, help="of the probe")
+        one.add_argument("--probe-batch", type=int, default=16, help="pictures per step of the probe")
+        if task == "depth":
+            one.add_argument("--probe", metavar="FILE", help="a probe's safetensors, used as it is: nothing is trained")
+            one.add_argument("--no-eigen-crop", action="store_true", help="count the borders of 480x640 depths too")
+    else:
+        one.add_argument("--noises", type=int, default=8, help="noises per picture, at least 2")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a task; exits with status 2 and one line for input that cannot be used."""
+    commands = parser()
+    args = commands.parse_args(arguments)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        _check(args)
+        device = resolve_device(args.device)
+        plan = make_plan(args)
+        if args.task == "noise":
+            paths = _noise(args, plan, device)
+        else:
+            task = make_task(args)
+            result = run(args, plan, task, device)
+            paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
+            print(result.table(), *result.verdicts(), sep="\n")
+    except (ModelError, DataError, ImageError, OSError) as error:
+        commands.exit(2, f"{commands.prog}: error: {error}\n")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
+        commands.exit(2, f"{commands.prog}: error: out of memory; lower {lower}\n")
+    print("wrote", *paths)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Finds what is wrong with the numbers before any long work."""
+    for name, low, high in (
+        ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 16, 4096), ("batch_size", 1, None), ("limit", 2, None),
+        ("threads", 1, None), ("seed", 0, None), ("alpha", 1e-6, 10), ("k", 1, None), ("epochs", 1, None),
+        ("probe_batch", 1, None), ("noises", 2, None), ("per_class", 1, None), ("soft_argmax", 0, None),
+        ("temperature", 1e-9, None), ("learning_rate", 1e-9, None),
+    ):  # fmt: skip
+        values = getattr(args, name, None)
+        values = values if isinstance(values, list) else [values]
+        flag = f"--{name.replace('_', '-')}"
+        if not values:
+            raise ModelError(f"{flag} is empty; give at least one number")
+        for value in values:
+            if value is not None and not low <= value <= (high or value):
+                raise ModelError(f"{flag} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
+    check_folder(args.out)
+    check_folder(args.cache or args.out)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def make_plan(args: argparse.Namespace) -> list[Run]:
+    """Every run, its maps found."""
+    files = {}
+    for entry in args.weights:
+        name, _, file = entry.rpartition("=")
+        if not name or not Path(file).is_file():
+            raise OSError(f"--weights {entry}: expected MODEL=FILE with a file that is there")
+        files[name] = dict(pretrained_cfg_overlay=dict(file=file))
+    strange = set(files) - set(args.model)
+    if strange:
+        raise ModelError(f"--weights are given for {', '.join(sorted(strange))}, which is not among --model")
+    plan = []
+    for name in dict.fromkeys(args.model):
+        random, bare = name.startswith("random:"), name.removeprefix("random:")
+        maps = _maps(args, name, bare)
+        weights = files.get(name, {})
+        if bare.startswith("dift_"):
+            steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
+            counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
+            for count in counts:
+                for step in steps:
+                    label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
+                    kind = "control" if random else "noisy"
+                    kwargs = dict(timestep=step, ensemble_size=count) | weights
+                    settings = dict(timestep=step, ensemble=count)
+                    plan.append(Run(label, kind, bare, maps, not random, settings, kwargs))
+        elif args.task == "noise":
+            raise ModelError(f"{name} draws no noise; give dift_* models")
+        else:
+            kind = "control" if random else "clean" if bare.startswith("cleandift_") else "baseline"
+            label = f"{bare}, random weights" if random else name
+            plan.append(Run(label, kind, bare, maps, not random, {}, weights))
+    return plan
+
+
+def _maps(args: argparse.Namespace, name: str, bare: str) -> list[str]:
+    infos = list_maps(bare)
+    own = [entry.rpartition("=")[2] for entry in args.map if entry.rpartition("=")[0] == name]
+    wanted = own or [entry for entry in args.map if "=" not in entry]
+    if not wanted or bare == PIXELS:
+        if args.task in ("knn", "retrieval"):
+            return [infos[-1]["name"]]
+        if any(info["name"] == "us6" for info in infos):
+            return ["us6"]
+        return [min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]]
+    chosen = [int(item) if item.lstrip("-").isdigit() else item for item in wanted]
+    try:
+        return [infos[i]["name"] for i in map_indices(infos, chosen)]
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}; --map {name}=MAP is for this model alone") from None
+
+
+def make_task(args: argparse.Namespace) -> tasks.Task:
+    """Reads the data set's lists, and finds what is missing."""
+    limit = dict(limit=args.limit, seed=args.seed)
+    if args.task == "correspondence":
+        data = tasks.limit_pairs(pairs.read_pairs(args.data, args.split, args.skip_outside), **limit)
+        alphas = sorted(args.alpha, key=lambda alpha: alpha != 0.1)  # 0.1, where it is asked for, leads
+        return tasks.Correspondence(data, alphas, args.resize, args.soft_argmax, args.temperature)
+    if args.task == "knn":
+        train, val = (tasks.limit_labelled(x, **limit) for x in knn.read_train_and_val(args.data, args.per_class))
+        return tasks.Knn(train, val, args.k, args.weighted)
+    if args.task == "retrieval":
+        root = Path(args.data, "val") if Path(args.data, "val").is_dir() else args.data
+        return tasks.Retrieval(tasks.limit_labelled(knn.read_image_folder(root), **limit), args.k)
+    recipe = Recipe(args.epochs, args.probe_batch, args.learning_rate, seed=args.seed)
+    if args.task == "segmentation":
+        train, val = (
+            tasks.limit_scenes(segmentation.read_scenes(args.data, split), **limit) for split in ("train", "val")
+        )
+        return tasks.Segmentation(train, val, recipe)
+    train = None if args.probe else tasks.limit_scenes(depth.read_nyu(args.data, "train"), **limit)
+    test = tasks.limit_scenes(depth.read_nyu(args.data, "test"), **limit)
+    return tasks.Depth(train, test, recipe, args.probe, not args.no_eigen_crop)
+
+
+def load(args: argparse.Namespace, planned: Run, device: torch.device) -> Extractor:
+    """The run's model, with the size of the model's own input unless another is asked for."""
+    torch.manual_seed(args.seed)
+    extractor = load_extractor(planned.model, planned.maps, planned.pretrained, device, args.size, **planned.kwargs)
+    if extractor.size is None:
+        side = 128 if planned.model == PIXELS else None
+        own = timm.data.resolve_model_data_config(extractor.model)["input_size"][1:] if side is None else (side, side)
+        extractor.size = tuple(own)
+    return extractor
+
+
+def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: torch.device) -> Report:
+    """All runs measured, as a report."""
+    cache = FeatureCache(
+        args.cache or Path(args.out, "features"), args.batch_size, getattr(task, "mode", "squash"), task.pool,
+        args.dtype, args.seed,
+    )  # fmt: skip
+    rows, told = [], {}
+    for planned in tqdm(plan, desc="runs", unit="run", disable=len(plan) == 1):
+        clock = time.perf_counter()
+        extractor = load(args, planned, device)
+        items, told[planned.label] = _prompted(args, task, extractor)
+        found = cache.features(extractor, items, planned.settings)
+        seconds, size = time.perf_counter() - clock, extractor.size
+        del extractor  # a big model need not lie in memory while its features are measured
+        results = {name: task.measure(features, size) for name, features in found.items()}
+        total = time.perf_counter() - clock
+        told[planned.label] += f", {size[1]}x{size[0]}, {total - seconds:.1f} s after {seconds:.1f} s for the features"
+        rows.append(Row(planned.label, planned.kind, results, planned.settings, total))
+    metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
+    info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
+    info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
+    return Report(
+        rows, {key: key for key in metrics}, info, args.seed, task.main(metrics), task.lower & set(metrics), task.unit
+    )
+
+
+def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) -> tuple[list, str]:
+    """The items with the prompts that this model gets, and words about them."""
+    texts = [item.prompt for item in task.items]
+    if args.prompt == "none" or (args.prompt == "auto" and not (extractor.takes_prompts and any(texts))):
+        return [replace(item, prompt="") for item in task.items], "no prompt"
+    if args.prompt != "auto":
+        return [replace(item, prompt=args.prompt) for item in task.items], f"prompt {args.prompt!r}"
+    return task.items, f"prompt {next(filter(None, texts))!r}{' and alike' if len(set(texts)) > 1 else ''}"
+
+
+def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
+    root = Path(args.data)
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
+    if len(paths) < 2:
+        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two")
+    paths = [paths[i] for i in tasks.limited(paths, args.limit or 32, args.seed)]
+    pictures, shares = [file_item(path, root).read() for path in paths], []
+    for planned in tqdm(plan, desc="runs", unit="run"):
+        extractor = load(args, planned, device)
+        if args.prompt not in ("auto", "none"):
+            extractor.set_prompts([args.prompt])
+        found = noise_shares(extractor, pictures, args.noises, args.batch_size)
+        shares += [(planned.model, name, planned.settings["timestep"], share) for name, share in found.items()]
+    info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)
+    return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))

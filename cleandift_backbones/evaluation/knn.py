@@ -1,0 +1,174 @@
+"""Labelled pictures: nearest-neighbour classification, and retrieval of pictures of the same class.
+
+The CleanDIFT paper's kNN: spatial mean of a map, cosine similarity, k = 10, ImageNet.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .bootstrap import Tally
+from .items import ENDINGS, DataError, Item, file_item, require, require_folder
+
+KS = (1, 5, 10, 20)
+TEMPERATURE = 0.07  # of the weighted vote: Wu et al. 2018 (arXiv 1805.01978), as in DINO
+CHUNK = 2**24  # similarities in memory at a time
+LAYOUT = "train/CLASS/PICTURE and val/CLASS/PICTURE (or one level of CLASS folders, for retrieval)"
+IMAGENET = "ImageNet's flat val/ILSVRC2012_val_*.JPEG needs LOC_val_solution.csv beside it"
+
+
+@dataclass
+class Labelled:
+    """Pictures with classes: `labels` index `classes`."""
+
+    items: list[Item]
+    labels: torch.Tensor
+    classes: list[str]
+
+
+def read_image_folder(folder: str | Path, root: str | Path | None = None, per_class: int | None = None) -> Labelled:
+    """Pictures in a folder per class, at any depth below it (torchvision's ImageFolder; ImageNet's train).
+
+    Args:
+        folder: holds the folders of the classes.
+        root: items are named by their paths below it; the folder itself if it is left out.
+        per_class: keep only that many pictures of each class, the first by name.
+
+    Raises:
+        DataError: no such folder, no classes in it, or a class without pictures.
+    """
+    folder = require_folder(folder, [], LAYOUT)
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        found = sum(1 for _ in folder.iterdir())
+        raise DataError(f"{folder} has no folders of classes (found {found} files); expected {LAYOUT}; {IMAGENET}")
+    items, labels = [], []
+    for number, name in enumerate(classes):
+        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
+        if not paths:
+            raise DataError(f"{folder / name} holds no pictures ({', '.join(ENDINGS)}); fill it or remove it")
+        paths = paths[:per_class]
+        items += [file_item(path, Path(root or folder)) for path in paths]
+        labels += [number] * len(paths)
+    return Labelled(items, torch.tensor(labels), classes)
+
+
+def read_train_and_val(root: str | Path, per_class: int | None = None) -> tuple[Labelled, Labelled]:
+    """The two splits of a data set, ImageFolder's or ImageNet's (also with its flat validation folder).
+
+    Raises:
+        DataError: missing splits, other classes in val than in train, see also `read_image_folder`.
+    """
+    root = require_folder(root, ["train", "val"], LAYOUT)
+    train, val = read_image_folder(root / "train", root, per_class), root / "val"
+    table = root / "LOC_val_solution.csv"
+    if table.is_file() and not any(path.is_dir() for path in val.iterdir()):
+        with table.open(newline="", encoding="utf-8") as file:
+            told = {line["ImageId"]: line["PredictionString"].split()[0] for line in csv.DictReader(file)}
+        paths = [val / f"{name}.JPEG" for name in told]
+        require(paths, "pictures of val", IMAGENET)
+        strange = sorted(set(told.values()) - set(train.classes))
+        if strange:
+            raise DataError(f"{table}: {len(strange)} classes are not in train, first {strange[0]}")
+        labels = torch.tensor([train.classes.index(name) for name in told.values()])
+        return train, Labelled([file_item(path, root) for path in paths], labels, train.classes)
+    held = read_image_folder(val, root)
+    strange = sorted(set(held.classes) - set(train.classes))
+    if strange:
+        raise DataError(f"{val}: {len(strange)} of {len(held.classes)} classes are not in train, first {strange[0]}")
+    index = torch.tensor([train.classes.index(name) for name in held.classes])
+    return train, Labelled(held.items, index[held.labels], train.classes)
+
+
+def neighbours(
+    queries: torch.Tensor, gallery: torch.Tensor, count: int, same: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine similarities and indices of the nearest gallery vectors, best first: Q x D, G x D -> two of Q x count.
+
+    Args:
+        same: queries are the gallery: none finds itself.
+    """
+    queries, gallery = F.normalize(queries.float(), dim=1), gallery.float()
+    inverse = gallery.norm(dim=1).clamp_min(1e-12).reciprocal()  # instead of a second copy of ImageNet's features
+    found = []
+    for start in range(0, len(queries), step := max(1, CHUNK // len(gallery))):
+        similarity = (queries[start : start + step] @ gallery.T).mul_(inverse)
+        if same:
+            rows = torch.arange(len(similarity))
+            similarity[rows, start + rows] = -torch.inf
+        found.append(similarity.topk(count, dim=1))
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def knn_hits(
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    gallery: torch.Tensor,
+    gallery_labels: torch.Tensor,
+    ks: Sequence[int] = KS,
+    weighted: bool = False,
+    same: bool = False,
+) -> dict[int, torch.Tensor]:
+    """Which queries get their class by a vote of the k nearest: {k: Q bools}.
+
+    Votes count 1, or exp(similarity / 0.07) if weighted; the first class wins a tie.
+
+    Raises:
+        DataError: fewer gallery pictures than the largest k.
+    """
+    if max(ks) > len(gallery) - same:
+        raise DataError(
+            f"k = {max(ks)} neighbours of {len(gallery) - same} pictures; give smaller --k or more pictures"
+        )
+    similarity, indices = neighbours(queries, gallery, max(ks), same)
+    votes = (similarity / TEMPERATURE).exp() if weighted else torch.ones_like(similarity)
+    labels = gallery_labels[indices]
+    classes = int(gallery_labels.max()) + 1
+    hits = {}
+    for k in ks:
+        parts = []
+        for some, weights in zip(labels[:, :k].split(4096), votes[:, :k].split(4096), strict=True):
+            parts.append(torch.zeros(len(some), classes).scatter_add_(1, some, weights).argmax(1))
+        hits[k] = torch.cat(parts) == query_labels
+    return hits
+
+
+def recall_hits(
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    gallery: torch.Tensor,
+    gallery_labels: torch.Tensor,
+    ks: Sequence[int] = KS,
+    same: bool = False,
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """Recall@k: which queries have a picture of their class among the k nearest: {k: Q bools}.
+
+    Also Q bools of which queries have such a picture at all; the others belong in no rate.
+
+    Raises:
+        DataError: no query has one; fewer gallery pictures than the largest k.
+    """
+    if max(ks) > len(gallery) - same:
+        raise DataError(
+            f"k = {max(ks)} neighbours of {len(gallery) - same} pictures; give smaller --k or more pictures"
+        )
+    length = int(max(query_labels.max(), gallery_labels.max())) + 1
+    possible = torch.bincount(gallery_labels, minlength=length)[query_labels] > int(same)
+    if not possible.any():
+        raise DataError("no query has another picture of its class; nothing to retrieve")
+    _, indices = neighbours(queries, gallery, max(ks), same)
+    equal = gallery_labels[indices] == query_labels[:, None]
+    return {k: equal[:, :k].any(1) for k in ks}, possible
+
+
+def tally(hits: torch.Tensor, counted: torch.Tensor | None = None) -> Tally:
+    """Hits of pictures as a Tally that is resampled over them."""
+    trials = torch.ones_like(hits) if counted is None else counted
+    return Tally(*(np.asarray(x, dtype=float)[:, None] for x in (hits & trials, trials)))
