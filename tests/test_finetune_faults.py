@@ -100,10 +100,8 @@ def test_killed_ten_times(pictures, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_saves_first(pictures, tmp_path, number):
     """As a terminal and a launcher send it: the data workers get it too."""
-    command = [sys.executable, str(ROOT / "tools/finetune.py"), *arguments(pictures, tmp_path / "run")]
-    command += ["max_steps=1000", "checkpoint_every=1000", "num_workers=2", "gradient_accumulation=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = ["max_steps=1000", "checkpoint_every=1000", "num_workers=2", "gradient_accumulation=4"]
+    process = run_in_process(pictures, tmp_path / "run", *options, start_new_session=True)
     while not (tmp_path / "run/log.jsonl").exists() or not log(tmp_path / "run", "loss"):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

@@ -159,19 +159,17 @@ def unpack_optimizer(
     """Gives an optimizer the state that `pack_optimizer` took, under this engine or another."""
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return _unpack_zero(optimizer, named, tensors)
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
-        names = {id(parameter): name for name, parameter in named.items()}
-        for parameter in group["params"]:
-            prefix = f"optimizer/{names[id(parameter)]}/"
-            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            for key, value in state.items():
-                if key == "step":  # a number; the fused kernels want it beside the parameter
-                    state[key] = value.to(parameter.device if on_device else "cpu", copy=True)
-                else:
-                    state[key] = like(parameter, value)
-            if state:
-                optimizer.state[parameter] = state
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for place, value in tensors.items():
+        if place.startswith("optimizer/"):
+            name, _, key = place.removeprefix("optimizer/").rpartition("/")
+            parameter = named[name]
+            if key == "step":  # a number; the fused kernels want it beside the parameter
+                group = groups[id(parameter)]
+                beside = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+                optimizer.state[parameter][key] = value.to(beside, copy=True)
+            else:
+                optimizer.state[parameter][key] = like(parameter, value)
 
 
 # --- DeepSpeed's ZeRO 1 and 2: flat partitions, with accessors by parameter ---
