@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint table table-quick pictures test-mmseg test-mmdet clean
+.PHONY: demo test lint table table-full pictures test-mmseg test-mmdet clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py --out demo
@@ -34,16 +34,16 @@ $(MM_VENV)/.ready: pyproject.toml tools/build_mmcv.sh
 	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet,text]" pytest pytest-xdist
 	touch $@
 
-# The held-out pictures (needs npm), and the table of docs/results.md (half an hour on two cores).
+# The held-out pictures (needs npm), and the tables of docs/results.md: on 120 concepts (minutes on two cores), and on
+# all of them over six timesteps (more than an hour).
 data/emoji: $(VENV)/.ready-dev
 	$(BIN)/python tools/make_pictures.py --out data/emoji
 
 table: data/emoji
 	$(BIN)/python tools/evaluate.py --suite emoji --data data/emoji --out results
 
-# The same on fewer concepts and timesteps, in minutes.
-table-quick: data/emoji
-	$(BIN)/python tools/evaluate.py --suite emoji --quick --data data/emoji --out results/quick
+table-full: data/emoji
+	$(BIN)/python tools/evaluate.py --suite emoji --full --data data/emoji --out results/full
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -63,9 +63,9 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_args()
     if args.timesteps is None:
-        args.timesteps = [100, 400] if args.quick else [1, 50, 100, 200, 300, 400]
-    if args.quick and args.limit_concepts is None:
-        args.limit_concepts = 60
+        args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
+    if args.limit_concepts is None and not args.full:
+        args.limit_concepts = 120
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         plan, device = _check(args)
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timesteps", nargs="+", type=int, metavar="T",
         help="of the dift_* models (noise added), and of their UNets on clean pictures, 0..999; "
-        "1 50 100 200 300 400 unless given",
+        "100 400 unless given, 1 50 100 200 300 400 with --full",
     )  # fmt: skip
     parser.add_argument(
         "--ensemble", nargs="+", type=int, metavar="N", default=[1, 8], help="noises averaged by dift_* models"
@@ -108,9 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
     parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
     parser.add_argument(
-        "--quick", action="store_true", help="in minutes: 60 concepts, timesteps 100 and 400, unless they are given"
+        "--full", action="store_true", help="all concepts and six timesteps: more than an hour on two cores, not minutes"
     )
-    parser.add_argument("--limit-concepts", type=int, metavar="N", help="use only N concepts, for a quick look")
+    parser.add_argument(
+        "--limit-concepts", type=int, metavar="N", help="use only N concepts; 120 unless given, all with --full"
+    )
     parser.add_argument(
         "--shared-noise", action="store_true", help="one noise for all pictures instead of one per style"
     )
