@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 MIN_SIDE = 64
 MODES = ("squash", "pad", "crop", "keep")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # of pictures in folders
 
 
 class ImageError(ValueError):
