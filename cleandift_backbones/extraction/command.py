@@ -14,14 +14,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import timm
 import torch
 from tqdm import tqdm
 
-from ..extractor import PIXELS, Extractor, ModelError, load_extractor, resolve_device, weights_digest
+from ..extractor import PIXELS, Extractor, ModelError, list_maps, load_extractor, resolve_device, weights_digest
 from ..images import check_folder
 from ..version import __version__
 from .formats import DTYPES, FORMATS
@@ -119,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
             raise
         told = str(error).splitlines()[0]
         command.exit(2, f"{command.prog}: error: {told}; if memory ran out, lower --workers or give --max-side\n")
+    except MemoryError:
+        command.exit(2, f"{command.prog}: error: out of memory; lower --batch-size, --shard-size or --workers\n")
     except (KeyboardInterrupt, SystemExit) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         command.exit(code, f"{command.prog}: stopped; what was computed is stored, the same command goes on\n")
@@ -158,7 +160,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def place(args: argparse.Namespace) -> tuple[int, int, int]:
     """(rank, world, rank on this machine), by --part and by what torchrun and accelerate launch leave behind."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
     part, parts = args.part
     return part * world + rank, parts * world, int(os.environ.get("LOCAL_RANK", 0))
 
@@ -189,8 +192,6 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Res
 
 
 def _maps(args: argparse.Namespace, name: str, kwargs: dict) -> list[str | int]:
-    from ..extractor import list_maps
-
     if args.map:
         return [int(item) if item.lstrip("-").isdigit() else item for item in args.map]
     names = [info["name"] for info in list_maps(name, **kwargs)]
@@ -219,8 +220,8 @@ def extract_all(args: argparse.Namespace) -> Report:
         command=shlex.join(["python", *sys.argv]), data=args.data, pictures=len(entries), device=_named(device),
         started=time.strftime("%Y-%m-%d %H:%M:%S"), channels=dict(zip(extractor.maps, extractor.channels)),
         versions=dict(
-            cleandift_backbones=__version__, torch=torch.__version__, timm=timm.__version__,
-            diffusers=diffusers.__version__, python=platform.python_version(),
+            cleandift_backbones=__version__, python=platform.python_version(),
+            **{name: version(name) for name in ("torch", "timm", "diffusers", "pillow")},
         ),
     )  # fmt: skip
     store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank, world)

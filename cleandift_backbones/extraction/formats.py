@@ -31,7 +31,7 @@ class ShardError(ValueError):
 
 
 class Computed(NamedTuple):
-    """Features of a batch, on the CPU: keys; (width, height) of each picture, (height, width) of the input; {map: N x ...}."""
+    """A batch on the CPU: keys; (width, height) of the pictures; (height, width) of the input; {map: N x ...}."""
 
     keys: list[str]
     sizes: list[tuple[int, int]]

@@ -44,9 +44,9 @@ class Report:
 
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
-        waits = f"{self.reading / seconds:.1%} waiting for pictures, {self.storing / seconds:.1%} for the disk"
         return (
-            f"{self.pictures / seconds:.1f} pictures/s; the model was computing {self.busy:.1%} of the time ({waits})"
+            f"{self.pictures / seconds:.1f} pictures/s; the model was computing {self.busy:.1%} of the time, waiting "
+            f"{self.reading / seconds:.1%} of it for pictures and {self.storing / seconds:.1%} for the disk"
         )
 
 

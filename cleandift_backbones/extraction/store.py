@@ -138,7 +138,7 @@ class Store:
             )
 
     def done(self) -> tuple[set[str], list[str]]:
-        """Keys of the pictures that are there, of all processes; and sentences about damaged shards, which are removed."""
+        """Keys of the pictures that are there, of all processes; and sentences about damaged shards, which go."""
         told = []
         for path in sorted(self.folder.glob(f"*{self.kind.suffix}")):
             if path.name.startswith("."):
