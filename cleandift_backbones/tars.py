@@ -12,12 +12,12 @@ def find_shards(path: str | Path) -> list[str]:
     """The .tar files of a folder, of a pattern ("shards/{0000..0009}.tar", "shards/*.tar"), or one file, sorted.
 
     Raises:
-        ValueError: none. ImportError: webdataset is not installed.
+        ValueError: there are none. ImportError: webdataset is not installed.
     """
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
-        raise ImportError("shards need webdataset: pip install 'cleandift_backbones[train]'") from error
+        raise ImportError("shards need webdataset: pip install webdataset") from error
     path = str(path)
     if Path(path).is_dir():
         found = sorted(str(p) for p in Path(path).glob("*.tar"))

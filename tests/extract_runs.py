@@ -53,7 +53,7 @@ def command(data, out, *arguments, launcher=(), model=RANDOM, workers=0, slow=0)
     tool = ROOT / ("tests/slow_extract.py" if slow else "tools/extract.py")
     return subprocess.Popen(
         [*launcher, str(tool), *map(str, given)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 import io
 import json
 import pickle
+import struct
 import threading
+import zlib
 from collections import Counter
 
 import pytest
@@ -194,7 +196,7 @@ def test_batches_do_not_depend_on_workers(folder):
 def test_memory_is_bounded(folder, tmp_path, monkeypatch):
     """Pictures that were read and are not stored yet: no more than the docstring of `run` says."""
     paths = [str(path) for path in sorted(folder.rglob("*.png"))]
-    lines = [json.dumps({"path": paths[number % 12], "key": f"{number:04}"}) for number in range(400)]
+    lines = [json.dumps({"path": paths[number % 12], "key": f"{number:04}"}) for number in range(160)]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     counts, peak, lock = Counter(), [0], threading.Lock()
     read, add = Entry.read, store.Store.add
@@ -213,10 +215,10 @@ def test_memory_is_bounded(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Entry, "read", counted)
     monkeypatch.setattr(store.Store, "add", stored)
     extract(tmp_path / "list.jsonl", tmp_path / "out", "--keep-size", "--batch-size", "4", "--shard-items", "20")
-    assert counts["read"] == counts["stored"] == 400
+    assert counts["read"] == counts["stored"] == 160
     batch = 4
     assert batch < peak[0] <= 4 * batch + 2 * batch + batch + 3 * batch + 1  # waiting, ahead, in the model, behind
-    assert len(list((tmp_path / "out").glob("features-*"))) == 20  # a shard holds no more than it should
+    assert len(list((tmp_path / "out").glob("features-*"))) == 8  # a shard holds no more than it should
 
 
 def test_loading_is_overlapped_with_computing(folder, tmp_path, monkeypatch):
@@ -284,11 +286,22 @@ def test_out_of_memory_halves_the_batch(folder, tmp_path, monkeypatch, capsys):
     assert "lower the size (--size), --max-side with --keep-size" in capsys.readouterr().err
 
 
+def bomb():
+    """A PNG of 20,000 x 20,000 pixels in less than a hundred bytes."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    packed = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, monkeypatch):
     data = make_pictures(tmp_path / "data", 6)
     (data / "one/01.png").write_bytes(b"no picture")
     (data / "two/04.png").write_bytes((data / "two/04.png").read_bytes()[:300])
-    Image.new("1", (20_000, 20_000)).save(data / "two/bomb.png")
+    (data / "two/bomb.png").write_bytes(bomb())
     for workers in (0, 2):
         report = extract(data, tmp_path / "out", workers=workers)
         assert report.failed == 3 and "3 pictures cannot be read" in capsys.readouterr().out

@@ -1,17 +1,23 @@
 """Extraction by real processes: killed, resumed, several at once, on one machine and on two."""
 
 import json
-import os
+import re
 import resource
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from extract_runs import command, extract, make_pictures, same
+import webdataset as wds
+from extract_runs import ROOT, command, encoded, extract, make_pictures, noise, same
 
 from cleandift_backbones.extraction import Features
+from cleandift_backbones.extraction.command import main
 
 MANY, SLOW = 60, 0.2
 OPTIONS = ["--batch-size", "2", "--shard-items", "4", "--keep-size", "--map", "us6", "mid"]
@@ -49,7 +55,9 @@ def when_shards(out, count, process):
 
 def kill(process):
     """The process and all that it started, at once and without a word."""
-    os.killpg(process.pid, signal.SIGKILL)
+    mine = psutil.Process(process.pid)
+    for one in [mine, *mine.children(recursive=True)]:  # torchrun's are in sessions of their own
+        one.kill()
     process.communicate()
 
 
@@ -184,3 +192,38 @@ def test_a_process_that_fails_ends_the_others(tmp_path):
     assert "03.png: not an image that Pillow can read" in said and time.monotonic() - clock < 120
     extract(data, out, *OPTIONS)
     assert len(Features(out)) == 59
+
+
+@pytest.mark.slow
+def test_the_page_of_the_documentation(tmp_path, monkeypatch, capsys):
+    """Its commands and its code, all of them, in order."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    make_pictures(tmp_path / "photos", 6)
+    noise(7, 200, 150).save("photos/cat.jpg")
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        with wds.TarWriter(f"shards/{number:04}.tar") as writer:
+            writer.write({"__key__": f"{number}", "jpg": encoded(noise(number, 90, 70), "JPEG")})
+    (tmp_path / "list.jsonl").write_text('{"path": "photos/cat.jpg", "key": "cat"}\n{"path": "photos/one/01.png"}\n')
+    page = (ROOT / "docs/extract.md").read_text()
+    ran = 0
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", page, re.S):
+        if language == "python":
+            exec(block, scope := {})
+            assert scope["features"]["cat.jpg"]["us6"].shape == (112, 16, 16)
+            continue
+        for words in map(shlex.split, block.strip().splitlines()):
+            if words[0] == "python":
+                main([*words[2:], "--workers", "0"])
+            else:
+                run = subprocess.run([f"{Path(sys.executable).parent}/{words[0]}", *words[1:]], capture_output=True)
+                assert run.returncode == 0, run.stderr.decode()[-3000:]
+            ran += 1
+    assert ran >= 9
+    assert Features("vectors").stack("mid").shape == (2, 112)
+    sizes = Features("sizes")
+    assert sizes.keys == ["cat", "photos/one/01.png"] and sizes["cat"]["input"] == [160, 192]
+    assert len(Features("many")) == len(Features("noisy")) == 7
