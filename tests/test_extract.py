@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import signal
 import struct
 import threading
 import zlib
@@ -322,6 +324,14 @@ def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, mo
     assert "none of 1 pictures can be read, the first: " in capsys.readouterr().err
 
 
+def test_a_worker_that_is_killed(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Entry, "read", lambda self: os.kill(os.getpid(), signal.SIGKILL))  # as a full memory does
+    with pytest.raises(SystemExit) as stop:
+        extract(folder, tmp_path / "out", workers=1)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "is killed by signal: Killed" in said and "lower --workers" in said
+
+
 def test_features_that_are_not_finite(folder, tmp_path, capsys, monkeypatch):
     call = extractor_module.Extractor.__call__
     monkeypatch.setattr(
@@ -424,6 +434,19 @@ def test_sources_that_cannot_be_used(tmp_path, folder):
             list_entries(str(tmp_path / data))
     with pytest.raises(SourceError, match="is a picture; give its folder"):
         list_entries(str(next(folder.rglob("*.png"))))
+
+
+def test_strange_names(tmp_path, capsys):
+    """Line ends of Unicode, other scripts, and bytes that are no text."""
+    names = ["a\u2028b.png", "日本 語.png", "x\x85y.png", "quote\"'.png"]
+    for name in names:
+        noise(1, 64, 64).save(tmp_path / name)
+    noise(1, 64, 64).save(os.fsencode(tmp_path) + b"/\xff.png", "PNG")
+    for format in FORMATS:
+        out = tmp_path / "out" / format
+        extract(tmp_path, out, "--format", format)
+        assert "1 names are no UTF-8 and are left out" in capsys.readouterr().err
+        assert Features(out).keys == sorted(names) and extract(tmp_path, out, "--format", format).pictures == 0
 
 
 # --- the folder of features ---

@@ -154,7 +154,7 @@ def run(
     """Features of all entries, into the store.
 
     At most 4 pictures per worker, 4 batches that wait for pictures of their size, 2 batches in front of the model, and
-    behind it 2 batches and one shard are in memory at a time.
+    behind it 3 batches and one shard are in memory at a time.
 
     Args:
         batch_size: pictures of one size per pass.

@@ -59,7 +59,8 @@ def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], lis
     (with `shard_names` behind the name of their shard), or paths as the list has them.
 
     Returns:
-        The entries, in the order of the list or sorted; and sentences about shards that are damaged.
+        The entries, in the order of the list or sorted; and sentences about what is left out: damaged shards, names
+        that are no text.
 
     Raises:
         SourceError: nothing there, or a key twice.
@@ -77,6 +78,10 @@ def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], lis
         entries = _list(path)
     else:
         raise SourceError(f"{data}: no such folder, shards or list")
+    nameless = [entry for entry in entries if not _is_text(entry.key)]
+    if nameless:
+        told.append(f"{len(nameless)} names are no UTF-8 and are left out, e.g. {nameless[0].key!r}; rename them")
+        entries = [entry for entry in entries if _is_text(entry.key)]
     if not entries:
         raise SourceError(f"{data} holds no pictures ({', '.join(_ENDINGS)}, or .tar shards of them) {'; '.join(told)}")
     seen: dict[str, Entry] = {}
@@ -87,6 +92,13 @@ def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], lis
     return entries, told
 
 
+def _is_text(key: str) -> bool:
+    try:
+        return bool(key.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _folder(root: Path) -> list[Entry]:
     paths = (p for p in root.rglob("*") if p.suffix.lower() in _ENDINGS and not p.name.startswith("."))
     return [Entry(p.relative_to(root).as_posix(), str(p)) for p in sorted(paths)]
@@ -95,13 +107,13 @@ def _folder(root: Path) -> list[Entry]:
 def _list(path: Path) -> list[Entry]:
     entries = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if not (line := line.strip()):
                 continue
             told = json.loads(line) if path.suffix == ".jsonl" else {"path": line}
             name = told.get("path") or told.get("file_name") if isinstance(told, dict) else None
-            if not isinstance(name, str):
-                raise SourceError(f"{path}, line {number}: expected an object with a path, got {line[:80]}")
+            if not isinstance(name, str) or not isinstance(told.get("prompt") or "", str):
+                raise SourceError(f"{path}, line {number}: expected an object with a path (and text), got {line[:80]}")
             entries.append(Entry(str(told.get("key", name)), str(path.parent / name), prompt=told.get("prompt") or ""))
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is no text ({error}); give a folder, .tar shards, or a list of paths") from None

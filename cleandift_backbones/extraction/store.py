@@ -61,7 +61,8 @@ def read_failures(folder: Path, done: set[str]) -> list[dict]:
 
 def _read_lines(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: keys may hold what Unicode calls a line's end.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         return []
 
