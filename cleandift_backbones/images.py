@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 MIN_SIDE = 64
+LARGE = 2**20  # pixels; larger pictures are resized in strips
+STRIP = 128  # rows
 MODES = ("squash", "pad", "crop", "keep")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # of pictures in folders
 
 
 class ImageError(ValueError):
@@ -173,23 +176,41 @@ def to_input(
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
-    pixels = to_tensor(image)
+    large = isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height > LARGE
+    pixels = None if large and mode != "keep" else to_tensor(image)
     shift, scale = (torch.tensor(tuple(values), dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
     if mode == "keep":
         return (pixels - shift) / scale
     height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
     if min(height, width) < 1:
         raise ValueError(f"size {size!r} must be one or two positive numbers of pixels with mode {mode!r}")
-    h, w = pixels.shape[-2:]
+    h, w = (image.height, image.width) if pixels is None else pixels.shape[-2:]
     if mode == "squash":
         new = (height, width)
     else:
         ratio = (min if mode == "pad" else max)(height / h, width / w)
         new = (max(1, round(h * ratio)), max(1, round(w * ratio)))
-    if new != (h, w):
-        pixels = F.interpolate(pixels[None], new, mode="bicubic", antialias=True, align_corners=False)[0].clamp(0, 1)
+    if pixels is None:
+        pixels = _resize_large(image, new)
+    elif new != (h, w):
+        pixels = _resize(pixels, new).clamp(0, 1)
     pixels = (pixels - shift) / scale
     top, left = (height - new[0]) // 2, (width - new[1]) // 2
     if mode == "pad":
         return F.pad(pixels, (left, width - new[1] - left, top, height - new[0] - top))
     return pixels[:, -top : -top + height, -left : -left + width]
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def _resize_large(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """`_resize` of an RGB picture, in strips of rows and scaled to 0..1 at the end.
+
+    torch resizes rows, then columns; so do the strips: the same numbers up to rounding (1e-6), without ever holding the
+    whole picture as floats.
+    """
+    rows = torch.from_numpy(np.array(image)).split(STRIP)
+    narrow = [_resize(strip.permute(2, 0, 1).float(), (len(strip), size[1])) for strip in rows]
+    return (_resize(torch.cat(narrow, dim=1), size) / 255).clamp(0, 1)

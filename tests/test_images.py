@@ -168,3 +168,11 @@ def test_to_input_normalises():
 def test_to_input_refuses(arguments):
     with pytest.raises(ValueError, match="unknown|positive"):
         to_input(gradient(), **{"size": 64, **arguments})
+
+
+@pytest.mark.parametrize("mode", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("size", [(96, 128), (1300, 1100)])
+def test_large_pictures_are_resized_in_strips_to_the_same(mode, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (1100, 1000, 3), np.uint8)
+    found = to_input(Image.fromarray(pixels), size, mode)
+    assert torch.allclose(found, to_input(pixels, size, mode), atol=1e-5)

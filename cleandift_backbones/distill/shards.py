@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..tars import SUFFIXES, find_shards
 from .data import Batch, DecodeOptions, Picture, caption_of_json, decode_batch
 from .trainer import mix_seed, step_generator
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp")
-
-
-def find_shards(path: str | Path) -> list[str]:
-    """The .tar files of a folder, of a pattern ("shards/{0000..0009}.tar", "shards/*.tar"), or one file, sorted.
-
-    Raises:
-        ValueError: none. ImportError: webdataset is not installed.
-    """
-    try:
-        from webdataset.shardlists import expand_urls
-    except ImportError as error:
-        raise ImportError("shards need webdataset: pip install 'cleandift_backbones[train]'") from error
-    path = str(path)
-    if Path(path).is_dir():
-        found = sorted(str(p) for p in Path(path).glob("*.tar"))
-    elif any(sign in path for sign in "*?["):
-        found = sorted(glob.glob(path))
-    else:
-        found = list(expand_urls(path))
-    missing = [shard for shard in found if not Path(shard).is_file()]
-    if missing or not found:
-        raise ValueError(
-            f"no shard {missing[0]}" if missing else f"no .tar shards in {path}: give a folder or a pattern"
-        )
-    return found
+__all__ = ["ShardBatches", "caption_of", "find_shards"]
 
 
 def caption_of(sample: dict) -> str:

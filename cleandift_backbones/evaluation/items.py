@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..images import ImageError, read_image
+from ..images import ENDINGS, ImageError, read_image
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+__all__ = ["ENDINGS", "DataError", "Item", "file_item", "read_lines", "require", "require_folder"]
 
 
 class DataError(ValueError):

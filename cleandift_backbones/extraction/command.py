@@ -1,0 +1,285 @@
+"""The command line of the extraction: `tools/extract.py --model NAME --data PATH --out FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+from tqdm import tqdm
+
+from ..extractor import PIXELS, Extractor, ModelError, list_maps, load_extractor, resolve_device, weights_digest
+from ..images import check_folder
+from ..version import __version__
+from .formats import DTYPES, FORMATS
+from .loading import Resize
+from .run import Report, run
+from .sources import Entry, SourceError, list_entries
+from .store import FAILURES, Store
+
+ABOUT = """Features of many pictures, once, into a folder of shards.
+
+  python tools/extract.py --model cleandift_sd21 --map us6 --data photos --out features
+  python tools/extract.py --model cleandift_sd21 --map mid --pool mean --data 'shards/{0000..0099}.tar' --out vectors
+  torchrun --nproc-per-node 8 tools/extract.py --model cleandift_sd21 --dtype bfloat16 --data list.txt --out features
+
+Started again, the same command goes on where it stopped, with any number of processes. docs/extract.md tells more."""
+
+
+def _model_arg(text: str) -> tuple[str, object]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I in 0..N-1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """All options."""
+    result = argparse.ArgumentParser(prog=prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = result.add_argument_group("what to compute")
+    what.add_argument("--model", required=True, metavar="NAME", help="any timm model; random:NAME has random weights")
+    what.add_argument("--data", required=True, metavar="PATH", help="a folder, .tar shards (pattern), or a list")
+    what.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
+    what.add_argument("--map", nargs="+", metavar="MAP", help="maps by name or index; default us6, or else the last")
+    what.add_argument("--pool", choices=["none", "mean"], default="none", help="mean: a vector per picture and map")
+    what.add_argument("--prompt", metavar="TEXT", help="for models that take text; none: the empty one")
+    what.add_argument("--timestep", type=int, metavar="T", help="of dift_* models, 0..999")
+    what.add_argument("--ensemble", type=int, metavar="N", help="noises averaged by dift_* models")
+    what.add_argument("--weights", metavar="FILE", help="safetensors instead of the model's published ones")
+    what.add_argument(
+        "--model-arg", nargs="+", type=_model_arg, action="extend", default=[], metavar="KEY=VALUE",
+        help="for timm.create_model",
+    )  # fmt: skip
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
+    what.add_argument("--seed", type=int, default=0, help="of random weights")
+    sizes = result.add_argument_group("sizes")
+    sizes.add_argument("--size", type=int, metavar="N", help="side of the model's input; default the model's own")
+    sizes.add_argument(
+        "--resize", choices=["squash", "pad", "crop"], default="squash", help="how pictures become squares (squash)"
+    )
+    sizes.add_argument("--keep-size", action="store_true", help="pictures as they come, batched by size")
+    sizes.add_argument("--multiple", type=int, default=1, metavar="N", help="with --keep-size: round sides to it")
+    sizes.add_argument("--max-side", type=int, metavar="N", help="with --keep-size: shrink longer sides to N")
+    output = result.add_argument_group("output")
+    output.add_argument("--format", choices=list(FORMATS), default="safetensors", help="of the shards (safetensors)")
+    output.add_argument("--store-dtype", choices=list(DTYPES), default="float16", help="of the features (float16)")
+    output.add_argument("--shard-size", type=int, default=256, metavar="MB", help="of a shard (256)")
+    output.add_argument("--shard-items", type=int, default=50_000, metavar="N", help="pictures per shard (50000)")
+    output.add_argument("--shard-names", action="store_true", help="keys of .tar shards: SHARD/KEY instead of KEY")
+    output.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
+    machine = result.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures per pass (8)")
+    machine.add_argument("--dtype", choices=list(DTYPES), default="float32", help="to compute in (float32)")
+    machine.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    machine.add_argument("--workers", type=int, metavar="N", help="processes that read pictures; 0: a thread does")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of the model")
+    machine.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this machine takes part I of N")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> Report | None:
+    """Extracts; exits with status 2 and one line for what cannot be used, 130 or 143 where it was stopped."""
+    command = parser()
+    args = command.parse_args(arguments)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    else:
+        old = None
+    try:
+        _check(args)
+        return extract_all(args)
+    except (ValueError, OSError, ImportError) as error:
+        command.exit(2, f"{command.prog}: error: {error}\n")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        told = str(error).splitlines()[0]
+        command.exit(2, f"{command.prog}: error: {told}; if memory ran out, lower --workers or give --max-side\n")
+    except MemoryError:
+        command.exit(2, f"{command.prog}: error: out of memory; lower --batch-size, --shard-size or --workers\n")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        command.exit(code, f"{command.prog}: stopped; what was computed is stored, the same command goes on\n")
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Finds what is wrong with the options before any long work."""
+    for name, low, high in (
+        ("batch_size", 1, None), ("workers", 0, None), ("threads", 1, None), ("limit", 1, None), ("size", 16, 4096),
+        ("multiple", 1, 4096), ("max_side", 16, None), ("shard_size", 1, 1024), ("shard_items", 1, None),
+        ("timestep", 0, 999), ("ensemble", 1, 1024), ("seed", 0, None),
+    ):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not low <= value <= (high or value):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
+    if args.keep_size and (args.size or args.resize != "squash"):
+        raise ValueError("--keep-size takes pictures as they come; leave out --size and --resize")
+    if not args.keep_size and (args.multiple > 1 or args.max_side):
+        raise ValueError("--multiple and --max-side go with --keep-size")
+    if args.format == "parquet":
+        if args.store_dtype == "bfloat16":
+            raise ValueError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError:
+            raise ImportError("--format parquet needs pyarrow: pip install 'cleandift_backbones[extract]'") from None
+    if args.weights and not Path(args.weights).is_file():
+        raise FileNotFoundError(f"--weights {args.weights}: no such file")
+    check_folder(args.out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def place(args: argparse.Namespace) -> tuple[int, int, int]:
+    """(rank, world, rank on this machine), by --part and by what torchrun and accelerate launch leave behind."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    part, parts = args.part
+    return part * world + rank, parts * world, int(os.environ.get("LOCAL_RANK", 0))
+
+
+def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Resize]:
+    """The model, and how pictures become its input."""
+    name = args.model.removeprefix("random:")
+    kwargs = dict(args.model_arg)
+    kwargs |= dict(timestep=args.timestep) if args.timestep is not None else {}
+    kwargs |= dict(ensemble_size=args.ensemble) if args.ensemble is not None else {}
+    kwargs |= dict(pretrained_cfg_overlay=dict(file=args.weights)) if args.weights else {}
+    torch.manual_seed(args.seed)
+    extractor = load_extractor(
+        name, _maps(args, name, kwargs), name == args.model, device, args.size, DTYPES[args.dtype], **kwargs
+    )
+    extractor.name = args.model
+    if args.keep_size:
+        if extractor.size:
+            side = f"{extractor.size[1]}x{extractor.size[0]}"
+            raise ModelError(f"{name} takes pictures of one size, {side}; leave out --keep-size")
+        config = getattr(getattr(extractor.model, "model", extractor.model), "pretrained_cfg", None) or {}
+        least = (config.get("min_input_size") or (3, 1, 1))[-1]
+        return extractor, Resize("keep", None, args.max_side, args.multiple, least, extractor.mean)
+    if extractor.size is None:
+        own = timm.data.resolve_model_data_config(extractor.model)["input_size"][1:]
+        extractor.size = (128, 128) if name == PIXELS else tuple(own)
+    return extractor, Resize(args.resize, extractor.size, mean=extractor.mean)
+
+
+def _maps(args: argparse.Namespace, name: str, kwargs: dict) -> list[str | int]:
+    if args.map:
+        return [int(item) if item.lstrip("-").isdigit() else item for item in args.map]
+    names = [info["name"] for info in list_maps(name, **kwargs)]
+    return ["us6"] if "us6" in names else [names[-1]]
+
+
+def extract_all(args: argparse.Namespace) -> Report:
+    """The whole work of this process, told on the way."""
+    rank, world, local = place(args)
+    device = resolve_device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    entries, told = list_entries(args.data, args.shard_names)
+    entries = entries[: args.limit]
+    extractor, resize = load(args, device)
+    prompt = _prompt(args, extractor, entries)
+    settings = dict(
+        model=args.model, model_args={key: repr(value) for key, value in sorted(dict(args.model_arg).items())},
+        timestep=args.timestep, ensemble=args.ensemble, prompt=args.prompt, maps=list(extractor.maps),
+        weights=weights_digest(extractor.model)[:16], compute_dtype=args.dtype, resize=resize.mode, size=resize.size,
+        max_side=args.max_side, multiple=args.multiple, pool=args.pool, store_dtype=args.store_dtype,
+        format=args.format, mean=extractor.mean, std=extractor.std,
+    )  # fmt: skip
+    info = dict(
+        command=shlex.join(["python", *sys.argv]), data=args.data, pictures=len(entries), device=_named(device),
+        started=time.strftime("%Y-%m-%d %H:%M:%S"), channels=dict(zip(extractor.maps, extractor.channels)),
+        versions=dict(
+            cleandift_backbones=__version__, python=platform.python_version(),
+            **{name: version(name) for name in ("torch", "timm", "diffusers", "pillow")},
+        ),
+    )  # fmt: skip
+    store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank, world)
+    done, damaged = store.done()
+    for sentence in [*(told if rank == 0 else []), *damaged]:
+        tqdm.write(sentence, file=sys.stderr)
+    if told and args.strict:
+        raise SourceError(told[0])
+    # By place in the list: the same whatever other processes do. What is there already is left out only then.
+    mine = [entry for entry in entries[rank::world] if entry.key not in done]
+    known = sum(entry.key in done for entry in entries[rank::world])
+    if known:
+        print(f"{known:,} of {known + len(mine):,} pictures are in {args.out} already")
+    report = run(
+        mine, extractor, resize, store, args.pool == "mean", args.store_dtype, args.batch_size,
+        _workers(args, device), prompt, args.strict, local == 0, lambda text: tqdm.write(text, file=sys.stderr),
+    )  # fmt: skip
+    _finish(args, store, entries, report, f"process {rank} of {world}: " if world > 1 else "")
+    return report
+
+
+def _prompt(args: argparse.Namespace, extractor: Extractor, entries: list[Entry]) -> str | None:
+    """Sets the one prompt of all pictures; or gives that of pictures without one, where others have their own."""
+    if args.prompt == "none":
+        return None
+    if any(entry.prompt for entry in entries):
+        extractor.set_prompts([args.prompt or ""])  # finds out early whether the model takes text
+        return args.prompt or ""
+    if args.prompt:
+        extractor.set_prompts([args.prompt])
+    return None
+
+
+def _workers(args: argparse.Namespace, device: torch.device) -> int:
+    if args.workers is not None:
+        return args.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cpu":  # the model wants the cores
+        return 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _finish(args: argparse.Namespace, store: Store, entries: list[Entry], report: Report, who: str) -> None:
+    done, failures = store.merge()
+    failed = {failure["key"] for failure in failures}
+    missing = sum(entry.key not in done and entry.key not in failed for entry in entries)
+    if not missing:
+        store.clean()
+    if not done:
+        raise SourceError(f"none of {len(entries)} pictures can be read, the first: {failures[0]['error']}")
+    print(f"{who}{report.pictures:,} pictures in {report.seconds:.1f} s, {report}")
+    size = sum(path.stat().st_size for path in store.folder.glob(f"*{store.kind.suffix}"))
+    print(f"{store.folder} holds the features of {len(done):,} pictures ({size / 1e9:.2f} GB)")
+    if failed:
+        print(f"{len(failed):,} pictures cannot be read: {store.folder / FAILURES} says why")
+    if missing:
+        print(f"{missing:,} are not there yet: other processes have them; if none runs, start this command again")

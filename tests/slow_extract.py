@@ -1,0 +1,18 @@
+"""tools/extract.py with a model that takes SLOW seconds more for each batch, to be killed in the middle."""
+
+import os
+import time
+
+from cleandift_backbones.extraction.command import main
+from cleandift_backbones.extractor import Extractor
+
+call = Extractor.__call__
+
+
+def slowly(self, pictures):
+    time.sleep(float(os.environ["SLOW"]))
+    return call(self, pictures)
+
+
+Extractor.__call__ = slowly
+main()

@@ -1,0 +1,551 @@
+"""Extraction in one process: the features are the model's own, whatever they came from and however they are stored."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import threading
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+import webdataset as wds
+from extract_runs import RANDOM, encoded, extract, make_pictures, noise, plain, same
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cleandift_backbones import extractor as extractor_module
+from cleandift_backbones.extraction import Features, loading, store
+from cleandift_backbones.extraction.command import load, parser
+from cleandift_backbones.extraction.formats import FORMATS, Computed, ShardError
+from cleandift_backbones.extraction.loading import Read, Resize, ahead, batches
+from cleandift_backbones.extraction.sources import Entry, SourceError, list_entries
+from cleandift_backbones.extraction.store import StoreError
+
+TINY = ["--model", "cleandift_tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_pictures(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def sources(folder, tmp_path_factory):
+    """The same pictures as a folder, a list of paths, JSON lines, and two shards: {kind: (data, key -> path)}."""
+    root = tmp_path_factory.mktemp("sources")
+    paths = sorted(folder.rglob("*.png"))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    (root / "list.txt").write_text("\n".join(map(str, paths)) + "\n\n")
+    lines = [json.dumps({"path": str(path), "key": f"k{number}"}) for number, path in enumerate(paths)]
+    (root / "list.jsonl").write_text("\n".join(lines))
+    with wds.ShardWriter(str(root / "%04d.tar"), maxcount=7, verbose=False) as writer:
+        for number, path in enumerate(paths):
+            writer.write({"__key__": f"{number:06}", "png": path.read_bytes(), "json": {"caption": "noise"}})
+    return {
+        "folder": (folder, dict(zip(names, paths))),
+        "list": (root / "list.txt", dict(zip(map(str, paths), paths))),
+        "lines": (root / "list.jsonl", {f"k{number}": path for number, path in enumerate(paths)}),
+        "shards": (f"{root}/{{0000..0001}}.tar", {f"{number:06}": path for number, path in enumerate(paths)}),
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["folder", "list", "lines", "shards"])
+def test_features_are_the_models_own(sources, tmp_path, kind, format):
+    data, paths = sources[kind]
+    options = ["--map", "us6", "mid", "--keep-size", "--batch-size", "3", "--store-dtype", "float32"]
+    report = extract(data, tmp_path / "out", *options, "--format", format, "--shard-items", "5", model=TINY)
+    assert report.pictures == 12 and 0 < report.busy <= 1
+    features = Features(tmp_path / "out")
+    assert features.keys == sorted(paths) and len(features) == 12
+    assert len(list((tmp_path / "out").glob(f"*.{format}"))) >= 2
+    for key, path in paths.items():
+        found, expected = features[key], plain(path)
+        image = Image.open(path)
+        assert (found["width"], found["height"]) == image.size and found["input"] == [image.height, image.width]
+        for name in ("us6", "mid"):
+            assert found[name].dtype == torch.float32
+            torch.testing.assert_close(found[name], expected[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["squash", "pad", "crop"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_resized_and_pooled(folder, tmp_path, mode, format):
+    options = ["--map", "mid", "us9", "--size", "96", "--resize", mode, "--pool", "mean", "--store-dtype", "float32"]
+    extract(folder, tmp_path / "out", *options, "--format", format, "--limit", "4", model=TINY, workers=2)
+    features = Features(tmp_path / "out", maps=["mid"])
+    assert features.stack().shape == (4, 112) and "us9" not in features[0]
+    for one in features:
+        expected = plain(folder / one["key"], ("mid", "us9"), 96, mode)["mid"].mean((1, 2))
+        torch.testing.assert_close(one["mid"], expected, atol=2e-4, rtol=1e-3)
+
+
+def test_pictures_of_all_kinds(tmp_path):
+    """As images.py reads them: rotated by EXIF, transparent, 16-bit, CMYK, palette, animated."""
+    data = tmp_path / "data"
+    data.mkdir()
+    base = noise(1, 96, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    base.save(data / "turned.jpg", exif=exif)
+    base.convert("RGBA").save(data / "alpha.png")
+    Image.fromarray(torch.randint(0, 65535, (64, 80), dtype=torch.int32).numpy().astype("uint16")).save(
+        data / "deep.png"
+    )
+    base.convert("CMYK").save(data / "print.JPEG")
+    base.convert("P").save(data / "palette.gif", save_all=True, append_images=[noise(2, 96, 64)])
+    base.save(data / "._resource.png")  # a name that other systems leave behind
+    extract(data, tmp_path / "out", "--keep-size", "--store-dtype", "float32", model=TINY)
+    features = Features(tmp_path / "out")
+    assert features.keys == ["alpha.png", "deep.png", "palette.gif", "print.JPEG", "turned.jpg"]
+    assert features["turned.jpg"]["width"] == 64 and features["turned.jpg"]["us6"].shape == (112, 12, 8)
+    for one in features:
+        torch.testing.assert_close(one["us6"], plain(data / one["key"])["us6"], atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_low_precision(folder, tmp_path, dtype):
+    options = ["--map", "us6", "--limit", "3"]
+    extract(folder, tmp_path / "full", *options, "--store-dtype", "float32", model=TINY)
+    extract(folder, tmp_path / "low", *options, "--dtype", "bfloat16", "--store-dtype", dtype, model=TINY)
+    for full, low in zip(Features(tmp_path / "full"), Features(tmp_path / "low")):
+        assert low["us6"].dtype == getattr(torch, dtype)
+        similar = torch.cosine_similarity(full["us6"].flatten(), low["us6"].float().flatten(), dim=0)
+        assert similar > 0.999
+
+
+@pytest.mark.parametrize(
+    "model, options, channels",
+    [
+        (["--model", "random:test_resnet"], ["--map", "layer2", "-1"], {"layer2": 48, "layer4": 96}),
+        (["--model", "random:test_vit"], ["--size", "64"], None),
+        (["--model", "pixels"], [], {"pixels": 3}),
+        (
+            ["--model", "dift_tiny"],
+            ["--timestep", "100", "--ensemble", "2", "--model-arg", "noise_seed=3"],
+            {"us6": 112},
+        ),
+    ],
+)
+def test_any_timm_model(folder, tmp_path, model, options, channels):
+    extract(folder, tmp_path / "out", *options, "--limit", "2", model=model)
+    features = Features(tmp_path / "out")
+    assert len(features) == 2
+    if channels:
+        assert {name: features[0][name].shape[0] for name in features.maps} == channels
+
+
+def test_prompts(folder, tmp_path):
+    """One for all, or one per line of a list; other prompts are other features."""
+    paths = sorted(folder.rglob("*.png"))[:3]
+    texts = ["a cat", "", "a dog"]
+    lines = [json.dumps({"path": str(p), "key": p.stem, "prompt": text}) for p, text in zip(paths, texts)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    options = ["--map", "mid", "--store-dtype", "float32"]
+    extract(tmp_path / "list.jsonl", tmp_path / "own", *options, "--prompt", "a dog", model=TINY)
+    extract(tmp_path / "list.jsonl", tmp_path / "none", *options, "--prompt", "none", model=TINY)
+    extract(folder, tmp_path / "dog", *options, "--prompt", "a dog", "--limit", "3", model=TINY)
+    own, none, dog = (Features(tmp_path / name).stack() for name in ("own", "none", "dog"))
+    torch.testing.assert_close(own[1:], dog[1:], atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(own[0], dog[0], atol=1e-2) and not torch.allclose(none[2], dog[2], atol=1e-2)
+
+
+# --- sizes and batches ---
+
+
+def test_sizes_that_are_kept():
+    resize = Resize("keep", None, longest=100, multiple=16, least=64)
+    assert resize.target(100, 70) == (64, 96) and resize.target(400, 300) == (80, 96)
+    assert resize(noise(0, 200, 150)).shape == (3, 80, 96)
+    with pytest.raises(ValueError, match="96x32 pixels, but both sides must be at least 64"):
+        resize(noise(0, 100, 30))
+    assert Resize("keep").target(70, 90) == (90, 70)
+
+
+def of_size(number, side):
+    return Read(Entry(str(number), ""), torch.zeros(3, 1, side), (side, 1))
+
+
+def test_batches_by_size_with_a_bounded_wait():
+    sides = [1, 2, 1, 3, 1, 4, 5, 1, 1, 1, 2, 9]
+    found = [Read(Entry("broken", ""), None, error="why"), *(of_size(i, side) for i, side in enumerate(sides))]
+    failed = []
+    made = list(batches(found, 3, 4, failed.append))
+    assert [read.error for read in failed] == ["why"]
+    assert sorted(int(entry.key) for batch in made for entry in batch.entries) == list(range(len(sides)))
+    for batch in made:
+        assert len(batch.entries) <= 3 and batch.pictures.shape == (len(batch.entries), 3, 1, batch.sizes[0][0])
+        assert [sides[int(entry.key)] for entry in batch.entries] == [batch.pictures.shape[-1]] * len(batch.entries)
+    assert [entry.key for entry in made[0].entries] == ["0", "2", "4"]
+    waits = list(batches((of_size(i, i + 1) for i in range(20)), 3, 4, failed.append))  # no two alike
+    assert [batch.entries[0].key for batch in waits] == [str(i) for i in range(20)]
+
+
+def test_batches_do_not_depend_on_workers(folder):
+    entries, _ = list_entries(str(folder))
+
+    def made(workers):
+        found = loading.reads(entries, Resize("keep"), workers)
+        return [(batch.entries, batch.pictures.sum().item()) for batch in batches(found, 3, 4, print)]
+
+    assert made(0) == made(2)
+
+
+def test_memory_is_bounded(folder, tmp_path, monkeypatch):
+    """Pictures that were read and are not stored yet: no more than the docstring of `run` says."""
+    paths = [str(path) for path in sorted(folder.rglob("*.png"))]
+    lines = [json.dumps({"path": paths[number % 12], "key": f"{number:04}"}) for number in range(160)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    counts, peak, lock = Counter(), [0], threading.Lock()
+    read, add = Entry.read, store.Store.add
+
+    def counted(self):
+        with lock:
+            counts["read"] += 1
+            peak[0] = max(peak[0], counts["read"] - counts["stored"])
+        return read(self)
+
+    def stored(self, batch):
+        add(self, batch)
+        with lock:
+            counts["stored"] += len(batch.keys)
+
+    monkeypatch.setattr(Entry, "read", counted)
+    monkeypatch.setattr(store.Store, "add", stored)
+    extract(tmp_path / "list.jsonl", tmp_path / "out", "--keep-size", "--batch-size", "4", "--shard-items", "20")
+    assert counts["read"] == counts["stored"] == 160
+    batch = 4
+    assert batch < peak[0] <= 4 * batch + 2 * batch + batch + 3 * batch + 1  # waiting, ahead, in the model, behind
+    assert len(list((tmp_path / "out").glob("features-*"))) == 8  # a shard holds no more than it should
+
+
+def test_loading_is_overlapped_with_computing(folder, tmp_path, monkeypatch):
+    """The model waits for the pictures of the next batch to be read: it would wait for ever if they were read later."""
+    readings = threading.Semaphore(0)
+    read, call = Entry.read, extractor_module.Extractor.__call__
+    batches_seen = []
+
+    def counted(self):
+        readings.release()
+        return read(self)
+
+    def waiting(self, pictures):
+        batches_seen.append(len(pictures))
+        wanted = 4 if len(batches_seen) == 1 else 2 if len(batches_seen) < 6 else 0
+        assert all(readings.acquire(timeout=60) for _ in range(wanted))
+        return call(self, pictures)
+
+    monkeypatch.setattr(Entry, "read", counted)
+    monkeypatch.setattr(extractor_module.Extractor, "__call__", waiting)
+    extract(folder, tmp_path / "out", "--batch-size", "2", "--size", "64")
+    assert batches_seen == [2] * 6
+
+
+def test_ahead_brings_errors_and_stops():
+    def items():
+        yield 1
+        raise ValueError("later")
+
+    found = ahead(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="later"):
+        next(found)
+    taken = []
+    endless = ahead((taken.append(i) or i for i in range(10**9)), 2)
+    assert next(endless) == 0
+    endless.close()
+    assert len(taken) <= 4
+
+
+# --- memory, disk, and what cannot be read ---
+
+
+def test_out_of_memory_halves_the_batch(folder, tmp_path, monkeypatch, capsys):
+    call, sizes = extractor_module.Extractor.__call__, []
+
+    def limited(self, pictures):
+        sizes.append(len(pictures))
+        if len(pictures) > 2:
+            raise extractor_module.OutOfMemory("full")
+        return call(self, pictures)
+
+    extract(folder, tmp_path / "plain", "--size", "64")
+    monkeypatch.setattr(extractor_module.Extractor, "__call__", limited)
+    extract(folder, tmp_path / "out", "--size", "64")
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2] and "going on with halves" in capsys.readouterr().err
+    same(tmp_path / "plain", tmp_path / "out")
+
+    def never(self, pictures):
+        raise extractor_module.OutOfMemory("full; lower the size (--size)")
+
+    monkeypatch.setattr(extractor_module.Extractor, "__call__", never)
+    with pytest.raises(SystemExit):
+        extract(folder, tmp_path / "none", "--size", "64")
+    assert "lower the size (--size), --max-side with --keep-size" in capsys.readouterr().err
+
+
+def bomb():
+    """A PNG of 20,000 x 20,000 pixels in less than a hundred bytes."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    packed = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, monkeypatch):
+    data = make_pictures(tmp_path / "data", 6)
+    (data / "one/01.png").write_bytes(b"no picture")
+    (data / "two/04.png").write_bytes((data / "two/04.png").read_bytes()[:300])
+    (data / "two/bomb.png").write_bytes(bomb())
+    for workers in (0, 2):
+        report = extract(data, tmp_path / "out", workers=workers)
+        assert report.failed == 3 and "3 pictures cannot be read" in capsys.readouterr().out
+        lines = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+        assert [line["key"] for line in lines] == ["one/01.png", "two/04.png", "two/bomb.png"]
+        assert "not an image" in lines[0]["error"] and "too large to be safe" in lines[2]["error"]
+    assert Features(tmp_path / "out").failures == lines and len(Features(tmp_path / "out")) == 4
+    noise(3, 64, 64).save(data / "one/01.png")
+    assert extract(data, tmp_path / "out").pictures == 1
+    assert [line["key"] for line in Features(tmp_path / "out").failures] == ["two/04.png", "two/bomb.png"]
+    with pytest.raises(SystemExit) as stop:
+        extract(data, tmp_path / "strict", "--strict", "--batch-size", "1")
+    assert stop.value.code == 2 and "04.png: truncated or damaged" in capsys.readouterr().err
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/a.png").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        extract(tmp_path / "all", tmp_path / "empty")
+    assert "none of 1 pictures can be read, the first: " in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Entry, "read", lambda self: os.kill(os.getpid(), signal.SIGKILL))  # as a full memory does
+    with pytest.raises(SystemExit) as stop:
+        extract(folder, tmp_path / "out", workers=1)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "is killed by signal: Killed" in said and "lower --workers" in said
+
+
+def test_features_that_are_not_finite(folder, tmp_path, capsys, monkeypatch):
+    call = extractor_module.Extractor.__call__
+    monkeypatch.setattr(
+        extractor_module.Extractor, "__call__", lambda self, x: {n: y * 1e30 for n, y in call(self, x).items()}
+    )
+    with pytest.raises(SystemExit):
+        extract(folder, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "us6 of one/01.png is not finite; too large for float16? Give --store-dtype float32" in said
+    extract(folder, tmp_path / "full", "--store-dtype", "float32")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--keep-size", "--size", "64"], "leave out --size"),
+        (["--multiple", "8"], "go with --keep-size"),
+        (["--format", "parquet", "--store-dtype", "bfloat16"], "Parquet has no bfloat16"),
+        (["--batch-size", "0"], "--batch-size 0 is out of range; give 1 or more"),
+        (["--weights", "nowhere"], "no such file"),
+        (["--map", "us12"], "'us12' is not one of us10"),
+        (["--prompt", "a cat"], "takes no prompts"),
+        (["--model-arg", "colour=8"], "colour"),
+        (["--model", "random:test_vit", "--keep-size"], "takes pictures of one size, 160x160"),
+        (["--model", "cleandift_tinny"], "did you mean cleandift_tiny"),
+        (["--device", "nowhere"], "'nowhere' cannot be used"),
+        (["--out", "/proc/features"], "nothing can be written"),
+        (["--model-arg", "colour"], "expected KEY=VALUE"),
+        (["--part", "2/2"], "expected I/N"),
+    ],
+)
+def test_wrong_options_are_told_first(folder, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        extract(folder, tmp_path / "out", *arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_arguments_reach_the_model():
+    given = parser().parse_args(
+        [
+            *RANDOM,
+            "--data",
+            "x",
+            "--out",
+            "y",
+            "--model-arg",
+            "timestep=7",
+            "prompt_is=text",
+            "--model-arg",
+            "in_chans=3",
+        ]
+    )
+    assert dict(given.model_arg) == {"timestep": 7, "prompt_is": "text", "in_chans": 3}
+    given.model_arg = [pair for pair in given.model_arg if pair[0] != "prompt_is"]
+    extractor, resize = load(given, torch.device("cpu"))
+    assert extractor.model.model.timestep == 7 and resize.size == (128, 128)
+
+
+# --- sources ---
+
+
+def test_shards_with_equal_keys_and_damage(tmp_path, capsys):
+    for shard in "ab":
+        with wds.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+            for number in range(3):
+                sample = {"__key__": f"x/{number}", "jpg": encoded(noise(number, 70, 64), "JPEG"), "txt": "words"}
+                writer.write(sample | ({"png": encoded(noise(9, 70, 64))} if number == 1 else {}))
+    with pytest.raises(SourceError, match=r"two pictures have the key 'x/0' \(.*a.tar, .*b.tar\); give --shard-names"):
+        list_entries(str(tmp_path))
+    entries, _ = list_entries(str(tmp_path), shard_names=True)
+    assert [entry.key for entry in entries] == [f"{shard}/x/{number}" for shard in "ab" for number in range(3)]
+    assert encoded(entries[1].read()) == encoded(Image.open(io.BytesIO(encoded(noise(1, 70, 64), "JPEG"))))
+    data = (tmp_path / "b.tar").read_bytes()
+    place = data.index(b"x/2.jpg")
+    (tmp_path / "b.tar").write_bytes(data[:place] + b"garbage" * 1000)
+    (tmp_path / "c.tar").write_bytes(b"no tar" * 1000)
+    extract(tmp_path / "*.tar", tmp_path / "out", "--shard-names")
+    said = capsys.readouterr().err
+    assert "b.tar is damaged" in said and "c.tar is damaged or no plain .tar" in said
+    assert len(Features(tmp_path / "out")) == 5
+    with pytest.raises(SystemExit):
+        extract(tmp_path / "*.tar", tmp_path / "strict", "--shard-names", "--strict")
+
+
+def test_sources_that_cannot_be_used(tmp_path, folder):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twice.txt").write_text("a.png\na.png\n")
+    (tmp_path / "wrong.jsonl").write_text('{"key": 3}\n')
+    (tmp_path / "torn.jsonl").write_text('{"path": "a.png"\n')
+    for data, message in (
+        ("empty", "holds no pictures"),
+        ("nowhere", "no such folder, shards or list"),
+        ("no/{00..03}.tar", "no shard"),
+        ("twice.txt", "two pictures have the key 'a.png'.*a key of its own"),
+        ("wrong.jsonl", "line 1: expected an object with a path"),
+        ("torn.jsonl", "line 1: no JSON"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            list_entries(str(tmp_path / data))
+    with pytest.raises(SourceError, match="is a picture; give its folder"):
+        list_entries(str(next(folder.rglob("*.png"))))
+
+
+def test_strange_names(tmp_path, capsys):
+    """Line ends of Unicode, other scripts, and bytes that are no text."""
+    names = ["a\u2028b.png", "日本 語.png", "x\x85y.png", "quote\"'.png"]
+    for name in names:
+        noise(1, 64, 64).save(tmp_path / name)
+    noise(1, 64, 64).save(os.fsencode(tmp_path) + b"/\xff.png", "PNG")
+    for format in FORMATS:
+        out = tmp_path / "out" / format
+        extract(tmp_path, out, "--format", format)
+        assert "1 names are no UTF-8 and are left out" in capsys.readouterr().err
+        assert Features(out).keys == sorted(names) and extract(tmp_path, out, "--format", format).pictures == 0
+
+
+# --- the folder of features ---
+
+
+def test_other_settings_are_refused_and_named(folder, tmp_path, capsys):
+    extract(folder, tmp_path / "out", "--limit", "3")
+    assert extract(folder, tmp_path / "out", "--batch-size", "2", "--shard-items", "2").pictures == 9
+    for arguments, named in (
+        (["--size", "96"], "size [128, 128], now [96, 96]"),
+        (["--seed", "1"], "weights "),
+        (["--pool", "mean"], "pool 'none', now 'mean'"),
+    ):
+        with pytest.raises(SystemExit):
+            extract(folder, tmp_path / "out", *arguments)
+        said = capsys.readouterr().err
+        assert named in said and "other settings" in said and "another --out" in said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        extract(folder, tmp_path / "mine")
+    assert "holds other files (letter.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_and_unindexed_shards(folder, tmp_path, capsys, format):
+    out = tmp_path / "out"
+    extract(folder, out, "--shard-items", "4", "--batch-size", "4", "--size", "64", "--format", format)
+    extract(folder, tmp_path / "whole", "--size", "64", "--format", format)
+    (out / "index.jsonl").unlink()  # the shards know their rows
+    same(out, tmp_path / "whole")
+    first, *_ = shards = sorted(out.glob("features-*"))
+    assert len(shards) == 3
+    first.write_bytes(first.read_bytes()[:1000])
+    with pytest.raises(ShardError, match="is damaged"):
+        Features(out)
+    assert extract(folder, out, "--size", "64", "--format", format).pictures == 4
+    assert "is damaged" in capsys.readouterr().err
+    same(out, tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_goes_at_the_end(folder, tmp_path):
+    out = tmp_path / "out"
+    extract(folder, out, "--limit", "3")
+    (out / ".features-00001-abc-00000.safetensors.0123.part").write_bytes(b"half")
+    (out / "failures-00001-of-00002.jsonl").write_text('{"key": "one/01.png", "path": "x", "error": "then"}\n')
+    extract(folder, out)
+    assert sorted(path.name.split("-")[0] for path in out.iterdir()) == [
+        ".lock",
+        *["features"] * 2,
+        "index.jsonl",
+        "meta.json",
+    ]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_reader_is_a_data_set(folder, tmp_path, format):
+    extract(folder, tmp_path / "out", "--size", "64", "--shard-items", "5", "--format", format)
+    features = Features(tmp_path / "out")
+    assert "one/01.png" in features and "nine" not in features and features.meta["settings"]["size"] == [64, 64]
+    assert features[-1]["key"] == features.keys[-1] and [one["key"] for one in features] == features.keys
+    with pytest.raises(KeyError, match="no features of 'nine' in .*, e.g. 'one/01.png'"):
+        features["nine"]
+    with pytest.raises(IndexError):
+        features[12]
+    with pytest.raises(KeyError, match="map 'us9' is not in .*, which holds us6"):
+        Features(tmp_path / "out", ["us9"])
+    with pytest.raises(StoreError, match="holds no features .meta.json is missing"):
+        Features(tmp_path)
+    again = pickle.loads(pickle.dumps(features))
+    assert torch.equal(again[3]["us6"], features[3]["us6"])
+    loaded = list(DataLoader(features, batch_size=4, num_workers=2))
+    assert torch.equal(torch.cat([batch["us6"] for batch in loaded]), features.stack("us6"))
+
+
+def test_parquet_is_read_by_others(folder, tmp_path):
+    import pyarrow.dataset
+
+    extract(folder, tmp_path / "out", "--keep-size", "--shard-items", "5", "--format", "parquet")
+    table = pyarrow.dataset.dataset(sorted((tmp_path / "out").glob("*.parquet"))).to_table()
+    features = Features(tmp_path / "out")
+    assert sorted(table.column("key").to_pylist()) == features.keys
+    for row in table.to_pylist():
+        one = features[row["key"]]
+        assert (row["width"], row["us6_shape"]) == (one["width"], list(one["us6"].shape))
+        assert torch.equal(torch.tensor(row["us6"], dtype=torch.float16).reshape(row["us6_shape"]), one["us6"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_row_groups(tmp_path, format, monkeypatch):
+    monkeypatch.setattr("cleandift_backbones.extraction.formats.GROUP_BYTES", 100)
+    maps = torch.randn(9, 2, 3, 5).half()
+    half = [
+        Computed([f"{i}" for i in range(s, s + n)], [(5, 3)] * n, (3, 5), {"m": maps[s : s + n]})
+        for s, n in ((0, 4), (4, 5))
+    ]
+    path = tmp_path / "shard"
+    rows = FORMATS[format].write(path, half)
+    shard = FORMATS[format](path)
+    assert shard.rows() == rows
+    for number in (8, 0, 3, 4, 7):
+        assert torch.equal(shard.get(rows[number], "m"), maps[number])
