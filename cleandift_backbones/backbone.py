@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .heads import ProjectionHeads
-from .latents import LatentEncoder
+from .latents import build_latent_encoder, latent_maps, latent_stride
 from .prompts import embed
 from .unet import FeatureUNet, map_infos
 
@@ -28,20 +28,14 @@ def feature_list(cfg: dict, pyramid: bool = False) -> list[dict]:
         pyramid: instead of all UNet maps, one map per stride from 2 on (VAE stages, then the block outputs), as
             segmentation_models_pytorch and detectors expect.
     """
-    widths = cfg["vae"]["block_out_channels"]
-    latent_stride = 2 ** (len(widths) - 1)
+    stride = latent_stride(cfg["vae"])
     maps = [
-        dict(name=m.name, num_chs=m.channels, reduction=m.stride * latent_stride, module=f"unet.{m.module}")
+        dict(name=m.name, num_chs=m.channels, reduction=m.stride * stride, module=f"unet.{m.module}")
         for m in reversed(map_infos(cfg["unet"]))
     ]
     if not pyramid:
         return maps
-    stages = [
-        dict(
-            name=f"vae{2 ** (i + 1)}", num_chs=widths[i], reduction=2 ** (i + 1), module=f"vae.encoder.down_blocks.{i}"
-        )
-        for i in range(len(widths) - 2)
-    ]
+    stages = [{**info, "module": f"vae.{info['module']}"} for info in latent_maps(cfg["vae"])]
     return stages + [m for m in maps if m["module"].endswith(("upsamplers.0", "mid_block"))]
 
 
@@ -98,7 +92,8 @@ class CleanDIFT(nn.Module):
     `feature_info` runs fine to coarse (index 0 = us10 ... 10 = mid): the reverse of the order of execution.
 
     Args:
-        cfg: an entry of `models.ARCHITECTURES`: configs of the UNet, the VAE, the schedule and the prompt.
+        cfg: an entry of `models.ARCHITECTURES`: configs of the UNet, the VAE (or of a light encoder in its place, see
+            `models.with_encoder`), the schedule and the prompt.
         in_chans: channels of the images; pretrained first convolutions are adapted.
         num_classes: 0 gives pooled features, otherwise a linear classifier stands on them.
         global_pool: timm's pooling type for the classifier ("avg", "max", ...; "" returns the 4-D map).
@@ -147,7 +142,7 @@ class CleanDIFT(nn.Module):
         self.cache_dir: str | None = None  # of the Hub's files, for set_prompt
         #: what arguments fix, weights loaded later must not replace
         self.fixed: set[str] = {n for n, v in (("timestep", timestep), ("prompt_embeds", prompt)) if v is not None}
-        self.vae = LatentEncoder(cfg["vae"], in_chans)
+        self.vae = build_latent_encoder(cfg["vae"], in_chans)
         self.unet = FeatureUNet.build(cfg["unet"], final_map)
         self.feature_info = feature_list(cfg, pyramid)
         self.projected_timestep, self.heads = projected_timestep, None
@@ -226,7 +221,7 @@ class CleanDIFT(nn.Module):
         if num_classes and not (self.head.global_pool.pool_type if global_pool is None else global_pool):
             global_pool = "avg"  # a classifier needs pooled features
         self.head.reset(num_classes, global_pool)
-        self.head.to(device=self.vae.encoder.conv_in.weight.device, dtype=self.vae.encoder.conv_in.weight.dtype)
+        self.head.to(device=self.unet.conv_in.weight.device, dtype=self.unet.conv_in.weight.dtype)
 
     # --- features ------------------------------------------------------------------------------------------------
 

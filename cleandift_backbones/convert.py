@@ -13,7 +13,8 @@ from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
 from .download import HubFile
 from .hub import CardInfo, model_card, timm_config
-from .models import ARCHITECTURES, SOURCES, architecture_of
+from .latents import latent_stride
+from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
 from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_header, open_parts
 from .unet import FeatureUNet
 
@@ -110,6 +111,7 @@ def to_native(
     dtype: torch.dtype | None = None,
     cut: bool = False,
     max_shard_size: int | str = "5GB",
+    latent_encoder: str | None = None,
 ) -> tuple[str, Weights]:
     """Writes a native folder, or a native file where `out` ends in .safetensors.
 
@@ -123,6 +125,7 @@ def to_native(
         dtype: of all tensors but the timestep (default: that of the UNet).
         cut: leave out the tensors that run after the finest map.
         max_shard_size: of a file in a folder.
+        latent_encoder: "default" or "tiny" (default: the one that the source holds, else "default").
 
     Returns:
         the model's name, and the weights that were found in the source itself.
@@ -139,9 +142,10 @@ def to_native(
     if teacher:
         found.teacher()  # says so if there is none
     name = model or (source if source in SOURCES else find_model(found, teacher))
-    cfg, noisy = architecture_of(name), name.startswith("dift")
+    latent_encoder = latent_encoder or found.latent_encoder() or "default"
+    cfg, noisy = with_encoder(architecture_of(name), latent_encoder), name.startswith("dift")
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
-    sources = Sources(name, SOURCES.get(name, {}), parts or {})
+    sources = Sources(name, SOURCES.get(name, {}), parts or {}, latent_encoder)
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
@@ -152,7 +156,7 @@ def to_native(
     dtype = dtype or weights["unet.conv_in.weight"].dtype
     deepest = deepest_map(weights, cfg)
     with torch.device("meta"):
-        built = timm.create_model(name, **{"final_map": deepest, **arguments})
+        built = timm.create_model(name, latent_encoder=latent_encoder, **{"final_map": deepest, **arguments})
     built.fixed.clear()
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
     more = _unet_names(cfg, deepest if cut else None)
@@ -217,7 +221,7 @@ def to_diffusers(
         )
     dtype = dtype or weights["unet.conv_in.weight"].dtype
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
-    side = timm.get_pretrained_cfg(name).input_size[-1] // 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    side = timm.get_pretrained_cfg(name).input_size[-1] // latent_stride(cfg["vae"])
     config = {**cfg["unet"], "sample_size": side, "_diffusers_version": diffusers.__version__}
     label = main.name if isinstance(main, Path) else str(main)
     metadata = {"model": name, "source": label}

@@ -35,7 +35,7 @@ _BASE_MODELS = {
 
 
 #: arguments of a model that the backbone in mm.py takes too
-_MM_ARGUMENTS = ("in_chans", "timestep", "ensemble_size", "noise_seed")
+_MM_ARGUMENTS = ("in_chans", "timestep", "ensemble_size", "noise_seed", "latent_encoder")
 
 
 @dataclass
@@ -88,6 +88,8 @@ def timm_config(model: nn.Module) -> dict:
     if inner.in_chans != 3:
         arguments["in_chans"] = inner.in_chans
         cfg["input_size"] = (inner.in_chans, *cfg["input_size"][1:])
+    if inner.vae.kind != "default":
+        arguments["latent_encoder"] = inner.vae.kind
     for name in ("ensemble_size", "noise_seed"):
         if hasattr(inner, name):
             arguments[name] = getattr(inner, name)

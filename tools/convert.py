@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--to", choices=("native", "diffusers"), default="native", help="form to write")
     result.add_argument("--unet", choices=("student", "teacher"), default="student", help="of a full file of CompVis")
     result.add_argument("--vae", help="source of the VAE, where SOURCE has none")
+    result.add_argument(
+        "--latent-encoder",
+        choices=("default", "tiny"),
+        help="tiny: the light encoder (TAESD's form) instead of the VAE's (default: the one in SOURCE)",
+    )
     result.add_argument("--text-encoder", help="source with text_encoder/ and tokenizer/, for the empty prompt")
     result.add_argument("--timestep", help="a number 0..999, or a full file of CompVis that holds it")
     result.add_argument("--fill", help="with --to diffusers: a UNet to take what runs after the last map from")
@@ -50,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     line = parser()
     options = line.parse_args(arguments)
-    unused = {"native": ("fill",), "diffusers": ("vae", "text_encoder", "timestep", "cut")}[options.to]
+    unused = {"native": ("fill",), "diffusers": ("vae", "latent_encoder", "text_encoder", "timestep", "cut")}[
+        options.to
+    ]
     given = [f"--{name.replace('_', '-')}" for name in unused if getattr(options, name)]
     if given:
         line.error(f"{', '.join(given)} has no meaning with --to {options.to}")
@@ -74,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
                 timestep=float(options.timestep) if number else None,
                 cut=options.cut,
                 max_shard_size=options.max_shard_size,
+                latent_encoder=options.latent_encoder,
                 **common,
             )
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -7,6 +7,7 @@
 | CompVis `*_full` | `unet_feature_extractor_*` | `unet.*`, `teacher.*`, `vae.*`, `timestep`, `heads.*` |
 | diffusers folder | `unet/`, `vae/` | `unet.*`, `vae.*`, configs |
 | diffusers' VAE, also with its old attention names | `encoder.conv_in.weight` | `vae.*` |
+| diffusers' AutoencoderTiny (TAESD) | `encoder.layers.0.weight` | `vae.*` |
 
 Only safetensors is ever read; pickle is refused unopened.
 """
@@ -107,6 +108,8 @@ def _identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
         return "UNet in diffusers' layout", lambda name: f"unet.{name}"
     if "encoder.conv_in.weight" in names:
         return "VAE in diffusers' layout", lambda name: f"vae.{_vae_name(name)}"
+    if "encoder.layers.0.weight" in names:
+        return "AutoencoderTiny in diffusers' layout", lambda name: f"vae.{name}"
     if any_starts("model.diffusion_model.", "first_stage_model."):
         raise CheckpointError(
             f"{label} is a checkpoint of the original Stable Diffusion code: turn it into a diffusers folder first "
@@ -190,6 +193,18 @@ class Weights:
         """Takes over those of these tensors that another file has."""
         self._where.update((name, other._where[name]) for name in names if name in other)
         return self
+
+    def drop(self, part: str) -> Weights:
+        """Forgets the tensors under a prefix ("vae."), and their config."""
+        self.configs.pop(part.rstrip("."), None)
+        self._where = {name: where for name, where in self._where.items() if not name.startswith(part)}
+        return self
+
+    def latent_encoder(self) -> str | None:
+        """The kind of the encoder held, as models call it: "default" (AutoencoderKL's), "tiny" (AutoencoderTiny's)."""
+        if self.has("vae.encoder.layers."):
+            return "tiny"
+        return "default" if self.has("vae.encoder.") else None
 
     def teacher(self) -> Weights:
         """The same with the teacher in the place of the student.

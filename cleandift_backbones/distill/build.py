@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from .. import checkpoints
 from ..checkpoints.writing import checksum
+from ..download import fetch_checkpoint
+from ..encoders import load_latent_encoder
 from ..heads import ProjectionHeads
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
@@ -42,11 +44,39 @@ def load_teacher(recipe: Recipe) -> DIFT:
     return source.requires_grad_(False).eval()
 
 
+class Encoders(nn.Module):
+    """Image encoders of a run: the teacher's, and a light one of the student if the recipe asks for it; both frozen."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module | None):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+        self.requires_grad_(False).eval()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("latents",) if self.student is None else ("latents", "student_latents")
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images B x 3 x H x W in [-1, 1] -> B x C x h x w latents, one of each kind."""
+        return [self.teacher(images)[0]] + ([] if self.student is None else [self.student(images)[0]])
+
+
+def load_student_encoder(recipe: Recipe) -> nn.Module | None:
+    """The student's light encoder in float32, from `latent_encoder_weights` or where it is published, or None.
+
+    Raises:
+        RuntimeError: no weights to be had. CheckpointError: of another kind.
+    """
+    if recipe.latent_encoder == "default":
+        return None
+    return load_latent_encoder(recipe.model, recipe.latent_encoder, recipe.latent_encoder_weights)
+
+
 def build_module(recipe: Recipe, source: DIFT) -> Distiller:
     """Student (a copy of the teacher, as deep as the finest map in the loss), heads and loss.
 
     Raises:
-        ValueError: unknown maps. CheckpointError: unfit weights of the heads.
+        ValueError: unknown maps. CheckpointError: unfit weights of the student or the heads.
     """
     torch.manual_seed(mix_seed(recipe.seed, 0))  # of heads and adapters
     arch = ARCHITECTURES[recipe.teacher.removeprefix("dift_")]
@@ -57,6 +87,9 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
         student = FeatureUNet.build(arch["unet"], last)
     teacher = source.unet.state_dict()
     student.load_state_dict({name: teacher[name].clone() for name in student.state_dict()}, assign=True)
+    timestep = recipe.timestep
+    if recipe.student_weights:
+        timestep = _load_student(student, recipe.student_weights, timestep)
     student.grad_checkpointing = recipe.gradient_checkpointing
     if recipe.lora.rank:
         add_lora(student, recipe.lora.rank, recipe.lora.alpha)
@@ -72,9 +105,17 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
             raise checkpoints.CheckpointError(
                 f"{options.weights} ({weights.describe()}) does not fit: {error}"
             ) from error
-    return Distiller(
-        source.unet, student, DDPMScheduler(**arch["scheduler"]), maps, heads, recipe.loss, recipe.timestep
-    )
+    return Distiller(source.unet, student, DDPMScheduler(**arch["scheduler"]), maps, heads, recipe.loss, timestep)
+
+
+def _load_student(student: FeatureUNet, source: str, timestep: float) -> float:
+    """Gives a student the UNet of a checkpoint; returns its learned timestep, or the one given if it holds none."""
+    weights = checkpoints.open_checkpoint(fetch_checkpoint(source))
+    expected = {f"unet.{name}": tensor for name, tensor in student.state_dict().items()}
+    beside = {f"unet.{name}" for name in student.dropped_keys}
+    state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)
+    student.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
+    return float(weights["timestep"]) if "timestep" in weights else timestep
 
 
 def parameter_groups(recipe: Recipe, module: Distiller) -> list[dict]:
@@ -120,7 +161,7 @@ class Prompts:
 
 @dataclass
 class Data:
-    """What a run trains and validates on. `latents` and `prompts` are those of the validation pictures, on the CPU."""
+    """What a run trains and validates on."""
 
     pictures: list[Picture] | list[str]
     heldout: list[Picture]
@@ -161,7 +202,9 @@ def _sparse(pictures: list[Picture]) -> list[Picture]:
     return pictures[:: max(1, len(pictures) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]
 
 
-def cache_latents(recipe: Recipe, data: Data, source: DIFT, prompts: Prompts, accelerator: Accelerator) -> None:
+def cache_latents(
+    recipe: Recipe, data: Data, source: DIFT, encoders: Encoders, prompts: Prompts, accelerator: Accelerator
+) -> None:
     """Fills the recipe's cache on the first process while the others wait; leaves out what cannot be read.
 
     Raises:
@@ -173,21 +216,23 @@ def cache_latents(recipe: Recipe, data: Data, source: DIFT, prompts: Prompts, ac
         )
     identity = dict(
         teacher=recipe.teacher,
-        vae=checksum(source.vae.state_dict()),
+        vae=checksum(encoders.teacher.state_dict()),
         text=recipe.text,
         text_encoder=encoder_identity(source.text_encoder) if recipe.text != "empty" else "",
         precision=str(half_of(accelerator)),
         size=data.options.size,
     )
-    data.cache = LatentCache(recipe.cache_dir, identity)
+    if encoders.student is not None:
+        identity["student_vae"] = checksum(encoders.student.state_dict())
+    data.cache = LatentCache(recipe.cache_dir, identity, encoders.kinds)
     everything = [*data.pictures, *data.heldout]
     if accelerator.is_main_process and data.cache.missing(everything):
-        source.vae.to(accelerator.device)
+        encoders.to(accelerator.device)
 
         @torch.no_grad()
-        def encode(images: Tensor) -> Tensor:
+        def encode(images: Tensor) -> list[Tensor]:
             with autocast(accelerator):
-                return source.vae(images.to(accelerator.device))[0]
+                return encoders(images.to(accelerator.device))
 
         broken = data.cache.fill(everything, data.options, encode, prompts.embed)
         report_broken(broken, len(broken), recipe.data.max_broken)
@@ -237,37 +282,36 @@ def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator
 
 
 def encode_batch(
-    batch: Batch | tuple, source: DIFT, prompts: Prompts, accelerator: Accelerator
-) -> tuple[Tensor, Tensor, list[str], list[str]]:
-    """A batch as (latents, prompt embeddings, names, broken), on the device; from pictures or from the cache."""
+    batch: Batch | tuple, encoders: Encoders | None, prompts: Prompts, accelerator: Accelerator
+) -> tuple[list[Tensor], Tensor, list[str], list[str]]:
+    """A batch as (latents of each kind, prompt embeddings, names, broken), on the device; of pictures or the cache."""
     device = accelerator.device
     if not isinstance(batch, Batch):
         latents, embeds, names = batch
-        return latents.to(device).float(), embeds.to(device).float(), list(names), []
+        return [x.to(device).float() for x in latents], embeds.to(device).float(), list(names), []
     images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), autocast(accelerator):
-        latents = source.vae(images)[0]
-    return latents.float(), prompts.embed(batch.captions), batch.names, batch.broken
+        latents = encoders(images)
+    return [x.float() for x in latents], prompts.embed(batch.captions), batch.names, batch.broken
 
 
 def validation_batch(
-    data: Data, source: DIFT, prompts: Prompts, accelerator: Accelerator, batch_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(images, latents, prompt embeddings) of the held-out pictures, on the CPU."""
+    data: Data, encoders: Encoders | None, prompts: Prompts, accelerator: Accelerator, batch_size: int
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(images, latents of each kind, prompt embeddings) of the held-out pictures, on the CPU."""
     images, kept = plain_images(data.heldout, data.options)
     if data.cache is not None:
         held = [checkpoints.open_weights(data.cache.path(picture)) for picture in kept]
-        latents, embeds = (
-            torch.stack(x) for x in zip(*((h.get_tensor("latents")[0], h.get_tensor("prompt")) for h in held))
-        )
-        return images, latents.float(), embeds.float()
+        latents = [torch.stack([h.get_tensor(kind)[0] for h in held]).float() for kind in data.cache.kinds]
+        return images, latents, torch.stack([h.get_tensor("prompt") for h in held]).float()
     parts = []
     for start in range(0, len(kept), batch_size):
         part = slice(start, start + batch_size)
         batch = Batch(images[part], [p.caption for p in kept[part]], [p.name for p in kept[part]], [])
-        latents, embeds, *_ = encode_batch(batch, source, prompts, accelerator)
-        parts.append((latents.cpu(), embeds.cpu()))
-    return images, torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        latents, embeds, *_ = encode_batch(batch, encoders, prompts, accelerator)
+        parts.append(([x.cpu() for x in latents], embeds.cpu()))
+    latents = [torch.cat(x) for x in zip(*(p[0] for p in parts))]
+    return images, latents, torch.cat([p[1] for p in parts])
 
 
 def trained_parameters(module: Distiller) -> dict[str, nn.Parameter]:

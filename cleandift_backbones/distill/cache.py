@@ -25,12 +25,13 @@ class LatentCache:
 
     Args:
         folder: created when filled.
+        kinds: names of the latents held: "latents", and "student_latents" where the student has an encoder of its own.
         identity: what the files depend on besides the picture: digests of VAE and text encoder, size, dtype. A file
             made under another identity is made again.
     """
 
-    def __init__(self, folder: str | Path, identity: dict):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, identity: dict, kinds: Sequence[str] = ("latents",)):
+        self.folder, self.kinds = Path(folder), tuple(kinds)
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     def path(self, picture: Picture) -> Path:
@@ -42,7 +43,7 @@ class LatentCache:
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            return {"latents", "prompt"} <= set(open_weights(path).keys())
+            return {*self.kinds, "prompt"} <= set(open_weights(path).keys())
         except CheckpointError:
             return False
 
@@ -54,7 +55,7 @@ class LatentCache:
         self,
         pictures: Sequence[Picture],
         options: DecodeOptions,
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Sequence[Tensor]],
         embed: Callable[[list[str]], Tensor],
         batch_size: int = 8,
         show: bool = True,
@@ -63,7 +64,7 @@ class LatentCache:
 
         Args:
             options: size and centre crop.
-            encode: images B x 3 x size x size -> latents. embed: B captions -> B x L x C.
+            encode: images B x 3 x size x size -> latents of each of the `kinds`. embed: B captions -> B x L x C.
 
         Returns:
             what could not be read, with the reason.
@@ -81,12 +82,12 @@ class LatentCache:
                         broken.append(str(error))
                 if good:
                     both = torch.stack([*images, *(image.flip(-1) for image in images)])
-                    latents = encode(both).to("cpu", torch.float16)
+                    latents = [x.to("cpu", torch.float16) for x in encode(both)]
                     prompts = embed([picture.caption for picture in good]).to("cpu", torch.float16)
                     for number, picture in enumerate(good):
-                        pair = torch.stack([latents[number], latents[number + len(good)]])
+                        held = {k: x[[number, number + len(good)]] for k, x in zip(self.kinds, latents, strict=True)}
                         with replacing(self.path(picture)) as aside:
-                            write_file({"latents": pair, "prompt": prompts[number]}, aside, None)
+                            write_file({**held, "prompt": prompts[number]}, aside, None)
                 bar.update(len(todo[start : start + batch_size]))
         write_text(
             self.folder / "README.txt", "Latents and prompt embeddings of cleandift_backbones: may be deleted.\n"
@@ -95,7 +96,7 @@ class LatentCache:
 
 
 class CachedBatches(OrderedBatches):
-    """Batches of a `LatentCache`: (latents, prompts, names).
+    """Batches of a `LatentCache`: (latents of each kind, prompts, names).
 
     Args:
         flip: take the mirrored latents for half of them. Others: see `data.OrderedBatches`.
@@ -105,11 +106,12 @@ class CachedBatches(OrderedBatches):
         super().__init__(pictures, *args, **kwargs)
         self.cache, self.flip = cache, flip
 
-    def batch(self, pictures: Sequence[Picture], first: int) -> tuple[Tensor, Tensor, list[str]]:
+    def batch(self, pictures: Sequence[Picture], first: int) -> tuple[list[Tensor], Tensor, list[str]]:
         latents, prompts = [], []
         for offset, picture in enumerate(pictures):
             held = load_file(self.cache.path(picture))
             draw = step_generator(torch.device("cpu"), self.seed, 7, first + offset)
-            latents.append(held["latents"][int(self.flip and torch.rand((), generator=draw) < 0.5)])
+            mirrored = int(self.flip and torch.rand((), generator=draw) < 0.5)
+            latents.append([held[kind][mirrored] for kind in self.cache.kinds])
             prompts.append(held["prompt"])
-        return torch.stack(latents), torch.stack(prompts), [picture.name for picture in pictures]
+        return [torch.stack(x) for x in zip(*latents)], torch.stack(prompts), [picture.name for picture in pictures]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoints, hub
-from .build import load_teacher
+from .build import load_student_encoder, load_teacher
 from .engine import whole
 from .lora import merged_state
 from .module import Distiller
@@ -35,17 +35,21 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
 
     Args:
         state: of `student_state`. What the student does not hold (VAE, empty prompt, what runs after its last map) is
-            the teacher's.
+            the teacher's, but for a light encoder of the recipe's.
         adapters: of `lora_state`, if there are any. data: for the card, e.g. "3000 pictures, 768 px".
     """
     out = Path(recipe.output_dir)
     if adapters is not None:
         checkpoints.save_native(adapters, out / "lora.safetensors")
     # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
-    state = load_teacher(recipe).state_dict() | dict(state)
+    base, encoder = load_teacher(recipe).state_dict(), load_student_encoder(recipe)
+    if encoder is not None:
+        base = {name: tensor for name, tensor in base.items() if not name.startswith("vae.")}
+        base |= {f"vae.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state = base | dict(state)
     card = hub.CardInfo(data=data, recipe=json.loads(method(recipe)), results=final_losses(out / "log.jsonl"))
     with torch.device("meta"):
-        config = hub.timm_config(timm.create_model(recipe.model))
+        config = hub.timm_config(timm.create_model(recipe.model, latent_encoder=recipe.latent_encoder))
     if recipe.heads.depth:
         config["model_args"]["heads"] = {k: v for k, v in vars(recipe.heads).items() if k != "weights"}
     metadata = {"model": recipe.model, "recipe": method(recipe)}
@@ -65,7 +69,8 @@ def final_losses(log: Path) -> dict[str, str]:
 def method(recipe: Recipe) -> str:
     """The recipe as JSON without what concerns one machine only: paths, device, workers."""
     fields = json.loads(json.dumps(vars(recipe), default=vars))
-    for name in ("output_dir", "teacher_weights", "cache_dir", "device", "num_workers", "resume", "push_to_hub"):
+    here = ("output_dir", "cache_dir", "device", "num_workers", "resume", "push_to_hub")
+    for name in (*here, "teacher_weights", "student_weights", "latent_encoder_weights"):
         fields.pop(name)
     fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}
     fields["heads"].pop("weights")

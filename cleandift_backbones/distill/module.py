@@ -72,13 +72,20 @@ class Distiller(nn.Module):
         return self
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, noise: Tensor, teacher_prompt: Tensor, student_prompt: Tensor
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        teacher_prompt: Tensor,
+        student_prompt: Tensor,
+        student_latents: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch. One student pass per image serves all of its noise levels: same loss, a third of the work.
 
         Args:
             latents: B x C x h x w, clean. timesteps: B x I integers. noise: B x I x C x h x w standard normal.
             teacher_prompt: B or 1 x L x D. student_prompt: the same; the empty prompt by default of the method.
+            student_latents: what the student gets instead of `latents` (of a light encoder), like them.
 
         Returns:
             scalar loss (weighted mean over maps), and the plain loss of each map.
@@ -89,7 +96,9 @@ class Distiller(nn.Module):
         with torch.no_grad():
             prompt = teacher_prompt if len(teacher_prompt) == 1 else teacher_prompt.repeat_interleave(levels, dim=0)
             target = self.teacher(noisy, flat, prompt, self.maps)
-        clean = self.student(latents, self.timestep, student_prompt, self.maps)
+        clean = self.student(
+            latents if student_latents is None else student_latents, self.timestep, student_prompt, self.maps
+        )
         if self.heads is not None:
             guess = self.heads(clean, timesteps)
         else:
@@ -100,11 +109,19 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def compare(
-        self, latents: Tensor, noise: Tensor, timestep: int, teacher_prompt: Tensor, student_prompt: Tensor, name: str
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: int,
+        teacher_prompt: Tensor,
+        student_prompt: Tensor,
+        name: str,
+        student_latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One map of the student, of the teacher on clean latents, and of the teacher on noised ones."""
         t = torch.full((len(latents),), timestep, device=latents.device)
         noisy = self.scheduler.add_noise(latents, noise, t)
-        student = self.student(latents, self.timestep, student_prompt, [name])[name]
+        own = latents if student_latents is None else student_latents
+        student = self.student(own, self.timestep, student_prompt, [name])[name]
         clean, noised = (self.teacher(x, t, teacher_prompt, [name])[name] for x in (latents, noisy))
         return student, clean, noised

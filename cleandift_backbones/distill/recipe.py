@@ -46,6 +46,11 @@ class Recipe:
     teacher_weights: str | None = (
         None  # path or OWNER/NAME[@REVISION][/PATH] of another teacher: your own fine-tuned SD
     )
+    student_weights: str | None = (
+        None  # the same of a student to go on from (its heads: heads.weights); default: teacher
+    )
+    latent_encoder: str = "default"  # of the student: default (the VAE's, as the teacher's) or tiny (TAESD's form)
+    latent_encoder_weights: str | None = None  # source of that light encoder; default: where it is published
     output_dir: str = MISSING
     data: DataRecipe = field(default_factory=DataRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
@@ -89,6 +94,7 @@ class Recipe:
 _CHOICES = {
     "loss": ("cosine", "l1", "l2"),
     "text": ("caption", "empty", "distilled"),
+    "latent_encoder": ("default", "tiny"),
     "data.background": ("white", "random"),
     "data.crop": ("center", "random"),
     "mixed_precision": ("auto", "no", "bf16", "fp16"),
@@ -162,6 +168,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             )
         if merged.heads.weights and not merged.heads.depth:
             raise ValueError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
+        if merged.latent_encoder_weights and merged.latent_encoder == "default":
+            raise ValueError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
             if OmegaConf.select(merged, name):
                 OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))

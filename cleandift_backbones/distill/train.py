@@ -18,14 +18,17 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 
 from ..images import check_folder
+from ..latents import latent_stride
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
 from .build import (
+    Encoders,
     Prompts,
     build_module,
     cache_latents,
     encode_batch,
     list_data,
+    load_student_encoder,
     load_teacher,
     make_loader,
     parameter_groups,
@@ -80,28 +83,31 @@ class Training:
             torch.use_deterministic_algorithms(True, warn_only=True)
         set_seed(mix_seed(recipe.seed, 1) % 2**32)
         side = timm.get_pretrained_cfg(recipe.model).input_size[-1]
-        stride = 2 ** (len(ARCHITECTURES[recipe.model.split("_")[1]]["vae"]["block_out_channels"]) - 1)
+        stride = latent_stride(ARCHITECTURES[recipe.model.split("_")[1]]["vae"])
         self.size = recipe.data.size or side
         if self.size % stride:
             raise ValueError(f"data.size={self.size} is no multiple of the latents' stride {stride}")
         self.data = list_data(recipe, self.size)
         self.source: DIFT = load_teacher(recipe)
         self.module: Distiller = build_module(recipe, self.source)
+        self.encoders = Encoders(self.source.vae, load_student_encoder(recipe))
         device = accelerator.device
         self.prompts = Prompts(recipe.text, self.source.prompt_embeds.to(device), self.source.text_encoder)
         if recipe.cache_dir:
-            cache_latents(recipe, self.data, self.source, self.prompts, accelerator)
+            cache_latents(recipe, self.data, self.source, self.encoders, self.prompts, accelerator)
             self._agree(len(self.data.pictures), "cache_dir", recipe.cache_dir)
-            self.source.vae = None
+            self.encoders = self.source.vae = None
         self.engine = engine_of(accelerator)
         self.source.to(device, memory_format=torch.channels_last)
+        if self.encoders is not None:
+            self.encoders.to(device, memory_format=torch.channels_last)
         # Sharding engines cut weights into flat pieces.
         flat = self.engine in ("fsdp", "deepspeed")
         self.module.to(device, memory_format=torch.contiguous_format if flat else torch.channels_last)
         half = half_of(accelerator)
         if half is not None:  # frozen: half of it is enough
             torch.nn.Module.to(self.module.teacher, half)  # diffusers' own warns of float32 modules that are not there
-        self.validation = validation_batch(self.data, self.source, self.prompts, accelerator, recipe.batch_size)
+        self.validation = validation_batch(self.data, self.encoders, self.prompts, accelerator, recipe.batch_size)
         groups = parameter_groups(recipe, self.module)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=device.type == "cuda")
         self.peaks = [group["lr"] for group in groups]
@@ -169,11 +175,13 @@ class Training:
             group["lr"] = peak * factor
         names, finite, count = [], True, recipe.gradient_accumulation
         for micro in range(count):
-            latents, embeds, called, broken = encode_batch(next(batches), self.source, self.prompts, accelerator)
+            (latents, *own), embeds, called, broken = encode_batch(
+                next(batches), self.encoders, self.prompts, accelerator
+            )
             names += called
             self._count_broken(broken)
             with accelerator.accumulate(self.wrapped), autocast(accelerator):
-                loss, each = self.wrapped(latents, *self._draw(latents, micro), *self.prompts.split(embeds))
+                loss, each = self.wrapped(latents, *self._draw(latents, micro), *self.prompts.split(embeds), *own)
                 finite = finite and not self._any(not torch.isfinite(loss))
                 if finite:
                     accelerator.backward(loss)  # divides it by their number; DeepSpeed takes its step here
@@ -251,7 +259,7 @@ class Training:
 
     def validate(self) -> None:
         """Loss on held-out pictures with fixed noise and timesteps; the same on every process, for shards."""
-        _, latents, embeds = self.validation
+        _, (latents, *own), embeds = self.validation
         device, low_high, levels = self.accelerator.device, self.recipe.timestep_range, self.recipe.timestep_levels
         totals = []
         with self.averaged(), autocast(self.accelerator):
@@ -261,19 +269,21 @@ class Training:
                 x = latents[part].to(device)
                 timesteps = stratified_timesteps(len(x), levels, generator, *low_high).to(device)
                 noise = torch.randn((len(x), levels, *x.shape[1:]), generator=generator).to(device)
-                loss, each = self.module(x, timesteps, noise, *self.prompts.split(embeds[part].to(device)))
+                given = [*self.prompts.split(embeds[part].to(device)), *(y[part].to(device) for y in own)]
+                loss, each = self.module(x, timesteps, noise, *given)
                 totals.append({"validation": loss} | {f"validation_map_{k}": v for k, v in each.items()})
         means = {key: float(torch.stack([t[key] for t in totals]).mean()) for key in totals[0]}
         self.monitor.write(self.step, timestep=float(whole(self.module.timestep.detach())), **means)
 
     def sample(self) -> None:
         """A picture of features: the student on clean pictures, the teacher on clean and on noised ones."""
-        images, latents, embeds = (x[:6] for x in self.validation)
+        images, latents, embeds = self.validation
+        images, (latents, *own), embeds = images[:6], [x[:6] for x in latents], embeds[:6]
         name = "us6" if "us6" in self.module.maps else next(iter(self.module.maps))
         latents, prompts = latents.to(device := self.accelerator.device), self.prompts.split(embeds.to(device))
         noise = torch.randn(latents.shape, generator=step_generator(torch.device("cpu"), self.recipe.seed, 3))
         with self.averaged(), autocast(self.accelerator):
-            maps = self.module.compare(latents, noise.to(device), 261, *prompts, name)
+            maps = self.module.compare(latents, noise.to(device), 261, *prompts, name, *(x.to(device) for x in own))
         titles = f"student, {name}, step {self.step}", "teacher on clean pictures", "teacher, t = 261"
         if self.accelerator.is_main_process:
             rows = {title: list(x) for title, x in zip(titles, maps)}

@@ -380,10 +380,13 @@ def run_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in same} | {"ema_decay": options.ema}
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float) -> None:
-    """The options that all training scripts share."""
+PICTURES = "folder of pictures with train/ and heldout/ (tools/make_pictures.py writes it)"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, data: str = PICTURES) -> None:
+    """The options that all training scripts share; `data` says what --data is."""
     add = parser.add_argument
-    add("--data", required=True, help="folder of pictures with train/ and heldout/ (tools/make_pictures.py writes it)")
+    add("--data", required=True, help=data)
     add("--out", required=True, help="folder for the result, the checkpoint, the log and the sheets")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--seed", type=int, default=0, help="equal seeds give equal runs on equal machines (default: 0)")
