@@ -43,7 +43,7 @@ class Operations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not any(output.alias_info for output in function._schema.returns) or "_" == str(function)[-1]
+        self.count += not any(output.alias_info for output in function._schema.returns) or str(function)[-1] == "_"
         return function(*args, **(kwargs or {}))
 
 
