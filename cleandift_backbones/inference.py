@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
@@ -202,11 +203,13 @@ class _Optimized:
             x = F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
             if self._compiled is None:
                 self._compiled = torch.compile(super()._maps, **self._compile)
-            if x.is_cuda and self._compile.get("mode") in _GRAPHS:
+            graphs = x.is_cuda and self._compile.get("mode") in _GRAPHS
+            if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-                maps = {name: y.clone() for name, y in self._compiled(x, tuple(names)).items()}
-            else:
+            # Without this a first square image would bind height to width, and the next one would compile again.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):
                 maps = self._compiled(x, tuple(names))
+            maps = {name: y.clone() for name, y in maps.items()} if graphs else maps
         reductions = {info["name"]: info["reduction"] for info in self.feature_info}
         return {n: y[..., : -(-height // reductions[n]), : -(-width // reductions[n])] for n, y in maps.items()}
 
