@@ -267,7 +267,7 @@ def test_compiled_once_for_all_sizes():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = build(features_only=True, out_indices=(4, 10))
-    fast = optimize(copy.deepcopy(model), compile=dict(dynamic=True, backend="aot_eager"))
+    fast = optimize(copy.deepcopy(model), compile=dict(dynamic=True, backend="eager"))
     for shape in ((1, 3, 128, 128), (1, 3, 192, 128), (1, 3, 131, 250), (1, 3, 256, 200)):
         assert apart(fast(images(*shape)), model(images(*shape))) < 3e-5
     stats = torch._dynamo.utils.counters["stats"]
