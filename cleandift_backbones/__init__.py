@@ -13,13 +13,14 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
+    from .inference import optimize
     from .noisy import DIFT
     from .unet import FeatureUNet
 
 
-__all__ = ["DIFT", "CleanDIFT", "FeatureUNet", "__version__"]
+__all__ = ["DIFT", "CleanDIFT", "FeatureUNet", "__version__", "optimize"]
 
-_LAZY = {"CleanDIFT": "backbone", "DIFT": "noisy", "FeatureUNet": "unet"}
+_LAZY = {"CleanDIFT": "backbone", "DIFT": "noisy", "FeatureUNet": "unet", "optimize": "inference"}
 
 
 def __getattr__(name: str):

@@ -154,6 +154,15 @@ class FeatureUNet(UNet2DConditionModel):
         """
         maps = self.map_names if maps is None else tuple(maps)
         self.check_maps(maps)
+        batch = latents.shape[0]
+        time = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(batch)
+        temb = self.time_embedding(self.time_proj(time).to(latents.dtype))
+        return self.walk(latents, temb, prompt_embeds.to(latents.dtype).expand(batch, -1, -1), maps)
+
+    def walk(
+        self, latents: Tensor, temb: Tensor | None, text: Tensor | None, maps: Collection[str]
+    ) -> dict[str, Tensor]:
+        """`forward` after its embeddings: temb B x T and text B x L x C, None where layers hold them as constants."""
         wanted = {info.module: info.name for info in self.infos if info.name in maps}
         found: dict[str, Tensor] = {}
 
@@ -162,11 +171,6 @@ class FeatureUNet(UNet2DConditionModel):
             if module in wanted:
                 found[wanted[module]] = x
             return len(found) == len(wanted)
-
-        batch = latents.shape[0]
-        time = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(batch)
-        temb = self.time_embedding(self.time_proj(time).to(latents.dtype))
-        text = prompt_embeds.to(latents.dtype).expand(batch, -1, -1)
 
         x = self.conv_in(latents)
         skips = [x]

@@ -1,0 +1,60 @@
+"""tools/benchmark.py inference: every way gives the same map, and the report says what it measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import benchmark
+from benchmarks import inference
+
+
+def test_report(tmp_path, capsys):
+    ways = ["whole", "dift", "timm", "optimized", "direct"]
+    command = "inference --model test_cleandift --size 64 128 --batch-size 1 2 --repeat 2 --threads 1 --clock cpu"
+    benchmark.main([*command.split(), "--ways", *ways, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "inference.json").read_text())
+    assert len(found["rows"]) == 4 * len(ways) and (tmp_path / "inference.png").stat().st_size > 5000
+    assert (tmp_path / "inference.md").read_text() in capsys.readouterr().out
+    case = {row["way"]: row for row in found["rows"] if (row["size"], row["batch"]) == (128, 1)}
+    for way in ("whole", "timm", "optimized", "direct"):
+        assert case[way]["apart"] < 1e-4 and case[way]["cosine"] > 0.99999 and len(case[way]["seconds"]) == 2
+    assert "apart" not in case["dift"]  # the noisy map is another one
+    work = {way: row["gflop"] for way, row in case.items()}
+    assert work["direct"] <= work["timm"] < work["whole"] < work["dift"]
+    assert case["direct"]["weights"] < case["timm"]["weights"] < case["whole"]["weights"]
+
+
+def test_the_noisy_way_is_dift():
+    """The plain DIFT gives what this package's DIFT gives."""
+    import timm
+
+    weights = inference.Weights("dift_tiny", "us6", torch.device("cpu"))
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        found, expected = inference.dift(weights)(x), weights.model(x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert timm.create_model("dift_tiny", features_only=True, out_indices=(4,)).model.ensemble_size == 8
+
+
+def test_ways_share_weights():
+    weights = inference.Weights("test_cleandift", "us6", torch.device("cpu"))
+    mine = {p.data_ptr() for p in inference.ours(weights).weights[0].parameters()}
+    theirs = {p.data_ptr() for module in (weights.unet, weights.vae) for p in module.parameters()}
+    assert mine <= theirs
+
+
+@pytest.mark.parametrize("wrong", ["--map us11", "--clock cpu", "--size 0", "--ways fastest"])
+def test_wrong_arguments(wrong):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["inference", "--model", "test_cleandift", *wrong.split()])
+    assert stop.value.code not in (0, None)
+
+
+def test_training_takes_one_size():
+    with pytest.raises(SystemExit):
+        benchmark.main(["training", "--size", "64", "128"])
