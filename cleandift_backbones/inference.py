@@ -189,7 +189,7 @@ class _Optimized:
     def _maps(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         self._check_input(x)
         self._check_constants()
-        weight = self.vae.encoder.conv_in.weight
+        weight = self.unet.conv_in.weight
         height, width = x.shape[-2:]
         with torch.no_grad():
             x = x.to(weight.dtype)
@@ -337,7 +337,7 @@ def optimize(
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}")
     backbone = _backbone_of(model)
-    weight = backbone.vae.encoder.conv_in.weight
+    weight = backbone.unet.conv_in.weight
     device, dtype = weight.device, dtype or weight.dtype
     if slow_16bit(dtype, device):
         warnings.warn(

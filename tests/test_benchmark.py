@@ -14,7 +14,7 @@ from benchmarks import inference
 
 
 def test_report(tmp_path, capsys):
-    ways = ["whole", "dift", "timm", "optimized", "direct"]
+    ways = ["whole", "dift", "timm", "optimized", "direct", "light"]
     command = "inference --model test_cleandift --size 64 128 --batch-size 1 2 --repeat 2 --threads 1 --clock cpu"
     benchmark.main([*command.split(), "--ways", *ways, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "inference.json").read_text())
@@ -23,7 +23,7 @@ def test_report(tmp_path, capsys):
     case = {row["way"]: row for row in found["rows"] if (row["size"], row["batch"]) == (128, 1)}
     for way in ("whole", "timm", "optimized", "direct"):
         assert case[way]["apart"] < 1e-4 and case[way]["cosine"] > 0.99999 and len(case[way]["seconds"]) == 2
-    assert "apart" not in case["dift"]  # the noisy map is another one
+    assert "apart" not in case["dift"] and "apart" not in case["light"]  # other maps: of noise, of a random encoder
     work = {way: row["gflop"] for way, row in case.items()}
     assert work["direct"] <= work["timm"] < work["whole"] < work["dift"]
     assert case["direct"]["weights"] < case["timm"]["weights"] < case["whole"]["weights"]
@@ -58,3 +58,10 @@ def test_wrong_arguments(wrong):
 def test_training_takes_one_size():
     with pytest.raises(SystemExit):
         benchmark.main(["training", "--size", "64", "128"])
+
+
+def test_matching(tmp_path, capsys):
+    benchmark.main(["matching", "--pairs", "40", "--repeat", "2", "--threads", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "matching.json").read_text())
+    assert (found["pairs"], found["pictures"], len(found["seconds"])) == (40, 54, 2)
+    assert 3 <= found["points"] <= 12 and "pairs/s" in capsys.readouterr().out

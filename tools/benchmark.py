@@ -8,6 +8,7 @@
     python tools/benchmark.py loading --file my.safetensors --model cleandift_sd15 --repeat 5
     python tools/benchmark.py training                 a step of the distillation: cleandift_tiny at 128 px, batch 8
     python tools/benchmark.py training --model cleandift_sd21 --size 128 --batch-size 1
+    python tools/benchmark.py matching                 keypoints of 12,234 pairs, the size of SPair-71k's test split
 
 `inference` runs one map of the same weights and images in several ways, in turn, on the GPU if there is one:
   whole          diffusers' whole UNet in float32 with a hook, and the VAE (what the public CleanDIFT code computes)
@@ -16,6 +17,7 @@
   timm           this package, as timm.create_model gives it
   optimized      the same after cleandift_backbones.optimize
   direct         the same without Winograd's algorithm
+  light          optimized, with the light latent encoder (latent_encoder="tiny")
   bf16, fp16     optimized in 16 bit;  compile, graphs: optimized and compiled, with dynamic sizes or with CUDA graphs
 It tells latency, images/s, peak memory, bytes of weights, GFLOP (torch's counter, on what really runs), GFLOP/s and
 their share of a matrix product's speed at that moment, and how far the map is from the first way's. With --clock cpu a
@@ -46,18 +48,19 @@ from cleandift_backbones.files import write_text
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
 
-from benchmarks import inference, loading, training
+from benchmarks import inference, loading, matching, training
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("inference", "loading", "training"), help="what to measure")
+    parser.add_argument("what", choices=("inference", "loading", "training", "matching"), help="what to measure")
     parser.add_argument("--model", help="timm model name (default: cleandift_sd21; training: cleandift_tiny)")
     parser.add_argument("--file", help="loading: native file of the model (default: a random one)")
     parser.add_argument("--temporary", help="loading: folder for the random file")
     parser.add_argument("--map", default="us6", help="inference: the map to compute (default: us6)")
     parser.add_argument("--ways", nargs="+", choices=inference.WAYS, help="inference: (default: those without compile)")
-    parser.add_argument("--threads", type=int, help="inference: CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=int, help="inference, matching: CPU threads (default: torch's)")
+    parser.add_argument("--pairs", type=int, default=matching.PAIRS, help="matching: (default: %(default)s)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="inference: (default: wall)")
     parser.add_argument("--size", type=int, nargs="+", help="sides of the images in pixels (512; training: one, 128)")
     parser.add_argument("--batch-size", type=int, nargs="+", help="images a pass (1), or a step (training: one, 8)")
@@ -67,15 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     options.model = options.model or ("cleandift_tiny" if options.what == "training" else "cleandift_sd21")
     options.size = options.size or [128 if options.what == "training" else 512]
     options.batch_size = options.batch_size or [8 if options.what == "training" else 1]
-    if min(*options.size, *options.batch_size, options.repeat) < 1:
-        parser.error("--size, --batch-size and --repeat must be at least 1")
+    if min(*options.size, *options.batch_size, options.repeat, options.pairs) < 1:
+        parser.error("--size, --batch-size, --repeat and --pairs must be at least 1")
     if options.what == "training":
         if len(options.size) + len(options.batch_size) > 2:
             parser.error("training takes one --size and one --batch-size")
         options.size, options.batch_size = options.size[0], options.batch_size[0]
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu counts one thread's work: give --threads 1 with it")
-    room = dict(inference=inference, loading=loading, training=training)[options.what]
+    room = dict(inference=inference, loading=loading, training=training, matching=matching)[options.what]
     found = getattr(room, options.what)(options)
     text = getattr(room, f"{options.what}_table")(found, options)
     print("\n" + text)

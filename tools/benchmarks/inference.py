@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from cleandift_backbones import optimize
 from cleandift_backbones.files import replacing
+from cleandift_backbones.latents import build_latent_encoder
 from cleandift_backbones.models import architecture_of
 from cleandift_backbones.noisy import DIFT, seeded_noise
 from cleandift_backbones.unet import map_infos
@@ -41,7 +42,7 @@ class Weights:
     """
 
     def __init__(self, model: str, name: str, device: torch.device):
-        self.cfg, self.name, self.device = architecture_of(model), name, device
+        self.cfg, self.entrypoint, self.name, self.device = architecture_of(model), model, name, device
         infos = map_infos(self.cfg["unet"])
         if name not in [info.name for info in infos]:
             raise SystemExit(f"--map {name}: there are {', '.join(info.name for info in infos)}")
@@ -140,9 +141,22 @@ def dift(weights: Weights, noises: int = 8) -> Callable[[Tensor], Tensor]:
 # --- this package -------------------------------------------------------------------------------------------------
 
 
-def ours(weights: Weights, **options) -> Callable[[Tensor], Tensor]:
+def light_model(weights: Weights) -> nn.Module:
+    """The model with a light latent encoder, of random weights as timm.create_model draws them."""
+    model = timm.create_model(
+        weights.entrypoint, features_only=True, out_indices=(weights.index,), latent_encoder="tiny", device="meta"
+    ).eval()
+    given = {n: t for n, t in weights.model.model.state_dict().items() if not n.startswith("vae.")}
+    model.model.load_state_dict(given, strict=False, assign=True)
+    torch.manual_seed(0)
+    model.model.vae = build_latent_encoder(weights.cfg["vae_tiny"]).to(weights.device).requires_grad_(False)
+    model.model.head.to(weights.device)
+    return model.eval()
+
+
+def ours(weights: Weights, light: bool = False, **options) -> Callable[[Tensor], Tensor]:
     """Ours after `optimize(**options)`; without options as timm.create_model gives it."""
-    model = with_new_parameters(weights.model)
+    model = with_new_parameters(light_model(weights) if light else weights.model)
     if options:
         optimize(model, **options)
 
@@ -163,6 +177,8 @@ _WAYS: dict[str, tuple[Callable, torch.dtype]] = {
     "direct": (partial(ours, winograd=False), torch.float32),
     "bf16": (partial(ours, dtype=torch.bfloat16), torch.bfloat16),
     "fp16": (partial(ours, dtype=torch.float16), torch.float16),
+    "light": (partial(ours, light=True, fold=True), torch.float32),
+    "light-bf16": (partial(ours, light=True, dtype=torch.bfloat16), torch.bfloat16),
     "compile": (partial(ours, compile=True), torch.float32),
     "compile-bf16": (partial(ours, compile=True, dtype=torch.bfloat16), torch.bfloat16),
     "graphs-bf16": (partial(ours, compile="reduce-overhead", dtype=torch.bfloat16), torch.bfloat16),
@@ -270,7 +286,8 @@ def inference(options: argparse.Namespace) -> dict:
                 if not compiled:
                     row["gflop"] = counter.get_total_flops() / 1e9
                 first = y if first is None else first
-                if y.shape == first.shape and name not in ("dift", "whole-compile"):  # the noisy map is another one
+                # The noisy map is another one, and so is a random light encoder's.
+                if y.shape == first.shape and name not in ("dift", "whole-compile") and "light" not in name:
                     row["apart"] = float((y - first).abs().max() / first.abs().max())
                     row["cosine"] = float(
                         torch.cosine_similarity(y.flatten().double(), first.flatten().double(), dim=0)
