@@ -135,6 +135,17 @@ def test_prompts_reach_the_model(items, tmp_path):
         cache.features(resnet(), named)
 
 
+@pytest.mark.parametrize("words", [["cat", "cat", "", ""], ["cat", "", "dog", "", "owl"]])
+def test_prompts_do_not_reach_other_pictures(items, tmp_path, words):
+    """Batches of 2 with and without prompts, the last one short: every picture gets what it gets alone."""
+    extractor = load_extractor("cleandift_tiny", "mid", size=64)
+    mixed = [Item(i.name, i.read, "", f"A photo of a {word}." if word else "") for i, word in zip(items, words)]
+    found = FeatureCache(tmp_path / "2", 2, dtype="float32", progress=False).features(extractor, mixed)["mid"]
+    for number, item in enumerate(mixed):
+        alone = FeatureCache(tmp_path / f"alone{number}", 1, dtype="float32", progress=False)
+        assert torch.allclose(found[number], alone.features(extractor, [item])["mid"][0], atol=1e-3)
+
+
 def test_pictures_that_cannot_be_read(items, tmp_path):
     (tmp_path / "data" / "1.png").write_bytes(b"no picture")
     (tmp_path / "data" / "3.png").write_bytes(b"")

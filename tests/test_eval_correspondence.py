@@ -129,6 +129,15 @@ def test_json_pairs(tmp_path):
     assert pairs.read_json_pairs(write_json_pairs(tmp_path, [edge])).pairs[0].source_points.tolist() == [[39, 29]]
 
 
+def test_json_pairs_may_lie_anywhere(tmp_path):
+    save_picture(tmp_path / "elsewhere" / "b.png", (20, 50), 2)
+    (tmp_path / "here").mkdir()
+    for path in (str(tmp_path / "elsewhere" / "b.png"), "../elsewhere/b.png"):
+        entry = dict(source="a.png", target=path, source_points=[[1, 2]], target_points=[[3, 4.5]])
+        data = pairs.read_pairs(write_json_pairs(tmp_path / "here", [entry]))
+        assert data.items[1].read().size == (20, 50) and len({item.name for item in data.items}) == 2
+
+
 @pytest.mark.parametrize("points_in_table", [False, True])
 def test_pf_pascal_is_read(tmp_path, points_in_table):
     savemat = pytest.importorskip("scipy.io").savemat
@@ -155,7 +164,12 @@ def test_pf_pascal_is_read(tmp_path, points_in_table):
     (pair,) = pairs.read_pairs(tmp_path).pairs
     assert pair.source_points.tolist() == [[3, 4], [20.5, 10]] and pair.target_points.tolist() == [[5, 6], [11, 12]]
     assert pair.box == 28 and pair.category == "cat"
-    with pytest.raises(DataError, match=r"no trn_pairs\.csv and no trn_pairs_pf_pascal\.csv \(found test_pairs"):
+    (tmp_path / "short_pairs.csv").write_text("source_image,target_image,class\n2008_000008.jpg\n")
+    with pytest.raises(DataError, match=r"short_pairs\.csv, line 2: nothing in column target_image; expected PF"):
+        pairs.read_pf_pascal(tmp_path, "short")
+    with pytest.raises(
+        DataError, match=r"no trn_pairs\.csv and no trn_pairs_pf_pascal\.csv \(found short_pairs\.csv, test_pairs"
+    ):
         pairs.read_pf_pascal(tmp_path, "trn")
     if not points_in_table:
         (base / "Annotations/cat/2008_000009.mat").unlink()

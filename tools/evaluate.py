@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
     parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
     parser.add_argument(
-        "--full", action="store_true", help="all concepts and six timesteps: more than an hour on two cores, not minutes"
+        "--full",
+        action="store_true",
+        help="all concepts and six timesteps: more than an hour on two cores, not minutes",
     )
     parser.add_argument(
         "--limit-concepts", type=int, metavar="N", help="use only N concepts; 120 unless given, all with --full"

@@ -163,11 +163,14 @@ class FeatureCache:
         pending: dict[str, dict[str, torch.Tensor]] = {name: {} for name in extractor.maps}
         bad: list[ImageError] = []
         step, last = 1 if noisy else self.batch_size, time.monotonic()
+        # No batch mixes pictures with and without a prompt: "" is the prompt that the model came with.
+        groups = [[i for i in range(len(items)) if bool(items[i].prompt) == told] for told in (False, True)]
+        batches = [group[k : k + step] for group in groups for k in range(0, len(group), step)]
         try:
             with tqdm(total=len(items), desc=extractor.name, unit="img", disable=not self.progress, leave=False) as bar:
-                for start in range(0, len(items), step):
+                for batch in batches:
                     good, pictures = [], []
-                    for i in range(start, min(start + step, len(items))):
+                    for i in batch:
                         try:
                             pictures.append(self._input(extractor, items[i]))
                             good.append(i)
@@ -176,13 +179,13 @@ class FeatureCache:
                     if pictures and not bad:  # after the first bad picture the others are only looked at
                         if noisy:
                             extractor.reseed(self._noise(items[good[0]]))
-                        prompts = [items[i].prompt for i in good]
-                        if any(prompts):
+                        prompts = [items[i].prompt for i in good if items[i].prompt]
+                        if prompts or extractor.takes_prompts:
                             extractor.set_prompts(prompts)
                         for name, maps in extractor(torch.stack(pictures)).items():
                             for i, one in zip(good, self._kept(maps, extractor.name), strict=True):
                                 pending[name][keys[i]] = one.clone()
-                    bar.update(min(step, len(items) - start))
+                    bar.update(len(batch))
                     if _bytes(pending) >= SHARD_BYTES or time.monotonic() - last > SHARD_SECONDS:
                         _write(pending, folders, places)
                         last = time.monotonic()
