@@ -223,6 +223,16 @@ def test_evaluate_makes_the_table(folder, monkeypatch, capsys):
     data = json.loads((out / "results.json").read_text())
     assert [len(run["maps"]) for run in data["runs"]] == [1, 1, 11, 6]
     assert data["concepts"] == 5 and data["eye_pairs"] == 18 and data["command"].startswith("python tools/evaluate.py")
+    # Other answers are other runs.
+    lines = (folder / "data/heldout/metadata.jsonl").read_text()
+    runs = len(list((out / "runs").iterdir()))
+    (folder / "data/heldout/metadata.jsonl").write_text(lines.replace('"subgroup": ""', '"subgroup": "x"'))
+    run_evaluate(
+        monkeypatch, "--data", folder / "data", "--eyes", folder / "eyes.json", "--out", out, "--size", 64,
+        "--models", "pixels", "--device", "cpu", "--timesteps", "1,50", "2",
+    )  # fmt: skip
+    assert len(list((out / "runs").iterdir())) == runs + 1
+    (folder / "data/heldout/metadata.jsonl").write_text(lines)
     # Started again, it takes every finished run from disk, with the same result.
     monkeypatch.setattr(emoji.Benchmark, "run", None)
     run_evaluate(

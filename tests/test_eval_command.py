@@ -124,6 +124,9 @@ def test_noise(classes, tmp_path, monkeypatch):
         ("dift_tiny", 1), ("dift_tiny", 800), ("random:dift_tiny", 1), ("random:dift_tiny", 800)
     ]  # fmt: skip
     assert shares[0]["image"] > shares[1]["image"]
+    for share in shares:
+        low, high = share["intervals"]["image"]
+        assert 0 <= low <= share["image"] <= high <= 1
     assert Image.open(out / "noise.png").size[0] > 300 and "noise alone" in (out / "noise.md").read_text()
 
 
@@ -171,6 +174,23 @@ def test_prompts_for_those_that_take_them(classes, tmp_path, monkeypatch):
         "recall@1",
         "recall@2",
     ]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["noise", "--help"], ["knn", "--help"], ["correspondence", "-h"]])
+def test_help_teaches(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, *arguments)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text and "default: []" not in text and "default: False" not in text
+    assert "/emoji_eyes.json" not in text
+    if arguments == ["--help"]:
+        assert "correspondence, knn, retrieval" in text[:600]
+
+
+def test_lists_take_commas_and_spaces():
+    told = ["--model", "pixels", "--data", "x", "--timesteps", "1,50", "100", "--k", "1", "5,10"]
+    args = command.parser().parse_args(["knn", *told])
+    assert args.timesteps == [1, 50, 100] and args.k == [1, 5, 10]
 
 
 def test_out_of_memory_in_a_probe_names_its_flag(voc, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -139,6 +139,20 @@ def test_embeddings():
     assert np.allclose(retrieval.embed(maps, "whole"), expected, atol=1e-6)
 
 
+def test_cosines_are_bounded_where_neighbours_are_opposite():
+    """A checkerboard of a vector and its opposite: between cells nothing is left of them."""
+    signs = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    vector = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    maps = (vector[:, None, None] * signs)[None]
+    for size in ((40, 56), (16, 16), (33, 47)):
+        scores = correspondence.score_maps(vector[None, None], maps, size)
+        assert scores.abs().max() <= 1.03 and scores.max() > 0.999
+        norms = F.interpolate(maps, size, mode="bilinear").norm(dim=1)
+        found = correspondence.upsampled_norm(maps, size)
+        far = norms > 0.01 * vector.norm()
+        assert torch.allclose(found[far], norms[far], rtol=2e-2) and (found < 0.011 * vector.norm())[~far].all()
+
+
 # --- bootstrap --------------------------------------------------------------------------------------------------------
 
 
@@ -150,17 +164,31 @@ def test_rates_and_intervals():
     rng = np.random.default_rng(0)
     hits = (rng.random((400, 1)) < 0.3).astype(float)
     tally = Tally(hits, np.ones_like(hits))
-    weights = bootstrap.concept_weights(400)
+    weights = bootstrap.unit_weights(400)
     low, high = bootstrap.rate_interval(tally, weights)
     error = 1.96 * math.sqrt(tally.rate * (1 - tally.rate) / 400)  # normal approximation
     assert low == pytest.approx(tally.rate - error, abs=0.01) and high == pytest.approx(tally.rate + error, abs=0.01)
+
+
+def test_many_units_are_pooled_before_they_are_drawn():
+    rng = np.random.default_rng(0)
+    hits = (rng.random((50_000, 1)) < 0.3).astype(float)
+    tally = Tally(hits, np.ones_like(hits))
+    weights = bootstrap.unit_weights(len(hits))
+    assert weights.nbytes < 70e6
+    low, high = bootstrap.rate_interval(tally, weights)
+    error = 1.96 * math.sqrt(0.21 / 50_000)
+    assert low == pytest.approx(tally.rate - error, abs=6e-4) and high == pytest.approx(tally.rate + error, abs=6e-4)
+    better = Tally(np.maximum(hits, (rng.random(hits.shape) < 0.01)), tally.trials)
+    _, low, high = bootstrap.difference(better, tally, weights)
+    assert high - low < error  # paired: both are pooled alike
 
 
 def test_paired_difference_is_tighter_than_two_intervals():
     rng = np.random.default_rng(1)
     hits = (rng.random((200, 1)) < 0.5).astype(float)
     better = np.maximum(hits, (rng.random((200, 1)) < 0.1).astype(float))
-    weights = bootstrap.concept_weights(200)
+    weights = bootstrap.unit_weights(200)
     ones = np.ones_like(hits)
     delta, low, high = bootstrap.difference(Tally(better, ones), Tally(hits, ones), weights)
     assert delta == pytest.approx(better.mean() - hits.mean()) and 0 < low < delta < high < 0.12

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from ..files import replacing, write_text
 from ..images import ImageError, to_input
+from ..version import __version__
 from .features import Extractor, ModelError, weights_digest
 from .items import Item
 
@@ -116,7 +118,8 @@ class FeatureCache:
         for name in extractor.maps:
             info = dict(
                 model=extractor.name, map=name, size=list(extractor.size), mode=self.mode, pool=self.pool,
-                dtype=self.dtype, mean=list(extractor.mean), std=list(extractor.std), settings=settings or {},
+                dtype=self.dtype, code=_code(extractor), mean=list(extractor.mean), std=list(extractor.std),
+                settings=settings or {},
             )  # fmt: skip
             folders[name] = self._folder(info, digest)
             places[name] = self._index(folders[name])
@@ -214,6 +217,13 @@ class FeatureCache:
                 f"{name}: features reach {maps.abs().max():g}, too large for float16; give --dtype float32"
             )
         return kept.contiguous()
+
+
+def _code(extractor: Extractor) -> str:
+    """Whose code computes the features, with its version: equal weights need not mean equal features."""
+    core = getattr(extractor.model, "model", extractor.model)
+    own = type(core).__module__.startswith("cleandift_backbones.")
+    return f"cleandift_backbones {__version__}" if own else f"timm {timm.__version__}"
 
 
 def _key(item: Item, noise: int | str) -> str:

@@ -387,7 +387,7 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         extractor = load(args, planned, device)
         if args.prompt not in ("auto", "none"):
             extractor.set_prompts([args.prompt])
-        found = noise_shares(extractor, pictures, args.noises, args.batch_size)
+        found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))

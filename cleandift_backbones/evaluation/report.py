@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..files import replacing, write_text
-from .bootstrap import Tally, concept_weights, difference, rate_interval
+from .bootstrap import Tally, difference, rate_interval, unit_weights
 
 VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy", "scipy", "pillow")
 
@@ -112,7 +112,7 @@ class Report:
     def __post_init__(self):
         self.shown = {key: text for key, text in self.metrics.items() if not self.main or key in self.main}
         first = next(tally for row in self.rows for tallies in row.results.values() for tally in tallies.values())
-        self.weights = concept_weights(len(first.hits), seed=self.seed)
+        self.weights = unit_weights(len(first.hits), seed=self.seed)
 
     def best(self, rows: Sequence[Row], metric: str) -> Best | None:
         """See `best_of`."""
