@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_evaluation import plain_match
 
-from cleandift_backbones.evaluation import emoji, report, retrieval
+from cleandift_backbones.evaluation import cross_style, emoji, report
 from cleandift_backbones.evaluation.bootstrap import Tally
 from cleandift_backbones.evaluation.features import extract, load_extractor
 
@@ -135,8 +135,8 @@ def test_benchmark_equals_loops_over_pairs(folder):
         for s, t in zip(benchmark.sources, benchmark.targets, strict=True)
     )
     assert results["eyes_placed"].hits.sum() == expected and results["eyes_placed"].trials.sum() == 72
-    hits = retrieval.cross_style_hits(retrieval.embed(features(suite.pictures)), suite.concepts, suite.styles)
-    assert results["retrieval_pooled"].rate == pytest.approx(retrieval.retrieval_accuracy(hits))
+    hits = cross_style.cross_style_hits(cross_style.embed(features(suite.pictures)), suite.concepts, suite.styles)
+    assert results["retrieval_pooled"].rate == pytest.approx(cross_style.retrieval_accuracy(hits))
 
 
 def test_same_position_knows_centred_eyes_but_not_placed_ones(folder):

@@ -211,7 +211,7 @@ def test_padded_pictures_match_as_on_the_whole_canvas(spair):
     """The plain way: upsample the padded input's map to the canvas at the picture's scale, and cut the picture out."""
     data = pairs.read_pairs(spair)
     maps = maps_of(data, cells=(8, 8))
-    found = matching.match_pairs(maps, data, "pad", (64, 64), progress=False)
+    found, plain, alone = matching.match_pairs(maps, data, "pad", (64, 64), progress=False), [], 0
     for pair, points in zip(data.pairs, found, strict=True):
         shown = []
         for i in (pair.source, pair.target):
@@ -227,7 +227,17 @@ def test_padded_pictures_match_as_on_the_whole_canvas(spair):
             shown.append(fine)
         for (x, y), answer in zip(pair.source_points.long().tolist(), points.long().tolist(), strict=True):
             scores = F.cosine_similarity(shown[1], shown[0][:, y, x, None, None], dim=0)
+            rivals = (scores > scores.max() - 1e-5).nonzero().flip(1)  # beyond the outermost cells the map is flat
+            assert list(answer) in rivals.tolist()
+            alone += len(rivals) == 1
+            plain.append(rivals[0] if len(rivals) == 1 else torch.tensor(answer))
             assert scores[answer[1], answer[0]] == pytest.approx(scores.max().item(), abs=1e-5)
+    # PCK of both, where ties are decided alike, is the same
+    counts = [len(pair.source_points) for pair in data.pairs]
+    expected = matching.pck_tallies(torch.stack(plain).float().split(counts), data)
+    for key, tally in matching.pck_tallies(found, data).items():
+        assert tally.rate == expected[key].rate
+    assert alone >= 3
 
 
 def test_window_matrix_is_torchs_interpolation_where_the_map_shows_the_picture():

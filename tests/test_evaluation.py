@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import cleandift_backbones  # noqa: F401
-from cleandift_backbones.evaluation import bootstrap, correspondence, retrieval
+from cleandift_backbones.evaluation import bootstrap, correspondence, cross_style
 from cleandift_backbones.evaluation.bootstrap import Tally
 from cleandift_backbones.evaluation.features import ModelError, extract, list_maps, load_extractor, resolve_device
 
@@ -107,7 +107,7 @@ def test_retrieval_by_hand():
     # angles of unit vectors; style A: concepts x, y, z; style B: x, y; style C: y only
     angles = [("x", "A", 0), ("y", "A", 90), ("z", "A", 44), ("x", "B", 10), ("y", "B", 46), ("y", "C", 200)]
     vectors = torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))] for *_, a in angles])
-    hits = retrieval.cross_style_hits(vectors, [a[0] for a in angles], [a[1] for a in angles])
+    hits = cross_style.cross_style_hits(vectors, [a[0] for a in angles], [a[1] for a in angles])
     assert hits == {
         ("A", "B"): {"x": True, "y": True},  # z is not drawn in B
         ("B", "A"): {"x": True, "y": False},  # y in B lies next to z in A
@@ -116,27 +116,27 @@ def test_retrieval_by_hand():
         ("B", "C"): {"y": True},
         ("C", "B"): {"y": True},
     }
-    assert retrieval.retrieval_accuracy(hits) == pytest.approx((1 + 0.5 + 4) / 6)
+    assert cross_style.retrieval_accuracy(hits) == pytest.approx((1 + 0.5 + 4) / 6)
 
 
 def test_retrieval_refuses_what_it_cannot_do():
     vectors = torch.eye(2)
     with pytest.raises(ValueError, match="two pictures of concept 'x' in style 'A'"):
-        retrieval.cross_style_hits(vectors, ["x", "x"], ["A", "A"])
+        cross_style.cross_style_hits(vectors, ["x", "x"], ["A", "A"])
     with pytest.raises(ValueError, match="no concept is drawn in two styles"):
-        retrieval.cross_style_hits(vectors, ["x", "y"], ["A", "B"])
+        cross_style.cross_style_hits(vectors, ["x", "y"], ["A", "B"])
     with pytest.raises(ValueError, match="'mean' is unknown; choose one of pooled, whole"):
-        retrieval.embed(torch.zeros(1, 2, 3, 3), "mean")
+        cross_style.embed(torch.zeros(1, 2, 3, 3), "mean")
 
 
 def test_embeddings():
     maps = torch.randn(5, 3, 4, 2)
     array = maps.numpy()
     pooled = array.mean((2, 3))
-    assert np.allclose(retrieval.embed(maps), pooled / np.linalg.norm(pooled, axis=1, keepdims=True), atol=1e-6)
+    assert np.allclose(cross_style.embed(maps), pooled / np.linalg.norm(pooled, axis=1, keepdims=True), atol=1e-6)
     flat = array.reshape(5, -1) - array.reshape(5, -1).mean(0)
     expected = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-    assert np.allclose(retrieval.embed(maps, "whole"), expected, atol=1e-6)
+    assert np.allclose(cross_style.embed(maps, "whole"), expected, atol=1e-6)
 
 
 def test_cosines_are_bounded_where_neighbours_are_opposite():
