@@ -323,6 +323,7 @@ def check_models(args: argparse.Namespace, plan: list[Run]) -> None:
         if extractor.takes_prompts and told:
             extractor.set_prompts([args.prompt])
         takes.append(extractor.takes_prompts)
+        del extractor  # two big models need not lie in memory at once
     if told and not any(takes):
         raise ModelError(f"{', '.join(different)}: none takes prompts, or knows a text encoder; give --prompt none")
 
@@ -349,7 +350,8 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
         clock = time.perf_counter()
         extractor = load(args, planned, device)
         items, told[planned.label] = _prompted(args, task, extractor)
-        found = cache.features(extractor, items, planned.settings)
+        drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
+        found = cache.features(extractor, items, planned.settings | drawn)
         seconds, size = time.perf_counter() - clock, extractor.size
         del extractor  # a big model need not lie in memory while its features are measured
         results = {name: task.measure(features, size) for name, features in found.items()}

@@ -206,7 +206,7 @@ class Report:
         lines = ["| | " + " | ".join(labels) + " |", "| --- |" + " --- |" * len(labels)]
         for metric, heading in self.metrics.items():
             bests = [self.best([row for row in self.rows if row.label == label], metric) for label in labels]
-            cells = [self._interval(metric, best.tally) if best else "" for best in bests]
+            cells = [self._interval(metric, best.tally, best.map) if best else "" for best in bests]
             lines.append(f"| {heading} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
