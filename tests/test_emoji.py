@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from test_evaluation import plain_match
 
-from cleandift_backbones.evaluation import emoji, report, retrieval
+from cleandift_backbones.evaluation import cross_style, emoji, report
 from cleandift_backbones.evaluation.bootstrap import Tally
 from cleandift_backbones.evaluation.features import extract, load_extractor
 
@@ -135,8 +135,8 @@ def test_benchmark_equals_loops_over_pairs(folder):
         for s, t in zip(benchmark.sources, benchmark.targets, strict=True)
     )
     assert results["eyes_placed"].hits.sum() == expected and results["eyes_placed"].trials.sum() == 72
-    hits = retrieval.cross_style_hits(retrieval.embed(features(suite.pictures)), suite.concepts, suite.styles)
-    assert results["retrieval_pooled"].rate == pytest.approx(retrieval.retrieval_accuracy(hits))
+    hits = cross_style.cross_style_hits(cross_style.embed(features(suite.pictures)), suite.concepts, suite.styles)
+    assert results["retrieval_pooled"].rate == pytest.approx(cross_style.retrieval_accuracy(hits))
 
 
 def test_same_position_knows_centred_eyes_but_not_placed_ones(folder):
@@ -223,6 +223,16 @@ def test_evaluate_makes_the_table(folder, monkeypatch, capsys):
     data = json.loads((out / "results.json").read_text())
     assert [len(run["maps"]) for run in data["runs"]] == [1, 1, 11, 6]
     assert data["concepts"] == 5 and data["eye_pairs"] == 18 and data["command"].startswith("python tools/evaluate.py")
+    # Other answers are other runs.
+    lines = (folder / "data/heldout/metadata.jsonl").read_text()
+    runs = len(list((out / "runs").iterdir()))
+    (folder / "data/heldout/metadata.jsonl").write_text(lines.replace('"subgroup": ""', '"subgroup": "x"'))
+    run_evaluate(
+        monkeypatch, "--data", folder / "data", "--eyes", folder / "eyes.json", "--out", out, "--size", 64,
+        "--models", "pixels", "--device", "cpu", "--timesteps", "1,50", "2",
+    )  # fmt: skip
+    assert len(list((out / "runs").iterdir())) == runs + 1
+    (folder / "data/heldout/metadata.jsonl").write_text(lines)
     # Started again, it takes every finished run from disk, with the same result.
     monkeypatch.setattr(emoji.Benchmark, "run", None)
     run_evaluate(

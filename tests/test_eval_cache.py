@@ -1,6 +1,8 @@
 """Features on disk: computed once, resumed, and never mistaken for others."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -74,6 +76,17 @@ def test_each_picture_is_computed_once(items, tmp_path, passes):
     assert sum(passes) == 16 and not torch.equal(other[1], again[1]) and torch.equal(other[2], again[2])
 
 
+def test_features_of_other_code_are_computed_again(items, tmp_path, passes, monkeypatch):
+    cache = FeatureCache(tmp_path / "cache", 8, progress=False, say=print)
+    own = load_extractor("test_cleandift", 0, pretrained=False, size=64)
+    for extractor in (resnet(), own):
+        cache.features(extractor, items)
+    monkeypatch.setattr(timm, "__version__", "0.0.1")
+    for extractor in (resnet(), own):
+        cache.features(extractor, items)
+    assert sum(passes) == 15  # only those of timm's own model
+
+
 def test_features_of_other_weights_are_computed_again_and_it_is_said(items, tmp_path, passes):
     said = []
     cache = FeatureCache(tmp_path / "cache", 8, progress=False, say=said.append)
@@ -96,6 +109,34 @@ def test_an_interrupted_run_goes_on(items, tmp_path, passes):
     assert sum(passes) == 3
     cache.features(resnet(), items)
     assert sum(passes) == 5
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cleandift_backbones.evaluation import cache, features, items
+cache.SHARD_BYTES = 1  # every batch is a file
+call = features.Extractor.__call__
+def stop(self, x, count=[0]):
+    count[0] += len(x)
+    if count[0] > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, x)
+features.Extractor.__call__ = stop
+folder = Path(sys.argv[1])
+data = [items.file_item(path, folder / "data") for path in sorted((folder / "data").iterdir())]
+extractor = features.load_extractor("pixels", size=64)
+cache.FeatureCache(folder / "cache", 1, progress=False).features(extractor, data)
+"""
+
+
+def test_a_killed_run_goes_on(items, tmp_path, passes):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    said = []
+    cache = FeatureCache(tmp_path / "cache", 1, progress=False, say=said.append)
+    cache.features(load_extractor("pixels", size=64), items)
+    assert sum(passes) == 2 and "features of 3 pictures are taken from" in said[0]
 
 
 def test_damaged_files_are_computed_again(items, tmp_path, passes):
@@ -133,6 +174,17 @@ def test_prompts_reach_the_model(items, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1  # the prompt did not stay: the weights are still the same
     with pytest.raises(ModelError, match="test_resnet takes no prompts.*--prompt none"):
         cache.features(resnet(), named)
+
+
+@pytest.mark.parametrize("words", [["cat", "cat", "", ""], ["cat", "", "dog", "", "owl"]])
+def test_prompts_do_not_reach_other_pictures(items, tmp_path, words):
+    """Batches of 2 with and without prompts, the last one short: every picture gets what it gets alone."""
+    extractor = load_extractor("cleandift_tiny", "mid", size=64)
+    mixed = [Item(i.name, i.read, "", f"A photo of a {word}." if word else "") for i, word in zip(items, words)]
+    found = FeatureCache(tmp_path / "2", 2, dtype="float32", progress=False).features(extractor, mixed)["mid"]
+    for number, item in enumerate(mixed):
+        alone = FeatureCache(tmp_path / f"alone{number}", 1, dtype="float32", progress=False)
+        assert torch.allclose(found[number], alone.features(extractor, [item])["mid"][0], atol=1e-3)
 
 
 def test_pictures_that_cannot_be_read(items, tmp_path):

@@ -115,11 +115,18 @@ def test_depth(nyu, tmp_path, monkeypatch):  # noqa: F811
 def test_noise(classes, tmp_path, monkeypatch):
     out = tmp_path / "out"
     evaluate(
-        monkeypatch, "noise", "--model", "dift_tiny", "--map", "us3", "--data", classes, "--timesteps", "1,800",
+        monkeypatch, "noise", "--model", "dift_tiny", "random:dift_tiny", "--map", "us3", "--data", classes,
+        "--timesteps", "1,800",
         "--noises", 2, "--limit", 3, "--size", 64, "--out", out,
     )  # fmt: skip
     shares = json.loads((out / "noise.json").read_text())["shares"]
-    assert [s["timestep"] for s in shares] == [1, 800] and shares[0]["image"] > shares[1]["image"]
+    assert [(s["model"], s["timestep"]) for s in shares] == [
+        ("dift_tiny", 1), ("dift_tiny", 800), ("random:dift_tiny", 1), ("random:dift_tiny", 800)
+    ]  # fmt: skip
+    assert shares[0]["image"] > shares[1]["image"]
+    for share in shares:
+        low, high = share["intervals"]["image"]
+        assert 0 <= low <= share["image"] <= high <= 1
     assert Image.open(out / "noise.png").size[0] > 300 and "noise alone" in (out / "noise.md").read_text()
 
 
@@ -134,12 +141,16 @@ def test_noise(classes, tmp_path, monkeypatch):
         (["knn", "--model", "dift_tiny", "--timesteps", "1,1000"], "--timesteps 1000 is out of range; give 0..999"),
         (["knn", "--model", "pixels", "--weights", "pixels=nothing"], "expected MODEL=FILE with a file that is there"),
         (["knn", "--model", "pixels", "--device", "abacus"], "device 'abacus' cannot be used"),
-        (["knn", "--model", "pixels", "--prompt", "a cat", "--k", "1"], "pixels takes no prompts"),
+        (["knn", "--model", "pixels", "--prompt", "a cat", "--k", "1"], "pixels: none takes prompts"),
         (["segmentation", "--model", "pixels"], "neither layout (found train, val)"),
         (["depth", "--model", "pixels"], "no split 'train' of NYUv2 (found train, val)"),
         (["correspondence", "--model", "pixels"], "no pairs (found train, val); expected one of"),
         (["nkk", "--model", "pixels"], "argument TASK: invalid choice: 'nkk'"),
         (["noise", "--model", "pixels"], "pixels draws no noise; give dift_* models"),
+        (["noise", "--model", "dift_tiny", "--ensemble", "2"], "unrecognized arguments: --ensemble 2"),
+        (["knn", "--model", "pixels", "--map", "resnet51=us3"], "--map is given for resnet51, which is not among"),
+        (["knn", "--model", "pixels", "dift_sd21", "--k", "1"], "dift_sd21: "),  # no weights: found before any work
+        (["correspondence", "--model", "pixels", "--soft-argmax", "4"], "--soft-argmax 4 has no middle pixel"),
     ],
 )
 def test_bad_input(classes, tmp_path, monkeypatch, capsys, arguments, words):
@@ -147,6 +158,39 @@ def test_bad_input(classes, tmp_path, monkeypatch, capsys, arguments, words):
         evaluate(monkeypatch, *arguments, "--data", classes, "--out", tmp_path / "out")
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and words in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()  # found before any work
+
+
+def test_prompts_for_those_that_take_them(classes, tmp_path, monkeypatch):
+    models = ["pixels", "cleandift_tiny"]
+    evaluate(
+        monkeypatch, "retrieval", "--models", *models, "--data", classes, "--k", 1, 2, "--prompt", "a cat",
+        "--maps", "cleandift_tiny=mid", "--size", 64, "--out", tmp_path,
+    )  # fmt: skip
+    data = results(tmp_path, "retrieval")
+    assert data["details"]["pixels"].startswith("no prompt (it takes none)")
+    assert data["details"]["cleandift_tiny"].startswith("prompt 'a cat'")
+    assert list(data["runs"][1]["maps"]) == ["mid"] and list(data["runs"][0]["maps"]["pixels"]) == [
+        "recall@1",
+        "recall@2",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["noise", "--help"], ["knn", "--help"], ["correspondence", "-h"]])
+def test_help_teaches(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, *arguments)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: None" not in text and "default: []" not in text and "default: False" not in text
+    assert "/emoji_eyes.json" not in text
+    if arguments == ["--help"]:
+        assert "correspondence, knn, retrieval" in text[:600]
+
+
+def test_lists_take_commas_and_spaces():
+    told = ["--model", "pixels", "--data", "x", "--timesteps", "1,50", "100", "--k", "1", "5,10"]
+    args = command.parser().parse_args(["knn", *told])
+    assert args.timesteps == [1, 50, 100] and args.k == [1, 5, 10]
 
 
 def test_out_of_memory_in_a_probe_names_its_flag(voc, tmp_path, monkeypatch, capsys):  # noqa: F811

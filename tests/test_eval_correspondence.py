@@ -129,6 +129,15 @@ def test_json_pairs(tmp_path):
     assert pairs.read_json_pairs(write_json_pairs(tmp_path, [edge])).pairs[0].source_points.tolist() == [[39, 29]]
 
 
+def test_json_pairs_may_lie_anywhere(tmp_path):
+    save_picture(tmp_path / "elsewhere" / "b.png", (20, 50), 2)
+    (tmp_path / "here").mkdir()
+    for path in (str(tmp_path / "elsewhere" / "b.png"), "../elsewhere/b.png"):
+        entry = dict(source="a.png", target=path, source_points=[[1, 2]], target_points=[[3, 4.5]])
+        data = pairs.read_pairs(write_json_pairs(tmp_path / "here", [entry]))
+        assert data.items[1].read().size == (20, 50) and len({item.name for item in data.items}) == 2
+
+
 @pytest.mark.parametrize("points_in_table", [False, True])
 def test_pf_pascal_is_read(tmp_path, points_in_table):
     savemat = pytest.importorskip("scipy.io").savemat
@@ -155,7 +164,12 @@ def test_pf_pascal_is_read(tmp_path, points_in_table):
     (pair,) = pairs.read_pairs(tmp_path).pairs
     assert pair.source_points.tolist() == [[3, 4], [20.5, 10]] and pair.target_points.tolist() == [[5, 6], [11, 12]]
     assert pair.box == 28 and pair.category == "cat"
-    with pytest.raises(DataError, match=r"no trn_pairs\.csv and no trn_pairs_pf_pascal\.csv \(found test_pairs"):
+    (tmp_path / "short_pairs.csv").write_text("source_image,target_image,class\n2008_000008.jpg\n")
+    with pytest.raises(DataError, match=r"short_pairs\.csv, line 2: nothing in column target_image; expected PF"):
+        pairs.read_pf_pascal(tmp_path, "short")
+    with pytest.raises(
+        DataError, match=r"no trn_pairs\.csv and no trn_pairs_pf_pascal\.csv \(found short_pairs\.csv, test_pairs"
+    ):
         pairs.read_pf_pascal(tmp_path, "trn")
     if not points_in_table:
         (base / "Annotations/cat/2008_000009.mat").unlink()
@@ -197,7 +211,7 @@ def test_padded_pictures_match_as_on_the_whole_canvas(spair):
     """The plain way: upsample the padded input's map to the canvas at the picture's scale, and cut the picture out."""
     data = pairs.read_pairs(spair)
     maps = maps_of(data, cells=(8, 8))
-    found = matching.match_pairs(maps, data, "pad", (64, 64), progress=False)
+    found, plain, alone = matching.match_pairs(maps, data, "pad", (64, 64), progress=False), [], 0
     for pair, points in zip(data.pairs, found, strict=True):
         shown = []
         for i in (pair.source, pair.target):
@@ -213,7 +227,17 @@ def test_padded_pictures_match_as_on_the_whole_canvas(spair):
             shown.append(fine)
         for (x, y), answer in zip(pair.source_points.long().tolist(), points.long().tolist(), strict=True):
             scores = F.cosine_similarity(shown[1], shown[0][:, y, x, None, None], dim=0)
+            rivals = (scores > scores.max() - 1e-5).nonzero().flip(1)  # beyond the outermost cells the map is flat
+            assert list(answer) in rivals.tolist()
+            alone += len(rivals) == 1
+            plain.append(rivals[0] if len(rivals) == 1 else torch.tensor(answer))
             assert scores[answer[1], answer[0]] == pytest.approx(scores.max().item(), abs=1e-5)
+    # PCK of both, where ties are decided alike, is the same
+    counts = [len(pair.source_points) for pair in data.pairs]
+    expected = matching.pck_tallies(torch.stack(plain).float().split(counts), data)
+    for key, tally in matching.pck_tallies(found, data).items():
+        assert tally.rate == expected[key].rate
+    assert alone >= 3
 
 
 def test_window_matrix_is_torchs_interpolation_where_the_map_shows_the_picture():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_eval_cache import picture
 from torch import nn
 
-from cleandift_backbones.evaluation import depth, probes
+from cleandift_backbones.evaluation import depth, probes, tasks
 from cleandift_backbones.evaluation.items import DataError
 
 
@@ -27,8 +27,8 @@ def nyu(tmp_path):
     metres[:4] = 0
     for scene in ("kitchen_0028b", "bathroom"):
         (tmp_path / scene).mkdir()
-    picture(tmp_path / "kitchen_0028b/rgb_00000.jpg", 1)
-    picture(tmp_path / "bathroom/rgb_00045.jpg", 2)
+    picture(tmp_path / "kitchen_0028b/rgb_00000.jpg", 1, (64, 48))
+    picture(tmp_path / "bathroom/rgb_00045.jpg", 2, (64, 48))
     save_depth(tmp_path / "kitchen_0028b/sync_depth_00000.png", metres)
     save_depth(tmp_path / "bathroom/sync_depth_00045.png", metres * 2)
     train, test = "kitchen_0028b/rgb_00000.jpg /kitchen_0028b/sync_depth_00000.png", "bathroom/rgb_00045.jpg"
@@ -53,6 +53,18 @@ def test_lists_are_read(nyu):
     (nyu / "nyu_test.txt").write_text("bathroom/rgb_00045.jpg\n")
     with pytest.raises(DataError, match=r"line 1: 'bathroom/rgb_00045\.jpg'; expected"):
         depth.read_nyu(nyu)
+
+
+def test_depth_maps_are_checked_before_the_work(nyu):
+    train, test = depth.read_nyu(nyu, "train"), depth.read_nyu(nyu)
+    path = nyu / "bathroom/sync_depth_00045.png"
+    tasks.Depth(train, test, probes.Recipe())
+    save_depth(path, np.ones((48, 32)))
+    with pytest.raises(DataError, match=r"1 of 2 depth maps .*00045\.png: 32x48 pixels, but its picture has 64x48"):
+        tasks.Depth(train, test, probes.Recipe())
+    path.write_bytes((nyu / "kitchen_0028b/sync_depth_00000.png").read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"1 of 2 depth maps cannot be used, first .*00045\.png: cannot be read"):
+        tasks.Depth(train, test, probes.Recipe())
 
 
 def test_the_labelled_mat_is_read(tmp_path):

@@ -57,10 +57,25 @@ def test_imagenets_flat_validation_folder(tmp_path):
     write()
     _, val = knn.read_train_and_val(tmp_path)
     assert val.labels.tolist() == [1, 0, 0] and val.items[0].name == "val/ILSVRC2012_val_00000001.JPEG"
+    found = knn.read_gallery(tmp_path)  # retrieval needs no train
+    assert found.labels.tolist() == [1, 0, 0] and found.classes == ["n01440764", "n01443537"]
     rows.append(("00000004", "n01440764 0 0 9 9"))
     write()
     with pytest.raises(DataError, match=r"1 of 4 pictures of val are missing, first .*00000004\.JPEG"):
         knn.read_train_and_val(tmp_path)
+    rows[-1] = ("00000004", " ")
+    write()
+    with pytest.raises(DataError, match="line 5: nothing in column PredictionString; expected ImageNet"):
+        knn.read_train_and_val(tmp_path)
+    (tmp_path / "LOC_val_solution.csv").write_text("name,class\na,b\n")
+    with pytest.raises(DataError, match=r"no column ImageId, PredictionString \(found name, class\)"):
+        knn.read_gallery(tmp_path)
+
+
+def test_splits_are_no_classes(tmp_path):
+    fill(tmp_path, {"train": 2, "test": 2})
+    with pytest.raises(DataError, match=r"holds splits \(test, train\), no classes"):
+        knn.read_gallery(tmp_path)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,5 +1,7 @@
 """The noise share against variances that were put in, and against a loop."""
 
+import math
+
 import pytest
 import torch
 
@@ -24,6 +26,26 @@ def test_the_formula_by_hand():
     shares = variance_shares(torch.tensor([[1.0, 3.0], [5.0, 11.0]]).view(2, 2, 1))
     # MS_A = 2 * (9 + 9) = 36, MS_B = 2 * (4 + 4) = 16, MS_E = 4: variances 16, 6, 4
     assert (shares.image, shares.noise, shares.both) == pytest.approx((16 / 26, 6 / 26, 4 / 26))
+
+
+def test_intervals_are_the_jackknifes():
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(7, 1, 20, generator=generator) + 0.7 * torch.randn(7, 4, 20, generator=generator)
+    shares = variance_shares(features)
+    left = [variance_shares(features[[k for k in range(7) if k != i]]).image for i in range(7)]
+    error = math.sqrt(6 / 7 * sum((x - sum(left) / 7) ** 2 for x in left))
+    assert shares.intervals["image"] == pytest.approx((shares.image - 1.96 * error, shares.image + 1.96 * error))
+    assert 0 < error < 0.2 and variance_shares(features[:2]).intervals == {}
+
+
+def test_intervals_hold_what_was_put_in():
+    """95 % intervals of many draws: most hold the true share, 1 / (1 + 0.25)."""
+    generator, held = torch.Generator().manual_seed(2), 0
+    for _ in range(60):
+        features = torch.randn(16, 1, 30, generator=generator) + 0.5 * torch.randn(16, 4, 30, generator=generator)
+        low, high = variance_shares(features).intervals["image"]
+        held += low <= 0.8 <= high
+    assert 52 <= held <= 60
 
 
 def test_pure_cases_and_refusals():

@@ -67,3 +67,58 @@ def test_swept_models_get_curves_of_their_own(tmp_path, monkeypatch):
     (label, steps, values), (other, *_) = drawn[:2]
     assert (label, other) == ("a, 1 noise", "b, 1 noise") and steps == [1, 5] and values[0] > values[1] > 0.5
     assert json.loads(paths[0].read_text())["runs"][0]["timestep"] == 1 and Image.open(paths[2]).size[0] > 400
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: names of matplotlib's calls, with their labels."""
+    from matplotlib.axes import Axes
+
+    calls = []
+    for name in ("plot", "fill_between", "axhline", "axhspan", "barh"):
+        real = getattr(Axes, name)
+
+        def call(self, *args, real=real, name=name, **kwargs):
+            calls.append((name, kwargs.get("label"), kwargs.get("xerr")))
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(Axes, name, call)
+    return calls
+
+
+def test_one_timestep_is_drawn_as_bars_with_intervals(tmp_path, drawn):
+    report = make(row("a, t=261, 8 noises", "noisy", 0.9, timestep=261, ensemble=8), row("clean", "clean", 0.5))
+    report.write(tmp_path, "# About")
+    assert [call[0] for call in drawn] == ["barh"] * 4 and all(call[2] for call in drawn)
+
+
+def test_every_sweep_is_a_curve_with_a_band_and_every_line_has_one(tmp_path, drawn):
+    swept = [
+        row(f"{name}, t={step}, {count} noises", kind, 0.5 + 0.01 * step, timestep=step, ensemble=count)
+        for name, kind in (("a", "noisy"), ("random:a", "control"))
+        for count in (2, 8)
+        for step in (1, 5)
+    ]
+    make(*swept, row("pixels", "baseline", 0.7), row("clean", "clean", 0.5)).write(tmp_path, "# About")
+    panel = drawn[: len(drawn) // 2]
+    assert [call[1] for call in panel if call[0] == "plot"] == [
+        "a, 2 noises", "a, 8 noises", "random:a, 2 noises", "random:a, 8 noises"
+    ]  # fmt: skip
+    assert [call[1] for call in panel if call[0] == "axhline"] == ["pixels", "clean"]
+    assert [call[0] for call in panel].count("fill_between") == 4
+    assert [call[0] for call in panel].count("axhspan") == 2
+
+
+def test_maps_of_every_model_are_told():
+    several = [row("resnet", "baseline", 0.5), row("vit", "control", 0.3), row("dift, t=1", "noisy", 0.4, timestep=1)]
+    several.append(row("dift, t=5", "noisy", 0.2, timestep=5))
+    for one in several:
+        one.results["layer2"] = row("", "", 0.9).results["us6"]
+    several[1].results["blocks.2"] = several[1].results.pop("us6")
+    table = make(*several).map_table("RMSE (m)").splitlines()
+    assert table[0] == "| RMSE (m) | us6 | layer2 |" and table[2].startswith("| resnet | 0.50")
+    assert table[3].startswith("| dift, best run | 0.20") and table[3].endswith(table[2][-9:])
+    assert table[5] == "| RMSE (m) | layer2 | blocks.2 |" and table[7].startswith("| vit | 0.9")
+    assert "## By map" in make(*several).markdown("") and "## By map" not in make(row("a", "clean", 1)).markdown("")
+    made = make(row("a", "clean", 1)).markdown("")
+    assert "- versions:\n  - python: " in made and "{" not in made

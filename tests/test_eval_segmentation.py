@@ -8,7 +8,7 @@ from PIL import Image
 from test_eval_cache import picture
 from torch import nn
 
-from cleandift_backbones.evaluation import probes, segmentation
+from cleandift_backbones.evaluation import probes, segmentation, tasks
 from cleandift_backbones.evaluation.items import DataError
 
 
@@ -57,6 +57,20 @@ def test_voc_is_read(voc):
         segmentation.read_scenes(voc, "train")
     with pytest.raises(DataError, match=r"neither layout \(found train\.txt, val\.txt\)"):
         segmentation.read_scenes(root / "ImageSets/Segmentation", "train")
+
+
+def test_masks_are_checked_before_the_work(voc):
+    folder = voc / "VOCdevkit" / "VOC2012" / "SegmentationClass"
+    for root in (voc, voc / "VOCdevkit", voc / "VOCdevkit" / "VOC2012"):
+        train, val = (tasks.limit_scenes(segmentation.read_scenes(root, s), 1, 0) for s in ("train", "val"))
+        tasks.Segmentation(train, val, probes.Recipe())
+    save_palette(folder / "2007_000063.png", np.zeros((40, 60), np.uint8))
+    with pytest.raises(DataError, match=r"1 of 2 masks .*000063\.png: 60x40 pixels, but its picture has 50x40"):
+        tasks.Segmentation(train, val, probes.Recipe())
+    save_palette(folder / "2007_000063.png", np.zeros((40, 50), np.uint8))
+    (folder / "2007_000063.png").write_bytes((folder / "2007_000063.png").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"1 of 2 masks cannot be used, first .*000063\.png: cannot be read"):
+        tasks.Segmentation(train, val, probes.Recipe())
 
 
 def test_ade20k_is_read(tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import cleandift_backbones  # noqa: F401
-from cleandift_backbones.evaluation import bootstrap, correspondence, retrieval
+from cleandift_backbones.evaluation import bootstrap, correspondence, cross_style
 from cleandift_backbones.evaluation.bootstrap import Tally
 from cleandift_backbones.evaluation.features import ModelError, extract, list_maps, load_extractor, resolve_device
 
@@ -107,7 +107,7 @@ def test_retrieval_by_hand():
     # angles of unit vectors; style A: concepts x, y, z; style B: x, y; style C: y only
     angles = [("x", "A", 0), ("y", "A", 90), ("z", "A", 44), ("x", "B", 10), ("y", "B", 46), ("y", "C", 200)]
     vectors = torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))] for *_, a in angles])
-    hits = retrieval.cross_style_hits(vectors, [a[0] for a in angles], [a[1] for a in angles])
+    hits = cross_style.cross_style_hits(vectors, [a[0] for a in angles], [a[1] for a in angles])
     assert hits == {
         ("A", "B"): {"x": True, "y": True},  # z is not drawn in B
         ("B", "A"): {"x": True, "y": False},  # y in B lies next to z in A
@@ -116,27 +116,41 @@ def test_retrieval_by_hand():
         ("B", "C"): {"y": True},
         ("C", "B"): {"y": True},
     }
-    assert retrieval.retrieval_accuracy(hits) == pytest.approx((1 + 0.5 + 4) / 6)
+    assert cross_style.retrieval_accuracy(hits) == pytest.approx((1 + 0.5 + 4) / 6)
 
 
 def test_retrieval_refuses_what_it_cannot_do():
     vectors = torch.eye(2)
     with pytest.raises(ValueError, match="two pictures of concept 'x' in style 'A'"):
-        retrieval.cross_style_hits(vectors, ["x", "x"], ["A", "A"])
+        cross_style.cross_style_hits(vectors, ["x", "x"], ["A", "A"])
     with pytest.raises(ValueError, match="no concept is drawn in two styles"):
-        retrieval.cross_style_hits(vectors, ["x", "y"], ["A", "B"])
+        cross_style.cross_style_hits(vectors, ["x", "y"], ["A", "B"])
     with pytest.raises(ValueError, match="'mean' is unknown; choose one of pooled, whole"):
-        retrieval.embed(torch.zeros(1, 2, 3, 3), "mean")
+        cross_style.embed(torch.zeros(1, 2, 3, 3), "mean")
 
 
 def test_embeddings():
     maps = torch.randn(5, 3, 4, 2)
     array = maps.numpy()
     pooled = array.mean((2, 3))
-    assert np.allclose(retrieval.embed(maps), pooled / np.linalg.norm(pooled, axis=1, keepdims=True), atol=1e-6)
+    assert np.allclose(cross_style.embed(maps), pooled / np.linalg.norm(pooled, axis=1, keepdims=True), atol=1e-6)
     flat = array.reshape(5, -1) - array.reshape(5, -1).mean(0)
     expected = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-    assert np.allclose(retrieval.embed(maps, "whole"), expected, atol=1e-6)
+    assert np.allclose(cross_style.embed(maps, "whole"), expected, atol=1e-6)
+
+
+def test_cosines_are_bounded_where_neighbours_are_opposite():
+    """A checkerboard of a vector and its opposite: between cells nothing is left of them."""
+    signs = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    vector = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    maps = (vector[:, None, None] * signs)[None]
+    for size in ((40, 56), (16, 16), (33, 47)):
+        scores = correspondence.score_maps(vector[None, None], maps, size)
+        assert scores.abs().max() <= 1.03 and scores.max() > 0.999
+        norms = F.interpolate(maps, size, mode="bilinear").norm(dim=1)
+        found = correspondence.upsampled_norm(maps, size)
+        far = norms > 0.01 * vector.norm()
+        assert torch.allclose(found[far], norms[far], rtol=2e-2) and (found < 0.011 * vector.norm())[~far].all()
 
 
 # --- bootstrap --------------------------------------------------------------------------------------------------------
@@ -150,17 +164,31 @@ def test_rates_and_intervals():
     rng = np.random.default_rng(0)
     hits = (rng.random((400, 1)) < 0.3).astype(float)
     tally = Tally(hits, np.ones_like(hits))
-    weights = bootstrap.concept_weights(400)
+    weights = bootstrap.unit_weights(400)
     low, high = bootstrap.rate_interval(tally, weights)
     error = 1.96 * math.sqrt(tally.rate * (1 - tally.rate) / 400)  # normal approximation
     assert low == pytest.approx(tally.rate - error, abs=0.01) and high == pytest.approx(tally.rate + error, abs=0.01)
+
+
+def test_many_units_are_pooled_before_they_are_drawn():
+    rng = np.random.default_rng(0)
+    hits = (rng.random((50_000, 1)) < 0.3).astype(float)
+    tally = Tally(hits, np.ones_like(hits))
+    weights = bootstrap.unit_weights(len(hits))
+    assert weights.nbytes < 70e6
+    low, high = bootstrap.rate_interval(tally, weights)
+    error = 1.96 * math.sqrt(0.21 / 50_000)
+    assert low == pytest.approx(tally.rate - error, abs=6e-4) and high == pytest.approx(tally.rate + error, abs=6e-4)
+    better = Tally(np.maximum(hits, (rng.random(hits.shape) < 0.01)), tally.trials)
+    _, low, high = bootstrap.difference(better, tally, weights)
+    assert high - low < error  # paired: both are pooled alike
 
 
 def test_paired_difference_is_tighter_than_two_intervals():
     rng = np.random.default_rng(1)
     hits = (rng.random((200, 1)) < 0.5).astype(float)
     better = np.maximum(hits, (rng.random((200, 1)) < 0.1).astype(float))
-    weights = bootstrap.concept_weights(200)
+    weights = bootstrap.unit_weights(200)
     ones = np.ones_like(hits)
     delta, low, high = bootstrap.difference(Tally(better, ones), Tally(hits, ones), weights)
     assert delta == pytest.approx(better.mean() - hits.mean()) and 0 < low < delta < high < 0.12

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measure feature maps on held-out emoji: cross-style retrieval and eye correspondence, in one table.
+"""Measure what feature maps are worth: the paper's tasks on data sets, or the emoji benchmark.
 
     python tools/evaluate.py correspondence --model cleandift_sd21 dift_sd21 --data SPair-71k
 
-and the other tasks of the paper are described in docs/evaluation.md.
+and the other tasks of the paper (knn, retrieval, segmentation, depth, noise) are described in docs/evaluation.md.
 
     python tools/evaluate.py --suite emoji --data data/emoji --out results
 
@@ -69,7 +69,9 @@ def main() -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         plan, device = _check(args)
-        suite = emoji.load_suite(args.data, args.size, args.eyes, args.limit_concepts, args.seed, progress=True)
+        suite = emoji.load_suite(
+            args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
+        )
         result = _run(args, plan, suite, device)
         paths = result.write(
             args.out,
@@ -85,26 +87,34 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s [--suite emoji] --data PATH [...]",
+        description=f"{__doc__.splitlines()[0]} TASK is one of {', '.join(command.TASKS)}: TASK --help tells more. "
+        "Without a task, held-out emoji: cross-style retrieval, eye correspondence, subgroups, figures, in one table.",
+        formatter_class=command.Formatter,
     )
-    parser.epilog = f"Tasks with data of one's own: evaluate.py TASK --help, TASK one of {', '.join(command.TASKS)}."
     parser.add_argument("--suite", choices=["emoji"], default="emoji", help="what to measure")
     parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
     parser.add_argument(
-        "--models", nargs="+", metavar="NAME", default=[PIXELS, "dift_tiny", "cleandift_tiny"],
+        "--models", "--model", nargs="+", metavar="NAME", default=[PIXELS, "dift_tiny", "cleandift_tiny"],
         help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights; a dift_* model is "
         "swept; a cleandift_* model brings its random twin",
     )  # fmt: skip
     parser.add_argument(
-        "--timesteps", nargs="+", type=int, metavar="T",
+        "--timesteps", nargs="+", type=command.numbers(int), action=command.Flat, metavar="T",
         help="of the dift_* models (noise added), and of their UNets on clean pictures, 0..999; "
         "100 400 unless given, 1 50 100 200 300 400 with --full",
     )  # fmt: skip
     parser.add_argument(
-        "--ensemble", nargs="+", type=int, metavar="N", default=[1, 8], help="noises averaged by dift_* models"
+        "--ensemble",
+        nargs="+",
+        type=command.numbers(int),
+        action=command.Flat,
+        metavar="N",
+        default=[1, 8],
+        help="noises averaged by dift_* models",
     )
-    parser.add_argument("--maps", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
+    parser.add_argument("--maps", "--map", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
     parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
     parser.add_argument(
@@ -124,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--teacher-weights", metavar="FILE", help="safetensors for the dift_* models, instead of the shipped"
     )
-    parser.add_argument("--eyes", default=str(emoji.EYES_FILE), help="JSON of eye centres")
+    parser.add_argument("--eyes", metavar="FILE", help="JSON of eye centres, instead of the package's own")
     parser.add_argument("--batch-size", type=int, help="pictures per pass; default 32, and 256 on a GPU")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -144,6 +154,8 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
         ("--threads", [args.threads], 1, None),
         ("--seed", [args.seed], 0, None),
     ):
+        if not values:
+            raise ModelError(f"{name} is empty; give at least one number")
         for value in values:
             if value is not None and not low <= value <= (high or value):
                 raise ModelError(f"{name} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
@@ -218,7 +230,9 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
     latents: dict[bytes, torch.Tensor] = {}
     rows = [report.Row("same position", "baseline", {"": benchmark.same_position()})]
     data = hashlib.sha256(suite.pictures.numpy()).hexdigest() + json.dumps([suite.concepts, suite.styles])
-    data += json.dumps({i: marks.tolist() for i, marks in suite.eyes.items()})
+    data += json.dumps([{i: marks.tolist() for i, marks in suite.eyes.items()}, suite.subgroups])
+    if suite.alphas is not None:
+        data += hashlib.sha256(suite.alphas.numpy()).hexdigest()
     for run in tqdm(plan, desc="runs", unit="run"):
         path = Path(args.out, "runs", f"{_key(args, run, data)}.safetensors")
         # The weights behind a name such as hf-hub:... are not known before they are loaded: never taken from disk.

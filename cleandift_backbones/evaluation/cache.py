@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from ..files import replacing, write_text
 from ..images import ImageError, to_input
+from ..version import __version__
 from .features import Extractor, ModelError, weights_digest
 from .items import Item
 
@@ -116,7 +118,8 @@ class FeatureCache:
         for name in extractor.maps:
             info = dict(
                 model=extractor.name, map=name, size=list(extractor.size), mode=self.mode, pool=self.pool,
-                dtype=self.dtype, mean=list(extractor.mean), std=list(extractor.std), settings=settings or {},
+                dtype=self.dtype, code=_code(extractor), mean=list(extractor.mean), std=list(extractor.std),
+                settings=settings or {},
             )  # fmt: skip
             folders[name] = self._folder(info, digest)
             places[name] = self._index(folders[name])
@@ -163,11 +166,14 @@ class FeatureCache:
         pending: dict[str, dict[str, torch.Tensor]] = {name: {} for name in extractor.maps}
         bad: list[ImageError] = []
         step, last = 1 if noisy else self.batch_size, time.monotonic()
+        # No batch mixes pictures with and without a prompt: "" is the prompt that the model came with.
+        groups = [[i for i in range(len(items)) if bool(items[i].prompt) == told] for told in (False, True)]
+        batches = [group[k : k + step] for group in groups for k in range(0, len(group), step)]
         try:
             with tqdm(total=len(items), desc=extractor.name, unit="img", disable=not self.progress, leave=False) as bar:
-                for start in range(0, len(items), step):
+                for batch in batches:
                     good, pictures = [], []
-                    for i in range(start, min(start + step, len(items))):
+                    for i in batch:
                         try:
                             pictures.append(self._input(extractor, items[i]))
                             good.append(i)
@@ -176,13 +182,13 @@ class FeatureCache:
                     if pictures and not bad:  # after the first bad picture the others are only looked at
                         if noisy:
                             extractor.reseed(self._noise(items[good[0]]))
-                        prompts = [items[i].prompt for i in good]
-                        if any(prompts):
+                        prompts = [items[i].prompt for i in good if items[i].prompt]
+                        if prompts or extractor.takes_prompts:
                             extractor.set_prompts(prompts)
                         for name, maps in extractor(torch.stack(pictures)).items():
                             for i, one in zip(good, self._kept(maps, extractor.name), strict=True):
                                 pending[name][keys[i]] = one.clone()
-                    bar.update(min(step, len(items) - start))
+                    bar.update(len(batch))
                     if _bytes(pending) >= SHARD_BYTES or time.monotonic() - last > SHARD_SECONDS:
                         _write(pending, folders, places)
                         last = time.monotonic()
@@ -211,6 +217,13 @@ class FeatureCache:
                 f"{name}: features reach {maps.abs().max():g}, too large for float16; give --dtype float32"
             )
         return kept.contiguous()
+
+
+def _code(extractor: Extractor) -> str:
+    """Whose code computes the features, with its version: equal weights need not mean equal features."""
+    core = getattr(extractor.model, "model", extractor.model)
+    own = type(core).__module__.startswith("cleandift_backbones.")
+    return f"cleandift_backbones {__version__}" if own else f"timm {timm.__version__}"
 
 
 def _key(item: Item, noise: int | str) -> str:

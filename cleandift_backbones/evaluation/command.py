@@ -29,7 +29,7 @@ from .report import Report, Row
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
     "knn": "classes by the nearest training pictures: train/CLASS/*, val/CLASS/*, or ImageNet",
-    "retrieval": "pictures of the same class: CLASS/*",
+    "retrieval": "pictures of the same class: CLASS/*, or the val of train/CLASS/*, val/CLASS/*, or of ImageNet",
     "segmentation": "a linear probe on VOC's or ADE20K's layout: mIoU",
     "depth": "a linear probe on NYUv2's layout: RMSE, AbsRel, delta",
     "noise": "how much of a noisy feature's variance is the noise: any folder of pictures",
@@ -53,8 +53,9 @@ cached features; predictions upsampled bilinearly. Measures are means over pictu
 
 @dataclass
 class Run:
-    """One model with settings, to be measured."""
+    """One model with settings, to be measured; `name` is the model as it was asked for, "random:..." included."""
 
+    name: str
     label: str
     kind: str
     model: str
@@ -62,6 +63,21 @@ class Run:
     pretrained: bool = True
     settings: dict = field(default_factory=dict)
     kwargs: dict = field(default_factory=dict)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults where there are any."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class Flat(argparse.Action):
+    """Takes "1,50,100", "1 50 100" and mixtures: for `nargs="+"` and a `type` from `numbers`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [value for part in values for value in part])
 
 
 def numbers(kind: type):
@@ -76,11 +92,10 @@ def numbers(kind: type):
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """All tasks as sub-commands."""
-    shape = argparse.ArgumentDefaultsHelpFormatter
     result = argparse.ArgumentParser(prog=prog, description="Measure feature maps of any timm model.")
     commands = result.add_subparsers(dest="task", required=True, metavar="TASK")
     for task, about in TASKS.items():
-        one = commands.add_parser(task, help=about, description=f"{task}: {about}", formatter_class=shape)
+        one = commands.add_parser(task, help=about, description=f"{task}: {about}", formatter_class=Formatter)
         _common(one, task)
         _special(one, task)
     return result
@@ -88,45 +103,62 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _common(one: argparse.ArgumentParser, task: str) -> None:
     one.add_argument(
-        "--model", nargs="+", required=True, metavar="NAME",
+        "--model", "--models", nargs="+", required=True, metavar="NAME",
         help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights",
     )  # fmt: skip
     one.add_argument("--data", required=True, metavar="PATH", help="the data set")
     one.add_argument(
-        "--map", nargs="+", default=[], metavar="MAP",
+        "--map", "--maps", nargs="+", default=[], metavar="MAP",
         help="maps by name or index, for all models; MODEL=MAP for one of them. Default: "
         + ("the last" if task in ("knn", "retrieval") else "us6, or else the map of the stride nearest to 16"),
     )  # fmt: skip
     one.add_argument("--out", default="results", help=f"folder for {task}.json, {task}.md and {task}.png")
-    one.add_argument("--cache", metavar="DIR", help="folder of cached features; default OUT/features")
+    if task != "noise":
+        one.add_argument("--cache", metavar="DIR", help="folder of cached features; default OUT/features")
+        one.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
+        one.add_argument(
+            "--ensemble", **_list(int), metavar="N", help="noises averaged by dift_* models; default "
+            + ("8" if task == "correspondence" else "1"),
+        )  # fmt: skip
     one.add_argument("--size", type=int, help="side of the model's input; default the model's own")
     one.add_argument("--batch-size", type=int, default=8, help="pictures per pass; lower it if memory runs out")
-    one.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
     one.add_argument(
         "--prompt", default="auto",
-        help="text for models that take it; auto: the task's own, if the model has a text encoder; none: the empty one",
+        help="text for the models that have a text encoder; auto: the task's own; none: the model's own, mostly empty",
     )  # fmt: skip
-    one.add_argument("--timesteps", type=numbers(int), metavar="T,T,...", help="of dift_* models, 0..999")
-    one.add_argument("--ensemble", type=numbers(int), metavar="N,N,...", help="noises averaged by dift_* models")
+    one.add_argument(
+        "--timesteps", **_list(int), metavar="T",
+        help=f"of dift_* models, 0..999, default {TIMESTEPS.get(task, DEFAULT_TIMESTEP)}; several are drawn as a curve",
+    )  # fmt: skip
     one.add_argument(
         "--weights", nargs="+", default=[], metavar="MODEL=FILE", help="safetensors instead of a model's published ones"
     )
-    one.add_argument("--limit", type=int, metavar="N", help="only N pairs, or pictures of each split")
+    one.add_argument(
+        "--limit", type=int, metavar="N", default=32 if task == "noise" else None,
+        help="only N " + dict(correspondence="pairs", noise="pictures").get(task, "pictures of each split"),
+    )  # fmt: skip
     one.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seed", type=int, default=0, help="of noises, random weights, probes and the bootstrap")
 
 
+def _list(kind: type) -> dict:
+    return dict(nargs="+", type=numbers(kind), action=Flat)
+
+
 def _special(one: argparse.ArgumentParser, task: str) -> None:
     if task == "correspondence":
         one.add_argument("--split", default="test", help="of SPair-71k and PF-PASCAL")
-        one.add_argument("--alpha", type=numbers(float), default=list(ALPHAS), metavar="A,A", help="thresholds")
+        one.add_argument("--alpha", **_list(float), default=list(ALPHAS), metavar="A", help="thresholds of PCK")
         one.add_argument("--resize", choices=["squash", "pad"], default="squash", help="pictures to the model's input")
-        one.add_argument("--soft-argmax", type=int, default=0, metavar="PIXELS", help="side of its window; 0: argmax")
+        one.add_argument(
+            "--soft-argmax", type=int, default=0, metavar="PIXELS", help="its window's side, odd; 0: argmax"
+        )
         one.add_argument("--temperature", type=float, default=0.04, help="of the soft-argmax")
         one.add_argument("--skip-outside", action="store_true", help="leave out keypoints outside their pictures")
     elif task in ("knn", "retrieval"):
-        one.add_argument("--k", type=numbers(int), default=[10, 1, 5, 20] if task == "knn" else [1, 5, 10])
+        default, about = ([10, 1, 5, 20], "that vote") if task == "knn" else ([1, 5, 10], "that count as found")
+        one.add_argument("--k", **_list(int), default=default, metavar="K", help=f"nearest pictures {about}")
         if task == "knn":
             one.add_argument("--weighted", action="store_true", help="votes count exp(similarity / 0.07)")
             one.add_argument("--per-class", type=int, metavar="N", help="training pictures of each class")
@@ -151,9 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device = resolve_device(args.device)
         plan = make_plan(args)
         if args.task == "noise":
+            check_models(args, plan)
             paths = _noise(args, plan, device)
         else:
             task = make_task(args)
+            check_models(args, plan)
             result = run(args, plan, task, device)
             paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
             print(result.table(), *result.verdicts(), sep="\n")
@@ -184,7 +218,9 @@ def _check(args: argparse.Namespace) -> None:
             if value is not None and not low <= value <= (high or value):
                 raise ModelError(f"{flag} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
     check_folder(args.out)
-    check_folder(args.cache or args.out)
+    check_folder(getattr(args, "cache", None) or args.out)
+    if (window := getattr(args, "soft_argmax", 0)) and (window < 3 or window % 2 == 0):
+        raise ModelError(f"--soft-argmax {window} has no middle pixel with others around; give 3, 5, 7, ..., or 0")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -204,6 +240,9 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
     strange = set(files) - set(args.model)
     if strange:
         raise ModelError(f"--weights are given for {', '.join(sorted(strange))}, which is not among --model")
+    strange = {entry.rpartition("=")[0] for entry in args.map if "=" in entry} - set(args.model)
+    if strange:
+        raise ModelError(f"--map is given for {', '.join(sorted(strange))}, which is not among --model")
     plan = []
     for name in dict.fromkeys(args.model):
         random, bare = name.startswith("random:"), name.removeprefix("random:")
@@ -218,13 +257,13 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
                     kind = "control" if random else "noisy"
                     kwargs = dict(timestep=step, ensemble_size=count) | weights
                     settings = dict(timestep=step, ensemble=count)
-                    plan.append(Run(label, kind, bare, maps, not random, settings, kwargs))
+                    plan.append(Run(name, label, kind, bare, maps, not random, settings, kwargs))
         elif args.task == "noise":
             raise ModelError(f"{name} draws no noise; give dift_* models")
         else:
             kind = "control" if random else "clean" if bare.startswith("cleandift_") else "baseline"
             label = f"{bare}, random weights" if random else name
-            plan.append(Run(label, kind, bare, maps, not random, {}, weights))
+            plan.append(Run(name, label, kind, bare, maps, not random, {}, weights))
     return plan
 
 
@@ -256,8 +295,7 @@ def make_task(args: argparse.Namespace) -> tasks.Task:
         train, val = (tasks.limit_labelled(x, **limit) for x in knn.read_train_and_val(args.data, args.per_class))
         return tasks.Knn(train, val, args.k, args.weighted)
     if args.task == "retrieval":
-        root = Path(args.data, "val") if Path(args.data, "val").is_dir() else args.data
-        return tasks.Retrieval(tasks.limit_labelled(knn.read_image_folder(root), **limit), args.k)
+        return tasks.Retrieval(tasks.limit_labelled(knn.read_gallery(args.data), **limit), args.k)
     recipe = Recipe(args.epochs, args.probe_batch, args.learning_rate, seed=args.seed)
     if args.task == "segmentation":
         train, val = (
@@ -267,6 +305,27 @@ def make_task(args: argparse.Namespace) -> tasks.Task:
     train = None if args.probe else tasks.limit_scenes(depth.read_nyu(args.data, "train"), **limit)
     test = tasks.limit_scenes(depth.read_nyu(args.data, "test"), **limit)
     return tasks.Depth(train, test, recipe, args.probe, not args.no_eigen_crop)
+
+
+def check_models(args: argparse.Namespace, plan: list[Run]) -> None:
+    """Loads every model once, where one that cannot be had would be found after the work on another.
+
+    Raises:
+        ModelError: a model or its weights cannot be had; a prompt is given, but none of the models takes one.
+    """
+    different = {planned.name: planned for planned in plan}
+    told = args.prompt not in ("auto", "none")
+    if len(different) == 1 and not told:
+        return
+    takes = []
+    for planned in different.values():
+        extractor = load(args, planned, torch.device("cpu"))
+        if extractor.takes_prompts and told:
+            extractor.set_prompts([args.prompt])
+        takes.append(extractor.takes_prompts)
+        del extractor  # two big models need not lie in memory at once
+    if told and not any(takes):
+        raise ModelError(f"{', '.join(different)}: none takes prompts, or knows a text encoder; give --prompt none")
 
 
 def load(args: argparse.Namespace, planned: Run, device: torch.device) -> Extractor:
@@ -291,7 +350,8 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
         clock = time.perf_counter()
         extractor = load(args, planned, device)
         items, told[planned.label] = _prompted(args, task, extractor)
-        found = cache.features(extractor, items, planned.settings)
+        drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
+        found = cache.features(extractor, items, planned.settings | drawn)
         seconds, size = time.perf_counter() - clock, extractor.size
         del extractor  # a big model need not lie in memory while its features are measured
         results = {name: task.measure(features, size) for name, features in found.items()}
@@ -311,6 +371,8 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
     texts = [item.prompt for item in task.items]
     if args.prompt == "none" or (args.prompt == "auto" and not (extractor.takes_prompts and any(texts))):
         return [replace(item, prompt="") for item in task.items], "no prompt"
+    if not extractor.takes_prompts:
+        return [replace(item, prompt="") for item in task.items], "no prompt (it takes none)"
     if args.prompt != "auto":
         return [replace(item, prompt=args.prompt) for item in task.items], f"prompt {args.prompt!r}"
     return task.items, f"prompt {next(filter(None, texts))!r}{' and alike' if len(set(texts)) > 1 else ''}"
@@ -321,13 +383,13 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
     if len(paths) < 2:
         raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two")
-    paths = [paths[i] for i in tasks.limited(paths, args.limit or 32, args.seed)]
+    paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
     pictures, shares = [file_item(path, root).read() for path in paths], []
     for planned in tqdm(plan, desc="runs", unit="run"):
         extractor = load(args, planned, device)
         if args.prompt not in ("auto", "none"):
             extractor.set_prompts([args.prompt])
-        found = noise_shares(extractor, pictures, args.noises, args.batch_size)
-        shares += [(planned.model, name, planned.settings["timestep"], share) for name, share in found.items()]
+        found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
+        shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))

@@ -11,7 +11,7 @@ are means over pictures of each picture's own. Training compares at the map's si
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +40,11 @@ LAYOUT = (
 
 @dataclass
 class DepthSet:
-    """Pictures with depths: `depths[i]()` gives H x W float32 in metres, 0 where it is unknown."""
+    """Pictures with depths: `depths[i]()` gives H x W float32 in metres, 0 where unknown; `files`: where they lie."""
 
     items: list[Item]
     depths: list[Callable[[], np.ndarray]]
+    files: list[tuple[Path, Path]] = field(default_factory=list)
 
 
 def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
@@ -76,7 +77,7 @@ def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
     require(images, "pictures", LAYOUT)
     require(depths, "depth maps", LAYOUT)
     items = [file_item(path, root, PROMPT) for path in images]
-    return DepthSet(items, [partial(read_depth, path) for path in depths])
+    return DepthSet(items, [partial(read_depth, path) for path in depths], list(zip(images, depths, strict=True)))
 
 
 def read_depth(path: Path) -> np.ndarray:

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..images import read_image, to_tensor
-from . import correspondence, emoji_probes, retrieval
+from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally
 from .features import Extractor, extract
 
@@ -271,8 +271,8 @@ class Benchmark:
     def _measure(self, centred: torch.Tensor, placed: list[torch.Tensor]) -> Tallies:
         suite, half = self.suite, len(self.sources)
         tallies = {}
-        for pooling in retrieval.POOLINGS:
-            hits = retrieval.cross_style_hits(retrieval.embed(centred, pooling), suite.concepts, suite.styles)
+        for pooling in cross_style.POOLINGS:
+            hits = cross_style.cross_style_hits(cross_style.embed(centred, pooling), suite.concepts, suite.styles)
             tallies[f"retrieval_{pooling}"] = self._tally_retrieval(hits)
         tallies |= self._measure_probes(centred)
         eyed = centred[torch.tensor(self.eyed, device=centred.device)]
@@ -290,7 +290,7 @@ class Benchmark:
         index = {name: k for k, name in enumerate(suite.names)}
         rows = np.array([index[concept] for concept in suite.concepts])
         if any(suite.subgroups):
-            embeddings = retrieval.embed(centred, "pooled").cpu()
+            embeddings = cross_style.embed(centred, "pooled").cpu()
             found, counted = emoji_probes.subgroup_hits(embeddings, suite.concepts, suite.subgroups)
             if counted.any():
                 tallies["subgroup"] = _gather(rows, found[:, None], counted[:, None], len(index))

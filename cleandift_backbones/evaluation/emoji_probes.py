@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .segmentation import foreground_labels
+from .segmentation import foreground_labels, overlaps
 
 K = 10
 RIDGE = 1e-3  # added to the correlations of standardised channels: only against channels that depend on each other
@@ -77,13 +77,7 @@ def figure_counts(maps: torch.Tensor, alphas: torch.Tensor, fitted: torch.Tensor
     hits, unions = [], []
     for score, alpha in zip(scores, alphas[~fitted], strict=True):
         one = foreground_labels(alpha.numpy(), cells)
-        guess = (score > 0).long().flatten()[one.cells]
-        truth, said, both = (
-            torch.bincount(names, weight.double(), minlength=2)
-            for names, weight in (
-                (one.classes, one.counts), (guess, one.counts), (guess, one.counts * (guess == one.classes)),
-            )
-        )  # fmt: skip
+        both, union = overlaps(one, (score > 0).long().flatten(), 2)
         hits.append(both)
-        unions.append(truth + said - both)
+        unions.append(union)
     return torch.stack(hits), torch.stack(unions)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from ..images import ENDINGS, ImageError, read_image
 
-__all__ = ["ENDINGS", "DataError", "Item", "file_item", "read_lines", "require", "require_folder"]
+__all__ = [
+    "ENDINGS",
+    "DataError",
+    "Item",
+    "check_answers",
+    "file_item",
+    "picture_size",
+    "read_lines",
+    "read_table",
+    "require",
+    "require_folder",
+]
 
 
 class DataError(ValueError):
@@ -23,7 +36,7 @@ class Item:
     """A picture to be read.
 
     Attributes:
-        name: unlike that of any other item of the data set; its path below the data set's folder.
+        name: unlike that of any other item of the data set; its path below the data set's folder, or all of its path.
         read: gives the picture, 8-bit RGB.
         stamp: changes when the picture does (size and time of its file).
         prompt: text for the models that take one; "" for none.
@@ -46,7 +59,8 @@ def file_item(path: Path, root: Path, prompt: str = "", size: tuple[int, int] | 
         return image
 
     facts = path.stat()
-    return Item(path.relative_to(root).as_posix(), read, f"{facts.st_size} {facts.st_mtime_ns}", prompt)
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    return Item(name.as_posix(), read, f"{facts.st_size} {facts.st_mtime_ns}", prompt)
 
 
 def require(paths: Iterable[Path], what: str, layout: str) -> None:
@@ -78,3 +92,57 @@ def read_lines(path: Path, layout: str) -> list[str]:
     if not lines:
         raise DataError(f"split file {path} is empty; expected {layout}")
     return lines
+
+
+def read_table(path: Path, columns: Sequence[str], layout: str) -> list[dict[str, str]]:
+    """The lines of a CSV file by its header; DataError unless every line has all `columns`, and all of the header's."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            lines, header = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file ({error}); expected {layout}") from None
+    lacking = [name for name in columns if name not in header]
+    if lacking:
+        raise DataError(f"{path} has no column {', '.join(lacking)} (found {', '.join(header)}); expected {layout}")
+    if not lines:
+        raise DataError(f"{path} has no lines; expected {layout}")
+    for number, line in enumerate(lines, 2):
+        short = [name for name in header if line[name] is None or (name in columns and not line[name].strip())]
+        if short:
+            raise DataError(f"{path}, line {number}: nothing in column {short[0]}; expected {layout}")
+    return lines
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) that `file_item` reads, from the file's header. Raises DataError for what is no picture."""
+    try:
+        with Image.open(path) as image:
+            sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # read_image turns these upright
+            return image.size if sideways else image.size[::-1]
+    except OSError as error:
+        raise DataError(f"{path}: not a picture ({error})") from None
+
+
+def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
+    """Headers and checksums of masks or depth maps, nothing decoded: what long work would find at its end.
+
+    Args:
+        files: picture and mask or depth map. what: their name.
+
+    Raises:
+        DataError: damaged ones, or of another size than their picture: the first, and how many of how many.
+    """
+    bad = []
+    for picture, answer in tqdm(files, desc=f"checking {what}", unit="file", leave=False, disable=len(files) < 1000):
+        try:
+            with Image.open(answer) as image:
+                size = image.size[::-1]
+                image.verify()
+        except Exception as error:  # Pillow raises nearly anything on damaged files
+            bad.append(f"{answer}: cannot be read ({error}); fetch it again")
+            continue
+        if size != (wanted := picture_size(picture)):
+            bad.append(f"{answer}: {size[1]}x{size[0]} pixels, but its picture has {wanted[1]}x{wanted[0]}")
+    if bad:
+        raise DataError(f"{len(bad)} of {len(files)} {what} cannot be used, first {bad[0]}")

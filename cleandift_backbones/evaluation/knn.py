@@ -5,7 +5,6 @@ The CleanDIFT paper's kNN: spatial mean of a map, cosine similarity, k = 10, Ima
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from .bootstrap import Tally
-from .items import ENDINGS, DataError, Item, file_item, require, require_folder
+from .items import ENDINGS, DataError, Item, file_item, read_table, require, require_folder
 
 KS = (1, 5, 10, 20)
 TEMPERATURE = 0.07  # of the weighted vote: Wu et al. 2018 (arXiv 1805.01978), as in DINO
 CHUNK = 2**24  # similarities in memory at a time
 LAYOUT = "train/CLASS/PICTURE and val/CLASS/PICTURE (or one level of CLASS folders, for retrieval)"
-IMAGENET = "ImageNet's flat val/ILSVRC2012_val_*.JPEG needs LOC_val_solution.csv beside it"
+IMAGENET = (
+    "ImageNet's flat val/ILSVRC2012_val_*.JPEG needs LOC_val_solution.csv beside val, with the columns ImageId and "
+    "PredictionString (CLASS LEFT TOP RIGHT BOTTOM ...)"
+)
+SPLITS = {"train", "training", "val", "validation", "test"}
 
 
 @dataclass
@@ -67,24 +70,53 @@ def read_train_and_val(root: str | Path, per_class: int | None = None) -> tuple[
         DataError: missing splits, other classes in val than in train, see also `read_image_folder`.
     """
     root = require_folder(root, ["train", "val"], LAYOUT)
-    train, val = read_image_folder(root / "train", root, per_class), root / "val"
-    table = root / "LOC_val_solution.csv"
-    if table.is_file() and not any(path.is_dir() for path in val.iterdir()):
-        with table.open(newline="", encoding="utf-8") as file:
-            told = {line["ImageId"]: line["PredictionString"].split()[0] for line in csv.DictReader(file)}
-        paths = [val / f"{name}.JPEG" for name in told]
-        require(paths, "pictures of val", IMAGENET)
-        strange = sorted(set(told.values()) - set(train.classes))
-        if strange:
-            raise DataError(f"{table}: {len(strange)} classes are not in train, first {strange[0]}")
-        labels = torch.tensor([train.classes.index(name) for name in told.values()])
-        return train, Labelled([file_item(path, root) for path in paths], labels, train.classes)
-    held = read_image_folder(val, root)
+    train, held = read_image_folder(root / "train", root, per_class), read_val(root)
     strange = sorted(set(held.classes) - set(train.classes))
     if strange:
-        raise DataError(f"{val}: {len(strange)} of {len(held.classes)} classes are not in train, first {strange[0]}")
+        raise DataError(
+            f"{root / 'val'}: {len(strange)} of {len(held.classes)} classes are not in train, first {strange[0]}"
+        )
     index = torch.tensor([train.classes.index(name) for name in held.classes])
     return train, Labelled(held.items, index[held.labels], train.classes)
+
+
+def read_val(root: str | Path) -> Labelled:
+    """The folder `val` in `root`, with folders of classes, or flat as ImageNet's with LOC_val_solution.csv beside it.
+
+    Raises:
+        DataError: missing pictures, a table of other columns, see also `read_image_folder`.
+    """
+    root = require_folder(root, ["val"], LAYOUT)
+    val, table = root / "val", root / "LOC_val_solution.csv"
+    if not table.is_file() or any(path.is_dir() for path in val.iterdir()):
+        return read_image_folder(val, root)
+    lines = read_table(table, ["ImageId", "PredictionString"], IMAGENET)
+    told = {line["ImageId"]: line["PredictionString"].split()[0] for line in lines}
+    paths = [val / f"{name}.JPEG" for name in told]
+    require(paths, "pictures of val", IMAGENET)
+    classes = sorted(set(told.values()))
+    labels = torch.tensor([classes.index(name) for name in told.values()])
+    return Labelled([file_item(path, root) for path in paths], labels, classes)
+
+
+def read_gallery(root: str | Path) -> Labelled:
+    """What retrieval looks at: `val` where there is one, or else folders of classes.
+
+    Raises:
+        DataError: folders of splits instead of classes, see also `read_val` and `read_image_folder`.
+    """
+    if Path(root, "val").is_dir():
+        return read_val(root)
+    found = read_image_folder(root)
+    if set(found.classes) <= SPLITS:
+        raise DataError(f"{root} holds splits ({', '.join(found.classes)}), no classes; give one of them, or {LAYOUT}")
+    return found
+
+
+def check_ks(ks: Sequence[int], gallery: int) -> None:
+    """Raises DataError for a k beyond the number of gallery pictures."""
+    if max(ks) > gallery:
+        raise DataError(f"k = {max(ks)} neighbours of {gallery} pictures; give smaller --k or more pictures")
 
 
 def neighbours(
@@ -123,10 +155,7 @@ def knn_hits(
     Raises:
         DataError: fewer gallery pictures than the largest k.
     """
-    if max(ks) > len(gallery) - same:
-        raise DataError(
-            f"k = {max(ks)} neighbours of {len(gallery) - same} pictures; give smaller --k or more pictures"
-        )
+    check_ks(ks, len(gallery) - same)
     similarity, indices = neighbours(queries, gallery, max(ks), same)
     votes = (similarity / TEMPERATURE).exp() if weighted else torch.ones_like(similarity)
     labels = gallery_labels[indices]
@@ -155,10 +184,7 @@ def recall_hits(
     Raises:
         DataError: no query has one; fewer gallery pictures than the largest k.
     """
-    if max(ks) > len(gallery) - same:
-        raise DataError(
-            f"k = {max(ks)} neighbours of {len(gallery) - same} pictures; give smaller --k or more pictures"
-        )
+    check_ks(ks, len(gallery) - same)
     length = int(max(query_labels.max(), gallery_labels.max())) + 1
     possible = torch.bincount(gallery_labels, minlength=length)[query_labels] > int(same)
     if not possible.any():

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .features import Extractor, ModelError, Pictures, extract
 
+CHUNK = 2**16  # numbers of each feature in memory in double precision at a time
+
 
 @dataclass
 class Shares:
-    """Parts of a noisy feature's variance, each 0..1, together 1: image, noise, and what both do only together."""
+    """Parts of a noisy feature's variance, each 0..1, together 1: image, noise, and what both do only together.
+
+    `intervals` holds the 95 % interval of each over the choice of images, by the part's name; none of two images.
+    """
 
     image: float
     noise: float
     both: float
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def variance_shares(features: torch.Tensor) -> Shares:
@@ -30,7 +36,11 @@ def variance_shares(features: torch.Tensor) -> Shares:
         MS_E = 1 / ((I - 1) (J - 1))   sum_ij |f_ij - f_i. - f_.j + f..|^2          var(e)
 
     (analysis of variance, one observation per cell: Searle, Casella, McCulloch, Variance Components, 1992). Hence
-    var(a) = (MS_A - MS_E) / J and var(b) = (MS_B - MS_E) / I are unbiased; below 0 they are taken as 0.
+    var(a) = (MS_A - MS_E) / J and var(b) = (MS_B - MS_E) / I are unbiased; below 0 they are taken as 0. All of them are
+    sums of dot products of the I J features with each other, which is what is computed.
+
+    Intervals: 1.96 standard errors of the jackknife over images (Efron and Stein 1981), which leaves out each once. A
+    bootstrap would not do: an image drawn twice looks like something that the noises have in common.
 
     Raises:
         ValueError: fewer than two images or noises; features that are all equal.
@@ -38,16 +48,36 @@ def variance_shares(features: torch.Tensor) -> Shares:
     images, noises = features.shape[:2]
     if min(images, noises) < 2:
         raise ValueError(f"{images} images under {noises} noises; a decomposition needs at least two of each")
-    f = features.double().flatten(2)
-    by_image, by_noise, mean = f.mean(1, keepdim=True), f.mean(0, keepdim=True), f.mean((0, 1), keepdim=True)
-    rest = (f - by_image - by_noise + mean).square().sum().item() / ((images - 1) * (noises - 1))
-    a = (by_image - mean).square().sum().item() * noises / (images - 1)
-    b = (by_noise - mean).square().sum().item() * images / (noises - 1)
-    parts = [max(0.0, (a - rest) / noises), max(0.0, (b - rest) / images), rest]
-    total = sum(parts)
-    if total <= 0:
+    products = torch.zeros(images * noises, images * noises, dtype=torch.float64)
+    for part in features.reshape(images * noises, -1).split(CHUNK, 1):
+        part = part.double()
+        part = part - part.mean(0)
+        products += (part @ part.T).cpu()
+    products = products.unflatten(1, (images, noises)).unflatten(0, (images, noises))
+    parts = _parts(products)
+    names = ("image", "noise", "both")
+    if images == 2:
+        return Shares(*parts.tolist())
+    left = [[k for k in range(images) if k != i] for i in range(images)]
+    found = torch.stack([_parts(products[some][:, :, some]) for some in left])
+    error = ((images - 1) * found.var(0, unbiased=False)).sqrt() * 1.96
+    intervals = torch.stack([parts - error, parts + error], 1).clamp(0, 1).tolist()
+    return Shares(*parts.tolist(), {name: tuple(pair) for name, pair in zip(names, intervals, strict=True)})
+
+
+def _parts(products: torch.Tensor) -> torch.Tensor:
+    """The three shares from the dot products of the features, I x J x I x J."""
+    images, noises = products.shape[:2]
+    mean = products.mean()  # |f..|^2
+    a = noises * (torch.einsum("ijik->", products) / noises**2 - images * mean)
+    b = images * (torch.einsum("ijkj->", products) / images**2 - noises * mean)
+    rest = (torch.einsum("ijij->", products) - images * noises * mean - a - b) / ((images - 1) * (noises - 1))
+    rest = rest.clamp_min(0)
+    parts = [(a / (images - 1) - rest) / noises, (b / (noises - 1) - rest) / images, rest]
+    parts = torch.stack(parts).clamp_min(0)
+    if parts.sum() <= 0:
         raise ValueError("all features are equal; there is no variance to take apart")
-    return Shares(*(part / total for part in parts))
+    return parts / parts.sum()
 
 
 def noise_shares(
@@ -65,6 +95,7 @@ def noise_shares(
     runs: dict[str, list[torch.Tensor]] = {name: [] for name in extractor.maps}
     for seed in range(noises):
         extractor.reseed(seed)
-        for name, maps in extract(extractor, pictures, batch_size, progress, "cpu").items():
+        label = progress and f"{extractor.name}, noise {seed + 1} of {noises}"
+        for name, maps in extract(extractor, pictures, batch_size, label, "cpu").items():
             runs[name].append(maps)
     return {name: variance_shares(torch.stack(parts, 1)) for name, parts in runs.items()}

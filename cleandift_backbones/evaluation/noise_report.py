@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..files import replacing, write_text
 from .noise import Shares
-from .report import versions
+from .report import facts_list, versions
 
 ABOUT = """# The noise in noisy features
 
 Of the variance of a noisy feature over pictures and noises: the part that the picture decides whatever the noise, the
-part that the noise decides whatever the picture, and the part that only both together decide. Two-way decomposition,
-see `cleandift_backbones.evaluation.noise`."""
+part that the noise decides whatever the picture, and the part that only both together decide, with 95 % intervals over
+the choice of pictures (jackknife). Two-way decomposition, see `cleandift_backbones.evaluation.noise`."""
 PARTS = {"image": "#c2410c", "both": "#a1a1aa", "noise": "#1d4ed8"}
 NAMES = {"image": "picture alone", "both": "both together", "noise": "noise alone"}
 Entry = tuple[str, str, int, Shares]  # model, map, timestep
@@ -26,14 +26,31 @@ def write_shares(folder: str | Path, entries: Sequence[Entry], info: dict) -> li
     paths = [folder / f"noise.{ending}" for ending in ("json", "md", "png")]
     shares = [dict(model=m, map=name, timestep=t, **vars(share)) for m, name, t, share in entries]
     write_text(paths[0], json.dumps(dict(info, versions=versions(), shares=shares), indent=1) + "\n")
-    lines = ["| model | map | t | picture alone | noise alone | both together |"]
+    lines = [f"| model | map | t | {' | '.join(NAMES.values())} |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for model, name, step, s in entries:
-        lines.append(f"| {model} | {name} | {step} | {s.image:.1%} | {s.noise:.1%} | {s.both:.1%} |")
-    facts = [f"- {key}: {value}" for key, value in (info | dict(versions=versions())).items()]
-    write_text(paths[1], "\n".join([ABOUT, "", *lines, "", "## How it was made", "", *facts]) + "\n")
+        lines.append(f"| {model} | {name} | {step} | " + " | ".join(_cell(s, part) for part in NAMES) + " |")
+    facts = facts_list(info | dict(versions=versions()))
+    write_text(paths[1], "\n".join([ABOUT, "", *lines, "", "## How it was made", "", facts]) + "\n")
     _plot(paths[2], entries)
     return paths
+
+
+def _cell(share: Shares, part: str) -> str:
+    low_high = share.intervals.get(part)
+    told = f" [{', '.join(f'{100 * bound:.1f}' for bound in low_high)}]" if low_high else ""
+    return f"{getattr(share, part):.1%}{told}"
+
+
+def _borders(share: Shares) -> list[tuple[float, float, float]]:
+    """(height, down, up) in per cent of the intervals at the two borders between parts, from below."""
+    if not share.intervals:
+        return []
+    low, high = share.intervals["image"]
+    least, most = share.intervals["noise"]
+    below, above = share.image, 1 - share.noise
+    found = [(below, below - low, high - below), (above, most - share.noise, share.noise - least)]
+    return [tuple(100 * max(0, value) for value in one) for one in found]
 
 
 def _plot(path: Path, entries: Sequence[Entry]) -> None:
@@ -45,7 +62,11 @@ def _plot(path: Path, entries: Sequence[Entry]) -> None:
     panels: dict[tuple[str, str], list[tuple[int, Shares]]] = {}
     for model, name, step, share in entries:
         panels.setdefault((model, name), []).append((step, share))
-    figure, axes = plt.subplots(1, len(panels), figsize=(max(5.6, 3.6 * len(panels)), 3.4), squeeze=False, sharey=True)
+    maps = len({name for _, name in panels})
+    columns = maps if 1 < maps <= 3 else min(3, len(panels))  # a row per model where that fits
+    rows = -(-len(panels) // columns)
+    size = (max(5.6, 3.6 * columns), 0.4 + 3.0 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True)
     for axis, ((model, name), found) in zip(axes.flat, panels.items()):
         found.sort(key=lambda pair: pair[0])
         steps = [step for step, _ in found]
@@ -58,13 +79,20 @@ def _plot(path: Path, entries: Sequence[Entry]) -> None:
             for (part, colour), (height,) in zip(PARTS.items(), heights):
                 axis.bar(str(steps[0]), height, bottom=bottom, color=colour, label=NAMES[part])
                 bottom += height
+        for place, (_, share) in zip(steps if len(steps) > 1 else [0], found):
+            for height, *error in _borders(share):
+                bars = [[value] for value in error]
+                axis.errorbar([place], [height], bars, fmt="none", ecolor="#18181b", capsize=2, lw=1, clip_on=False)
         axis.set_ylim(0, 100)
         axis.set_title(f"{model}, {name}", loc="left", fontsize=10, fontweight="bold")
         axis.set_xlabel("timestep t of the noise")
-    axes.flat[0].set_ylabel("per cent of the variance")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("per cent of the variance")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.tight_layout(rect=(0, 0.3 / size[1], 1, 1), h_pad=1.5)
     with replacing(path) as aside:
         figure.savefig(aside, dpi=160, format="png")
     plt.close(figure)

@@ -5,7 +5,6 @@ Points are (x, y) in pixels, as they stand in the annotations; whole numbers are
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from .items import DataError, Item, file_item, read_lines, require, require_folder
+from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
 Size = tuple[int, int]
 PROMPT = "A photo of a {category}."
@@ -169,11 +167,7 @@ def read_pf_pascal(root: str | Path, split: str = "test", skip_outside: bool = F
     if table is None:
         found = ", ".join(sorted(path.name for path in root.glob("*.csv"))) or "no .csv file"
         raise DataError(f"{root} has no {names[0]} and no {names[1]} (found {found}); expected {PF_PASCAL}")
-    with table.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    lacking = {"source_image", "target_image", "class"} - set(lines[0] if lines else ())
-    if lacking:
-        raise DataError(f"{table} has no column {', '.join(sorted(lacking))}; expected {PF_PASCAL}")
+    lines = read_table(table, ["source_image", "target_image", "class"], PF_PASCAL)
     told = []
     for number, line in enumerate(lines, 2):
         try:
@@ -202,12 +196,12 @@ def read_pf_pascal(root: str | Path, split: str = "test", skip_outside: bool = F
                 raise DataError(f"{label}: {marks[0].name} and {marks[1].name} hold {len(a)} and {len(b)} keypoints")
             seen = ~(np.isnan(a).any(1) | np.isnan(b).any(1))
             points = [a[seen], b[seen]]
-        builder.add(label, images, [_size(image) for image in images], points, category, box)
+        builder.add(label, images, [picture_size(image) for image in images], points, category, box)
     return builder.done()
 
 
 def read_json_pairs(path: str | Path, skip_outside: bool = False) -> PairSet:
-    """Pairs of one's own: paths are below the JSON file's folder, points as everywhere here.
+    """Pairs of one's own: paths are relative to the JSON file's folder, or absolute; points as everywhere here.
 
     [{"source": "a.jpg", "target": "b.jpg", "source_points": [[10, 20]], "target_points": [[30, 12]],
       "category": "cat", "target_box": [5, 5, 90, 80]}, ...]; the last two may be left out.
@@ -232,7 +226,7 @@ def read_json_pairs(path: str | Path, skip_outside: bool = False) -> PairSet:
     require([image for entry in told for image in entry[1]], "pictures", JSON)
     builder = _Builder(path.stem, path.parent, skip_outside)
     for label, images, points, category, box in told:
-        builder.add(label, images, [_size(image) for image in images], points, category, box)
+        builder.add(label, images, [picture_size(image) for image in images], points, category, box)
     return builder.done()
 
 
@@ -274,15 +268,6 @@ def _columns(line: dict[str, str], side: str, label: str) -> np.ndarray:
         return np.array([x, y]).T
     except (KeyError, ValueError, AttributeError) as error:
         raise DataError(f"{label}: columns X{side} and Y{side} must hold numbers with ; between ({error!r})") from None
-
-
-def _size(path: Path) -> Size:
-    try:
-        with Image.open(path) as image:
-            sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # read_image turns these upright
-            return image.size if sideways else image.size[::-1]
-    except OSError as error:
-        raise DataError(f"{path}: not a picture ({error})") from None
 
 
 def categories(pairs: Sequence[Pair]) -> list[str]:

@@ -6,8 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..files import replacing, write_text
-from .bootstrap import Tally, concept_weights, difference, rate_interval
+from .bootstrap import Tally, difference, rate_interval, unit_weights
 
 VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy", "scipy", "pillow")
-COLOURS = {"clean": "#c2410c", "noisy": "#1d4ed8", "teacher": "#0f766e", "baseline": "#6b7280", "control": "#a1a1aa"}
 
 
 @dataclass(eq=False)
@@ -38,6 +38,11 @@ class Row:
     results: dict[str, dict[str, Tally]]
     settings: dict = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def series(self) -> str:
+        """What is one curve, or one line by map: the label without the settings."""
+        return re.split(r", (?:best )?t\b", self.label)[0]
 
     def save(self, path: Path) -> None:
         """Writes the row as one safetensors file, aside and then renamed."""
@@ -107,20 +112,21 @@ class Report:
     def __post_init__(self):
         self.shown = {key: text for key, text in self.metrics.items() if not self.main or key in self.main}
         first = next(tally for row in self.rows for tallies in row.results.values() for tally in tallies.values())
-        self.weights = concept_weights(len(first.hits), seed=self.seed)
+        self.weights = unit_weights(len(first.hits), seed=self.seed)
 
     def best(self, rows: Sequence[Row], metric: str) -> Best | None:
         """See `best_of`."""
         return best_of(rows, metric, metric in self.lower)
 
-    def _scale(self, metric: str) -> float:
+    def scale(self, metric: str) -> float:
+        """What a rate is multiplied by to be shown."""
         return 1 if metric in self.lower else 100
 
     def _digits(self, metric: str) -> str:
         return ".3f" if metric in self.lower else ".1f"
 
     def _interval(self, metric: str, tally: Tally, note: str = "", bold: bool = False) -> str:
-        scale, digits = self._scale(metric), self._digits(metric)
+        scale, digits = self.scale(metric), self._digits(metric)
         low, high = (format(scale * bound, digits) for bound in rate_interval(tally, self.weights))
         number = format(scale * tally.rate, digits)
         return f"{f'**{number}**' if bold else number} [{low}, {high}]" + (f" {note}" if note else "")
@@ -158,7 +164,7 @@ class Report:
         sentences = []
         for item in self.comparisons():
             metric = item["metric"]
-            scale, digits = self._scale(metric), self._digits(metric)
+            scale, digits = self.scale(metric), self._digits(metric)
             points, unit = ("", "") if metric in self.lower else (" points", " %")
             delta, low, high = (scale * value for value in (item["difference"], *item["interval"]))
             if low <= 0 <= high:
@@ -200,42 +206,45 @@ class Report:
         lines = ["| | " + " | ".join(labels) + " |", "| --- |" + " --- |" * len(labels)]
         for metric, heading in self.metrics.items():
             bests = [self.best([row for row in self.rows if row.label == label], metric) for label in labels]
-            cells = [self._interval(metric, best.tally) if best else "" for best in bests]
+            cells = [self._interval(metric, best.tally, best.map) if best else "" for best in bests]
             lines.append(f"| {heading} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
     def map_table(self, metric: str) -> str:
-        """A Markdown table of one metric by map: the clean model, and each map's best noisy and teacher runs."""
-        kinds = {"clean": "clean", "noisy": "noisy, best run", "teacher": "teacher on clean pictures, best t"}
-        kinds = {kind: title for kind, title in kinds.items() if self.of_kind(kind)}
-        names = list(dict.fromkeys(name for kind in kinds for row in self.of_kind(kind) for name in row.results))
-        lines = [f"| {self.metrics[metric]} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-        pick, scale, digits = min if metric in self.lower else max, self._scale(metric), self._digits(metric)
-        for kind, title in kinds.items():
-            rates = [
-                pick(
-                    (r.results[n][metric].rate for r in self.of_kind(kind) if metric in r.results.get(n, {})),
-                    default=np.nan,
-                )
-                for n in names
-            ]
-            lines.append(f"| {title} | " + " | ".join(format(scale * rate, digits) for rate in rates) + " |")
-        return "\n".join(lines)
+        """Markdown tables of one metric by map, for the models that have several; those of equal maps share a table."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for series in dict.fromkeys(row.series for row in self.rows):
+            names = tuple(dict.fromkeys(name for row in self._of_series(series) for name in row.results))
+            if len(names) > 1:
+                groups.setdefault(names, []).append(series)
+        tables = []
+        for names, models in groups.items():
+            lines = [f"| {self.metrics[metric]} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+            for series in models:
+                rows, cells = self._of_series(series), []
+                for name in names:
+                    held = [replace(row, results={name: row.results[name]}) for row in rows if name in row.results]
+                    best = self.best(held, metric)
+                    cells.append(format(self.scale(metric) * best.tally.rate, self._digits(metric)) if best else "")
+                lines.append(f"| {series}{', best run' if len(rows) > 1 else ''} | " + " | ".join(cells) + " |")
+            tables.append("\n".join(lines))
+        return "\n\n".join(tables)
+
+    def _of_series(self, series: str) -> list[Row]:
+        return [row for row in self.rows if row.series == series]
 
     def markdown(self, about: str) -> str:
         """Heading, verdict, table, tables by map, and how it was made."""
         verdicts = "\n".join(f"- {sentence}" for sentence in self.verdicts())
-        several = any(len(row.results) > 1 for row in self.rows if row.kind in ("clean", "noisy"))
-        by_map = "\n\n".join(self.map_table(m) for m in self.shown) if several else ""
-        made = ", ".join(f"{name} {number}" for name, number in versions().items())
-        facts = "\n".join(f"- {key}: {value}" for key, value in self.info.items())
+        by_map = "\n\n".join(self.map_table(m) for m in self.shown)
+        facts = facts_list(self.info | dict(seed=self.seed, versions=versions()))
         parts = [
             about,
             f"## Clean against the best noisy run\n\n{verdicts}" if verdicts else "",
             f"## Table\n\n{self._caption()}\n\n{self.table()}",
             f"## Everything measured\n\n{self.long_table()}" if len(self.shown) < len(self.metrics) else "",
-            f"## By map\n\n{by_map}" if by_map else "",
-            f"## How it was made\n\n{facts}\n- seed: {self.seed}\n- versions: {made}",
+            f"## By map\n\n{by_map}" if by_map.strip() else "",
+            f"## How it was made\n\n{facts}",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -244,103 +253,16 @@ class Report:
         lower = [text for key, text in self.shown.items() if key in self.lower]
         return what + (f" Not per cent, and less is better: {', '.join(lower)}." if lower else "")
 
-    def plot(self, path: Path) -> None:
-        """The noisy curve over the timestep against the clean line, a panel per metric, as a PNG."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-        with plt.rc_context(style):
-            columns = min(2, len(self.shown))
-            rows = -(-len(self.shown) // columns)
-            figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False)
-            for axis, (metric, heading) in zip(axes.flat, self.shown.items()):
-                self._panel(axis, metric)
-                axis.set_title(heading, loc="left", fontweight="bold")
-            for axis in axes.flat[len(self.shown) :]:
-                axis.remove()
-            entries: dict = {}
-            for axis in axes.flat:
-                handles, labels = axis.get_legend_handles_labels()
-                entries |= dict(zip(labels, handles))
-            figure.legend(
-                entries.values(), entries.keys(), loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, 0)
-            )
-            figure.tight_layout(rect=(0, 0.05 + 0.06 * (-(-len(entries) // 3)) / rows, 1, 1), h_pad=2, w_pad=2)
-            with replacing(path) as aside:
-                figure.savefig(aside, dpi=160, format="png")
-            plt.close(figure)
-
-    def _bars(self, axis, metric: str) -> None:
-        labels = list(dict.fromkeys(row.label for row in self.rows))
-        scale = self._scale(metric)
-        for place, label in enumerate(labels):
-            rows = [row for row in self.rows if row.label == label]
-            if best := self.best(rows, metric):
-                value, (low, high) = best.tally.rate, rate_interval(best.tally, self.weights)
-                error = [[scale * max(0, value - low)], [scale * max(0, high - value)]]
-                axis.barh(place, scale * value, xerr=error, color=COLOURS[rows[0].kind], ecolor="#52525b", capsize=2)
-        axis.set_yticks(range(len(labels)), labels)
-        axis.invert_yaxis()
-        axis.set_xlim(left=0)
-        axis.set_xlabel("less is better" if metric in self.lower else "per cent")
-        axis.grid(axis="x", alpha=0.2)
-
-    def _panel(self, axis, metric: str) -> None:
-        swept = [row for row in self.rows if row.kind in ("noisy", "teacher") and "timestep" in row.settings]
-        if not swept:
-            return self._bars(axis, metric)
-        scale = self._scale(metric)
-        curves = {(row.kind, row.settings.get("ensemble"), row.label.split(",")[0]): [] for row in swept}
-        for row in swept:
-            curves[row.kind, row.settings.get("ensemble"), row.label.split(",")[0]].append(row)
-        several = len({model for kind, _, model in curves if kind == "noisy"}) > 1
-        styles = ["-", "--", ":", "-."]
-        for number, ((kind, ensemble, model), runs) in enumerate(curves.items()):
-            runs.sort(key=lambda row: row.settings["timestep"])
-            bests = [best for row in runs if (best := self.best([row], metric))]
-            if not bests:
-                continue
-            steps = [best.row.settings["timestep"] for best in bests]
-            bounds = np.array([rate_interval(best.tally, self.weights) for best in bests]).T * scale
-            label = (
-                f"{model if several else 'noisy'}, {ensemble} noise{'s' if ensemble > 1 else ''}"
-                if kind == "noisy"
-                else "teacher, clean picture"
-            )
-            line_style = styles[number % 4] if kind == "noisy" else "-"
-            values = [scale * best.tally.rate for best in bests]
-            axis.plot(steps, values, line_style, color=COLOURS[kind], marker="o", ms=3.5, lw=1.5, label=label)
-            if kind == "noisy" and number == 0:
-                axis.fill_between(steps, *bounds, color=COLOURS[kind], alpha=0.1, lw=0)
-        flat = [row for row in self.rows if row not in swept]
-        labels = dict.fromkeys(row.label for row in flat)
-        for number, label in enumerate(labels):
-            rows = [row for row in flat if row.label == label]
-            best = self.best(rows, metric)
-            if best is None:
-                continue
-            kind, value = rows[0].kind, scale * best.tally.rate
-            clean = kind == "clean"
-            line = "-" if clean else styles[(number + 1) % 4]
-            axis.axhline(value, color=COLOURS[kind], ls=line, lw=2.2 if clean else 1.1, label=label)
-            if clean:
-                low, high = rate_interval(best.tally, self.weights)
-                axis.axhspan(scale * low, scale * high, color=COLOURS[kind], alpha=0.1, lw=0)
-        axis.set_ylabel("less is better" if metric in self.lower else "per cent")
-        axis.set_xlabel("timestep t of the noise")
-        axis.grid(axis="y", alpha=0.2)
-
     def write(self, folder: str | os.PathLike, about: str, name: str = "results") -> list[Path]:
         """Writes NAME.json, NAME.md and NAME.png into a folder and returns their paths."""
+        from .plots import plot
+
         folder = Path(folder)
         paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
         text = json.dumps(self.to_json(), indent=1) + "\n"
         write_text(paths[0], text)
         write_text(paths[1], self.markdown(about))
-        self.plot(paths[2])
+        plot(self, paths[2])
         return paths
 
 
@@ -352,6 +274,16 @@ def _settings(row: Row) -> str:
 def _where(best: Best) -> dict:
     text = ", ".join(part for part in (best.row.label, best.map) if part)
     return dict(rate=best.tally.rate, label=best.row.label, map=best.map, **best.row.settings, text=text)
+
+
+def facts_list(info: dict) -> str:
+    """Facts as a Markdown list; facts that are dicts as lists in it."""
+    lines = []
+    for key, value in info.items():
+        lines.append(f"- {key}:" if isinstance(value, dict) else f"- {key}: {value}")
+        if isinstance(value, dict):
+            lines += [f"  - {name}: {words}" for name, words in value.items()]
+    return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:

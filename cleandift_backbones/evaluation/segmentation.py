@@ -8,12 +8,11 @@ pixels, and the intersections and unions, need: both are computed from them, exa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -42,25 +41,26 @@ class Labels:
 
 @dataclass
 class Scenes:
-    """Pictures with masks: `masks[i]()` gives H x W uint8 of classes, 255 to ignore."""
+    """Pictures with masks: `masks[i]()` gives H x W uint8 of classes, 255 to ignore; `files` are where they lie."""
 
     items: list[Item]
     masks: list[Callable[[], np.ndarray]]
     classes: int
+    files: list[tuple[Path, Path]] = field(default_factory=list)
 
 
 def read_scenes(root: str | Path, split: str) -> Scenes:
     """A split, "train" or "val", of a VOC or ADE20K folder.
 
-    VOC (also inside VOCdevkit/VOC2012): masks are palette PNGs whose indices are 21 classes, background included, 255
-    to ignore. ADE20K (ADEChallengeData2016): grey PNGs, 0 to ignore, 1..150 the classes, which become 0..149.
+    VOC (VOC2012, or one of the two folders around it): masks are palette PNGs whose indices are 21 classes, background
+    included, 255 to ignore. ADE20K (ADEChallengeData2016): grey PNGs, 0 to ignore, 1..150 the classes, which become
+    0..149.
 
     Raises:
         DataError: another layout, missing splits or files.
     """
     root = Path(root)
-    nested = root / "VOCdevkit" / "VOC2012"
-    root = nested if nested.is_dir() else root
+    root = next((p for p in (root / "VOCdevkit" / "VOC2012", root / "VOC2012") if p.is_dir()), root)
     if (root / "annotations").is_dir() and (root / "images").is_dir():
         folder = {"train": "training", "val": "validation"}.get(split, split)
         require_folder(root, [f"images/{folder}", f"annotations/{folder}"], ADE20K)
@@ -81,7 +81,7 @@ def read_scenes(root: str | Path, split: str) -> Scenes:
     require(images, "pictures", layout)
     require(files, "masks", layout)
     masks = [lambda path=path: read_mask(path, classes, shift) for path in files]
-    return Scenes([file_item(path, root) for path in images], masks, classes)
+    return Scenes([file_item(path, root) for path in images], masks, classes, list(zip(images, files, strict=True)))
 
 
 def read_mask(path: Path, classes: int, shift: int = 0) -> np.ndarray:
@@ -138,20 +138,22 @@ def train_segmenter(features, labels: Sequence[Labels], classes: int, recipe: Re
     return train_probe(features, classes, loss, recipe, progress)
 
 
+def overlaps(one: Labels, predicted: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Intersections and unions in pixels, a number per class, with predictions h*w of a map upsampled to the mask."""
+    counts, predicted = one.counts.double(), predicted[one.cells]
+    truth = torch.bincount(one.classes, counts, minlength=classes)
+    guess = torch.bincount(predicted, counts, minlength=classes)
+    both = torch.bincount(one.classes, counts * (predicted == one.classes), minlength=classes)
+    return both, truth + guess - both
+
+
 def miou(probe: nn.Conv2d, features, labels: Sequence[Labels], classes: int) -> Tally:
     """Intersections and unions, pictures x classes: the rate is the mean IoU over the classes that occur."""
     hits, unions = np.zeros((len(labels), classes)), np.zeros((len(labels), classes))
     for i, one in enumerate(labels):
         with torch.inference_mode():
-            predicted = probe(features[i][None].float())[0].argmax(0).flatten()[one.cells]
-        counts = one.counts.double()
-        truth, guess, both = (
-            torch.bincount(names, weights, minlength=classes)
-            for names, weights in (
-                (one.classes, counts), (predicted, counts), (one.classes, counts * (predicted == one.classes)),
-            )
-        )  # fmt: skip
-        hits[i], unions[i] = both.numpy(), (truth + guess - both).numpy()
+            predicted = probe(features[i][None].float())[0].argmax(0).flatten()
+        hits[i], unions[i] = (x.numpy() for x in overlaps(one, predicted, classes))
     return Tally(hits, unions)
 
 
@@ -164,8 +166,3 @@ def accuracy(iou: Tally, labels: Sequence[Labels]) -> Tally:
 def foreground_labels(alpha: np.ndarray, cells: tuple[int, int]) -> Labels:
     """Two classes, ground 0 and figure 1, from opacity H x W in 0..1: figure from one half on."""
     return cell_labels((alpha >= 0.5).astype(np.uint8), cells, 2)
-
-
-def upsample_predictions(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Predicted classes N x H x W of logits N x K x h x w: nearest neighbour, as the paper does."""
-    return F.interpolate(logits, size, mode="nearest").argmax(1)

@@ -11,7 +11,7 @@ import torch
 from . import depth, knn, matching, segmentation
 from .bootstrap import Tally
 from .cache import Features
-from .items import Item
+from .items import Item, check_answers
 from .pairs import PairSet
 from .probes import Recipe
 
@@ -74,6 +74,7 @@ class Knn(Task):
 
     def __init__(self, train: knn.Labelled, val: knn.Labelled, ks: Sequence[int], weighted=False):
         super().__init__(train.items + val.items)
+        knn.check_ks(ks, len(train.items))
         self.train, self.val, self.ks, self.weighted = train, val, ks, weighted
         self.facts |= dict(classes=len(train.classes), train_pictures=len(train.items), val_pictures=len(val.items))
         self.facts |= dict(votes="weighted" if weighted else "equal")
@@ -92,6 +93,7 @@ class Retrieval(Task):
 
     def __init__(self, data: knn.Labelled, ks: Sequence[int]):
         super().__init__(data.items)
+        knn.check_ks(ks, len(data.items) - 1)
         self.data, self.ks = data, ks
         self.facts |= dict(classes=len(data.classes))
 
@@ -107,6 +109,7 @@ class Segmentation(Task):
 
     def __init__(self, train: segmentation.Scenes, val: segmentation.Scenes, recipe: Recipe):
         super().__init__(train.items + val.items)
+        check_answers(train.files + val.files, "masks")
         self.train, self.val, self.recipe = train, val, recipe
         self.facts |= dict(classes=train.classes, train_pictures=len(train.items), val_pictures=len(val.items))
         self.facts |= dict(probe=str(recipe))
@@ -133,6 +136,7 @@ class Depth(Task):
 
     def __init__(self, train: depth.DepthSet | None, test: depth.DepthSet, recipe: Recipe, probe_file=None, crop=True):
         super().__init__((train.items if train else []) + test.items)
+        check_answers((train.files if train else []) + test.files, "depth maps")
         self.train, self.test, self.recipe, self.probe_file, self.crop = train, test, recipe, probe_file, crop
         self.facts |= dict(train_pictures=len(train.items) if train else 0, test_pictures=len(test.items))
         self.facts |= dict(probe=str(probe_file or recipe), eigen_crop=crop)
@@ -174,4 +178,5 @@ def limit_scenes(data, limit: int | None, seed: int):
     """Fewer pictures of `segmentation.Scenes` or `depth.DepthSet`."""
     chosen, answers = limited(data.items, limit, seed), "masks" if hasattr(data, "masks") else "depths"
     kept = [getattr(data, answers)[i] for i in chosen]
-    return replace(data, items=[data.items[i] for i in chosen], **{answers: kept})
+    files = [data.files[i] for i in chosen] if data.files else []
+    return replace(data, items=[data.items[i] for i in chosen], files=files, **{answers: kept})
