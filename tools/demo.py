@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cleandift_backbones.app.extracting import TIMESTEP, own_size, twin
+from cleandift_backbones.app.extracting import TIMESTEP, matched_map, own_size, shown_maps, twin
 from cleandift_backbones.app.pictures import SAMPLES, open_picture
 from cleandift_backbones.evaluation import correspondence, figures
 from cleandift_backbones.evaluation.features import (
@@ -158,17 +158,8 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     """The model, its noisy twin if it has one, names of the maps to show, and of the map to match on."""
     infos = list_maps(args.model)
     names = [info["name"] for info in infos]
-    if args.maps:
-        shown = [names[i] for i in map_indices(infos, map(_integer, args.maps))]
-    elif {"us3", "us6", "us9"} <= set(names):
-        shown = ["us3", "us6", "us9"]
-    else:
-        step = max(1, len(names) // 3)
-        shown = names[::-step][:3][::-1]
-    if args.match_map:
-        matched = names[map_indices(infos, _integer(args.match_map))[0]]
-    else:
-        matched = "us6" if "us6" in shown else shown[len(shown) // 2]
+    shown = [names[i] for i in map_indices(infos, map(_integer, args.maps))] if args.maps else shown_maps(names)
+    matched = names[map_indices(infos, _integer(args.match_map))[0]] if args.match_map else matched_map(shown)
     wanted = list(dict.fromkeys([*shown, matched]))
     pretrained, device = not args.random_weights, resolve_device(args.device)
     size = args.size or own_size(args.model)

@@ -19,24 +19,30 @@ from .results import Result
 from .store import Entry
 
 
-@dataclass
+@dataclass(eq=False)
+class Directions:
+    """Main directions of some maps: per picture h x w x 3, and as an RGB image of its working size."""
+
+    coordinates: list[torch.Tensor]
+    images: list[Image.Image]
+
+
+@dataclass(eq=False)
 class Side:
     """One of the two.
 
     Attributes:
         match: where the points were found.
-        coordinates: per picture h x w x 3, main directions; the noisy side's turned so that colours agree.
-        images: the same as RGB images of the picture's working size.
+        directions: of the map; the noisy side's are turned so that colours agree.
         seconds: that computing the features of all pictures took.
     """
 
     match: Match
-    coordinates: list[torch.Tensor]
-    images: list[Image.Image]
+    directions: Directions
     seconds: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Comparison(Result):
     """Clean against noisy features."""
 
@@ -55,7 +61,7 @@ class Comparison(Result):
         named = {}
         for name, side in (("clean", self.clean), ("noisy", self.noisy)):
             named |= {f"{name}.{key}": x for key, x in side.match.tensors().items() if key != "points"}
-            named |= {f"{name}.pca.{n}": c for n, c in enumerate(side.coordinates)}
+            named |= {f"{name}.pca.{n}": c for n, c in enumerate(side.directions.coordinates)}
         return named | dict(points=self.clean.match.tensors()["points"])
 
     def figure(self) -> Image.Image:
@@ -65,7 +71,7 @@ class Comparison(Result):
             rows.append([Panel(p.image, "", side.match.marks(n)) for n, p in enumerate(self.pictures)])
             rows += [[side.match.heat_panel(p, n) for n in range(len(self.pictures))]
                      for p in range(len(side.match.points))]  # fmt: skip
-            rows.append([Panel(image) for image in side.images])
+            rows.append([Panel(image) for image in side.directions.images])
         return figures.grid(rows, "Clean and noisy features: matches, similarity, main directions", labels, height=180)
 
 
@@ -104,16 +110,27 @@ def two_specs(model: str, prompt: str, timestep: int, ensemble_size: int) -> tup
     return Spec(model, prompt), Spec(noisy, prompt, timestep, ensemble_size)
 
 
-def compare_entries(
-    pictures: Sequence[Picture], clean: Sequence[Entry], noisy: Sequence[Entry], specs: tuple[Spec, Spec], map: str,
-    points: Sequence[Point] = (),
-) -> Comparison:  # fmt: skip
-    """The same from features that are there already."""
-    sides, like = [], None
+def main_directions(
+    pictures: Sequence[Picture], clean: Sequence[Entry], noisy: Sequence[Entry], specs: tuple[Spec, Spec], map: str
+) -> tuple[Directions, Directions]:
+    """PCA of both sides, the noisy side's turned so that colours agree."""
+    both, like = [], None
     for entries, spec in zip((clean, noisy), specs, strict=True):
         small, coordinates = figures.principal_colours([map_of(entry, map, spec) for entry in entries], like)
         like = coordinates if like is None else like
         images = [figures.smooth(s, p.image, max(p.working_size)) for s, p in zip(small, pictures)]
+        both.append(Directions(coordinates, images))
+    return tuple(both)
+
+
+def compare_entries(
+    pictures: Sequence[Picture], clean: Sequence[Entry], noisy: Sequence[Entry], specs: tuple[Spec, Spec], map: str,
+    points: Sequence[Point] = (), directions: tuple[Directions, Directions] | None = None,
+) -> Comparison:  # fmt: skip
+    """The same from features that are there already; `directions` if they are, too."""
+    directions = directions or main_directions(pictures, clean, noisy, specs, map)
+    sides = []
+    for entries, spec, own in zip((clean, noisy), specs, directions, strict=True):
         found = match_entries(pictures, entries, spec, map, points)
-        sides.append(Side(found, coordinates, images, sum(entry.seconds for entry in entries)))
+        sides.append(Side(found, own, sum(entry.seconds for entry in entries)))
     return Comparison(list(pictures), *sides)

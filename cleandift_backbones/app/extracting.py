@@ -64,6 +64,18 @@ def own_size(model: str) -> int:
     return config.input_size[-1] if config and config.input_size else DEFAULT_SIDE
 
 
+def shown_maps(names: Sequence[str]) -> list[str]:
+    """Up to three of a model's maps, coarse to fine where the paper's block outputs are among them."""
+    if {"us3", "us6", "us9"} <= set(names):
+        return ["us3", "us6", "us9"]
+    return list(names[:: -max(1, len(names) // 3)][:3][::-1])
+
+
+def matched_map(shown: Sequence[str]) -> str:
+    """The map to match points on: us6, or the middle one."""
+    return "us6" if "us6" in shown else shown[len(shown) // 2]
+
+
 @dataclass
 class _Loaded:
     extractor: Extractor
@@ -193,7 +205,7 @@ def _watched(model: torch.nn.Module, watch: Watch) -> Iterator[None]:
             hook.remove()
 
 
-def how_to_get(model: str, error: ModelError) -> str:
+def how_to_get(error: ModelError) -> str:
     """An error of loading in full: which weights are missing, and how to get them."""
     cause = str(error.__cause__ or "")
-    return cause if cause.startswith(f"{model} cannot be loaded") else str(error)
+    return cause if " cannot be loaded, because of" in cause else str(error)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..evaluation import figures
 from ..evaluation.figures import Panel
-from .extracting import Features, Spec
+from .extracting import Features, Spec, Watch
 from .matching import map_of, title
 from .pictures import Picture, open_picture
 from .results import Result, model_arguments
@@ -27,7 +27,7 @@ _SEGMENTS = np.array(
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Maps(Result):
     """Maps made visible.
 
@@ -111,15 +111,17 @@ def maps(
 
 def map_entries(
     pictures: Sequence[Picture], entries: Sequence[Entry], spec: Spec, maps: Sequence[str], show: str = "pca",
-    shared: bool = True, clusters: int = 6,
+    shared: bool = True, clusters: int = 6, watch: Watch | None = None,
 ) -> Maps:  # fmt: skip
-    """The same from features that are there already."""
+    """The same from features that are there already; `watch` as of `Features.compute`."""
     if show not in SHOWS:
         raise ValueError(f"show {show!r} is unknown; choose one of {', '.join(SHOWS)}")
     if not 2 <= clusters <= MOST_CLUSTERS:
         raise ValueError(f"clusters must lie in 2..{MOST_CLUSTERS}, got {clusters}")
     values, images, before = {}, {}, None
-    for name in maps:
+    for number, name in enumerate(maps):
+        if watch:
+            watch(number / len(maps))
         own = [map_of(entry, name, spec) for entry in entries]
         values[name] = []
         for group in [own] if shared else [[m] for m in own]:

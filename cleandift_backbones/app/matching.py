@@ -19,7 +19,7 @@ from .store import Entry
 Point = tuple[int, float, float]  # number of the picture; x and y as fractions of its width and height
 
 
-@dataclass
+@dataclass(eq=False)
 class Match(Result):
     """Where points were found.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """All maps of one picture from one model, and how long computing them took.
 
