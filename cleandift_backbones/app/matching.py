@@ -159,7 +159,7 @@ def match_entries(
             back, _ = search(target, source, there)
             found[rows, target] = picture.fractions(there)
             scores[rows, target] = similar.flatten(1).amax(1)
-            mutual[rows, target] = ((back - pixels).abs() <= cell).all(1)
+            mutual[rows, target] = ((back - pixels.round()).abs() <= cell).all(1)
             similarity[target][rows] = similar
     return Match(list(pictures), spec, map, points, mutual_only, found, scores, mutual, similarity)
 

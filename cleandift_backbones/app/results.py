@@ -55,11 +55,8 @@ class Result:
             self.figure().save(buffer, format="PNG", compress_level=5)
             return buffer.getvalue()
         if suffix == ".safetensors":
-            metadata = dict(
-                result=self.function,
-                pictures=json.dumps([picture.name for picture in self.pictures]),
-                arguments=json.dumps(self.arguments()),
-            )
+            asked = dict(result=self.function, pictures=[p.name for p in self.pictures]) | self.arguments()
+            metadata = dict(cleandift_backbones=json.dumps(asked))  # one key: the order of several is random
             return save({name: x.contiguous() for name, x in self.tensors().items()}, metadata)
         raise ValueError(f"a result is saved as {' or '.join(SUFFIXES)}, not as {suffix!r}")
 

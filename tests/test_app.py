@@ -1,0 +1,535 @@
+"""What the page is made of, without a browser: pictures, features kept, results, sessions, answers."""
+
+import io
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load
+
+from cleandift_backbones.app import answers as answering
+from cleandift_backbones.app import compare, extracting, maps, match
+from cleandift_backbones.app.answers import Answers, Progress
+from cleandift_backbones.app.extracting import Cancelled, Features, Spec
+from cleandift_backbones.app.mapping import SHOWS, _otsu, alike, foreground, segments
+from cleandift_backbones.app.pictures import LARGEST, open_picture, sample_names
+from cleandift_backbones.app.sessions import MOST_PICTURES, MOST_POINTS, Session, Sessions, Settings
+from cleandift_backbones.app.store import Entry, FeatureStore
+from cleandift_backbones.evaluation.features import ModelError, extract, load_extractor
+from cleandift_backbones.images import ImageError
+
+PAIR = ["nerd-face_noto.png", "nerd-face_twemoji.png"]
+EYE, ITS_PAIR = (0.3, 0.41), (0.321, 0.39)  # 1F913's left eyes, evaluation/emoji_eyes.json
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Of cleandift_tiny and dift_tiny, shared by the tests that only read them."""
+    return Features()
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hundred_megapixels_are_scaled_down_and_said_so():
+    picture = open_picture(encoded(Image.new("L", (10_000, 10_000), 90), compress_level=1), "huge.png")
+    assert picture.image.size == (LARGEST, LARGEST) and picture.image.mode == "RGB"
+    assert picture.note == "scaled down from 10000 x 10000 (100 megapixels) to 1024 x 1024"
+
+
+def test_animated_and_transparent_pictures_are_said_to_be():
+    frames = [Image.new("RGB", (80, 80), colour) for colour in ("red", "blue", "green")]
+    moving = open_picture(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "moving.gif")
+    assert moving.note == "animated: its first frame" and moving.image.getpixel((9, 9))[0] > 200
+    clear = open_picture(encoded(Image.new("RGBA", (80, 80), (0, 0, 0, 0))), "clear.png")
+    assert clear.note == "transparent: drawn on grey" and clear.image.getpixel((9, 9)) == (224, 224, 224)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"%PDF-1.4 not a picture", "mine.png: not an image"),
+        (b"", "mine.png: the file is empty"),
+        (encoded(Image.new("RGB", (30, 90))), "both sides must be at least 64"),
+        (encoded(Image.new("L", (64, 20_000))), "mine.png: too long and narrow"),
+        (encoded(Image.effect_noise((90, 90), 50))[:200], "mine.png: truncated or damaged"),
+        (encoded(Image.new("1", (20_000, 20_000))), "mine.png: too large to be safe"),
+    ],
+)
+def test_what_is_no_usable_picture_is_named(content, words):
+    with pytest.raises(ImageError, match=words):
+        open_picture(content, "mine.png")
+
+
+def test_samples_go_by_name_and_files_first(tmp_path, monkeypatch):
+    assert {*PAIR, "cat_photo.jpg"} <= set(sample_names())
+    ours = open_picture(PAIR[0])
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (70, 70), "red").save(PAIR[0])
+    assert open_picture(PAIR[0]).key != ours.key
+    with pytest.raises(ImageError, match="no such file"):
+        open_picture("../samples/" + PAIR[1])
+    assert open_picture(Image.new("RGB", (70, 70)).tobytes() and encoded(ours.image), "again.png").key == ours.key
+
+
+# --- features kept ---------------------------------------------------------------------------------------------------
+
+
+def entry(megabytes=1):
+    return Entry({"us6": torch.zeros(megabytes << 18)}, 0.1)
+
+
+def test_store_is_bounded_and_drops_the_longest_unused():
+    store = FeatureStore(3 << 20)
+    for key in "abc":
+        store.put(key, entry(), "me")
+    store.get("a", "me")
+    store.put("d", entry(), "me")
+    assert store.size == 3 << 20 and store.get("b", "me") is None and store.get("a", "me") is not None
+    store.put("too large", entry(4), "me")
+    assert store.get("too large", "me") is None and store.size <= store.limit
+
+
+def test_entries_go_with_the_last_of_their_owners():
+    store = FeatureStore(1 << 30)
+    store.put("shared", entry(), "one")
+    store.put("own", entry(), "one")
+    store.get("shared", "two")
+    store.forget("one")
+    assert store.get("own", "two") is None and store.get("shared", "two") is not None
+    store.forget("two")
+    assert len(store) == 0
+
+
+def test_features_equal_the_evaluations_and_are_computed_once(monkeypatch):
+    features, count = Features(), []
+    forward = extracting._forward
+    monkeypatch.setattr(extracting, "_forward", lambda *args: count.append(1) or forward(*args))
+    pictures = [open_picture(name) for name in PAIR]
+    computed = features.compute(Spec("cleandift_tiny"), pictures, "one")
+    reference = extract(load_extractor("cleandift_tiny", None, size=128), [p.image for p in pictures], 1, False)
+    for i, found in enumerate(computed):
+        assert list(found.maps) == list(reference) and found.seconds > 0
+        for name, x in found.maps.items():
+            assert torch.equal(x, reference[name][i])
+    again = features.compute(Spec("cleandift_tiny"), pictures[::-1], "two")
+    assert len(count) == 2 and again[0] is computed[1]
+    assert features.kept(Spec("cleandift_tiny"), pictures, "two") and not features.kept(
+        Spec("cleandift_tiny", "cat face"), pictures, "two"
+    )
+
+
+def test_noise_is_that_of_the_timestep_and_of_the_picture(features):
+    pictures = [open_picture(name) for name in PAIR]
+    computed = features.compute(Spec("dift_tiny", "", 100, 2), pictures)
+    for seed, (picture, found) in enumerate(zip(pictures, computed)):
+        model = load_extractor("dift_tiny", "us6", size=128, timestep=100, ensemble_size=2, noise_seed=seed)
+        torch.testing.assert_close(found.maps["us6"], extract(model, [picture.image], 1, False)["us6"][0])
+
+
+def test_a_prompt_changes_features_and_is_taken_back(features):
+    pictures = [open_picture(PAIR[0])]
+    plain = features.compute(Spec("cleandift_tiny"), pictures)[0].maps["us6"]
+    told = features.compute(Spec("cleandift_tiny", "nerd face"), pictures)[0].maps["us6"]
+    model = timm.create_model("cleandift_tiny", pretrained=True, features_only=True, out_indices=(4,),
+                              prompt="nerd face").eval()  # fmt: skip
+    x = F.interpolate(torch.from_numpy(np.array(pictures[0].image)).permute(2, 0, 1)[None] / 255, (128, 128),
+                      mode="bicubic", antialias=True)  # fmt: skip
+    with torch.inference_mode():
+        torch.testing.assert_close(told, model(x.clamp(0, 1) * 2 - 1)[0][0], atol=5e-4, rtol=1e-3)
+    assert not torch.equal(plain, told)
+    features.store.forget(None)
+    assert torch.equal(features.compute(Spec("cleandift_tiny"), pictures)[0].maps["us6"], plain)
+
+
+def test_work_can_be_watched_and_stopped_inside_a_forward_pass():
+    features, shares = Features(), []
+
+    def watch(share):
+        shares.append(share)
+        if share > 0.3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        features.compute(Spec("cleandift_tiny"), [open_picture(PAIR[0])], "me", watch)
+    assert len(shares) > 20 and shares == sorted(shares) and len(features.store) == 0
+    everything = []
+    features.compute(Spec("cleandift_tiny"), [open_picture(name) for name in PAIR], "me", everything.append)
+    assert everything == sorted(everything) and everything[-1] == 1.0
+    model = features._models["cleandift_tiny"].extractor.model
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_missing_weights_are_told_with_the_remedy(hub, offline):
+    offline()
+    with pytest.raises(ModelError) as caught:
+        Features().compute(Spec("cleandift_sd21"), [open_picture(PAIR[0])])
+    told = extracting.how_to_get(caught.value)
+    assert "not in the cache" in told and "`python tools/convert.py cleandift_sd21 --out FOLDER`" in told
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_click_on_an_eye_finds_the_eye(features):
+    result = match(PAIR, [(0, *EYE)], features=features)
+    assert (result.found[0, 1] - torch.tensor(ITS_PAIR)).norm() < 0.1
+    assert (result.found[0, 0] - torch.tensor(EYE)).norm() < 0.05 and result.mutual[0].all()
+
+
+def test_match_equals_a_plain_search(features):
+    names, points = [*PAIR, "cat_photo.jpg"], [(0, *EYE), (2, 0.38, 0.37), (0, 0.5, 0.99)]
+    result = match(names, points, map="us8", features=features)
+    own = [e.maps["us8"] for e in features.compute(Spec("cleandift_tiny"), result.pictures)]
+    sizes = [(256, 256), (256, 256), (170, 256)]
+    upsampled = [F.interpolate(m[None], s, mode="bilinear")[0] for m, s in zip(own, sizes)]
+
+    def search(source, target, x, y):
+        cosine = F.cosine_similarity(upsampled[source][:, y, x, None, None], upsampled[target], dim=0)
+        y, x = divmod(int(cosine.argmax()), cosine.shape[1])
+        return x, y, cosine
+
+    for p, (source, x, y) in enumerate(points):
+        height, width = sizes[source]
+        x, y = round(max(0, x * width - 0.5)), round(max(0, y * height - 0.5))
+        for n in range(3):
+            there_x, there_y, cosine = search(source, n, x, y)
+            h, w = sizes[n]
+            expected = torch.tensor([(there_x + 0.5) / w, (there_y + 0.5) / h])
+            torch.testing.assert_close(result.found[p, n], expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(result.similarity[n][p], cosine, atol=1e-4, rtol=0)
+            back_x, back_y, _ = search(n, source, there_x, there_y)
+            cell = (width / own[source].shape[2], height / own[source].shape[1])
+            assert result.mutual[p, n] == (abs(back_x - x) <= cell[0] and abs(back_y - y) <= cell[1])
+
+
+def test_only_mutual_matches_are_drawn_if_wished(features):
+    names, points = [*PAIR, "cat-face_noto.png"], [(0, 0.5, 0.66), (0, *EYE)]
+    everything, mutual = (match(names, points, mutual_only=wish, features=features) for wish in (False, True))
+    assert torch.equal(everything.found, mutual.found) and not mutual.mutual.all() and mutual.mutual.any()
+    for n in range(3):
+        kept = [mark for mark in everything.marks(n) if everything.mutual[mark.number - 1, n]]
+        assert [mark.number for mark in mutual.marks(n)] == [mark.number for mark in kept]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(points=[(2, 0.5, 0.5)]), "there is no picture 2"),
+        (dict(points=[(0, 1.5, 0.5)]), "lies outside nerd-face_noto.png"),
+        (dict(points=[], map="us12"), "no map 'us12'; choose one of us10"),
+        (dict(points=[], model="cleandift_big"), "model 'cleandift_big' is unknown"),
+    ],
+)
+def test_match_refuses(features, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        match(PAIR, features=features, **arguments)
+
+
+def test_thresholds_and_signs_of_the_foreground():
+    values = torch.tensor([0.1, 0.2, 0.15, 5.0, 5.5, 0.3])
+    best = min(
+        (values[values <= v].var(unbiased=False) * (values <= v).sum()
+         + values[values > v].var(unbiased=False) * (values > v).sum(), v)
+        for v in values.sort().values[:-1]
+    )[1]  # fmt: skip
+    assert best < _otsu(values) < values[values > best].min()
+    assert _otsu(torch.ones(4)) == pytest.approx(1)
+    for sign in (1, -1):  # a square on a ground, either way round
+        square = torch.zeros(5, 9, 9)
+        square[0], square[1, 3:6, 3:6], square[0, 3:6, 3:6] = sign, 1, 0
+        (component,) = foreground([square])
+        assert ((component > 0) == (square[1] > 0)).all()
+
+
+def test_segments_are_clusters_and_keep_their_names():
+    parts = torch.zeros(3, 6, 6)
+    parts[0, :3], parts[1, 3:, :3], parts[2, 3:, 3:] = 1, 1, 1
+    (labels,) = segments([parts], 3)
+    assert (labels[:3] == 0).all() and len(labels.unique()) == 3  # the largest comes first
+    assert torch.equal(segments([parts], 3)[0], labels)
+    assert len(segments([parts], 9)[0].unique()) == 3  # no more than there are different vectors
+    finer = (2 - labels).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(alike([finer], [labels], True)[0], labels.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_maps_of_one_basis_or_one_each(features):
+    shared, own = (maps(PAIR, ["us6"], shared=wish, features=features).values["us6"] for wish in (True, False))
+    alone = maps(PAIR[1:], ["us6"], features=features).values["us6"][0]
+    assert torch.equal(own[1], alone) and not torch.equal(shared[1], alone)
+    with pytest.raises(ValueError, match="show 'tsne' is unknown; choose one of pca"):
+        maps(PAIR, show="tsne", features=features)
+    with pytest.raises(ValueError, match=r"clusters must lie in 2\.\.12, got 1"):
+        maps(PAIR, show="segments", clusters=1, features=features)
+
+
+def test_compare_is_two_matches_and_needs_a_twin(features):
+    result = compare(PAIR, [(0, *EYE)], timestep=50, ensemble_size=2, features=features)
+    for side, model in ((result.clean, dict()), (result.noisy, dict(model="dift_tiny", timestep=50, ensemble_size=2))):
+        again = match(PAIR, [(0, *EYE)], features=features, **model)
+        assert torch.equal(side.match.found, again.found) and side.seconds > 0
+    with pytest.raises(ModelError, match="pixels has no noisy twin to be compared with; choose a cleandift_"):
+        compare(PAIR, model="pixels")
+
+
+RESULTS = {
+    "match": lambda p, f: match(p, [(0, *EYE), (1, 0.5, 0.5)], mutual_only=True, prompt="cat", features=f),
+    **{
+        show: lambda p, f, show=show: maps(p, ["mid", "us6"], show=show, shared=False, clusters=3, features=f)
+        for show in SHOWS
+    },
+    "compare": lambda p, f: compare(p, [(0, *EYE)], timestep=99, ensemble_size=2, features=f),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RESULTS)
+def test_three_lines_of_python_make_the_same_result(kind, features, tmp_path, monkeypatch):
+    """With one picture of the visitor's own, which lies in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Image.open(io.BytesIO(encoded(open_picture("cat_photo.jpg").image))).save("it's mine.png")
+    result = RESULTS[kind]([PAIR[0], "it's mine.png"], features)
+    lines = result.recipe()
+    assert len(lines.strip().splitlines()) == 3
+    exec(compile(lines, "recipe", "exec"), {})
+    for suffix in (".png", ".safetensors"):
+        assert (tmp_path / f"{result.function}{suffix}").read_bytes() == result.encoded(suffix)
+    assert load(result.encoded(".safetensors")).keys() == result.tensors().keys()
+    assert min(Image.open(tmp_path / f"{result.function}.png").size) > 200
+    with pytest.raises(ValueError, match=r"saved as \.png or \.safetensors, not as '\.pt'"):
+        result.save("result.pt")
+
+
+# --- visitors --------------------------------------------------------------------------------------------------------
+
+
+def photo(shade=0, size=(80, 80)):
+    return encoded(Image.new("RGB", size, (shade, 90, 200)))
+
+
+def test_a_session_takes_what_fits_and_says_what_does_not():
+    session = Session()
+    key = session.pictures[0].key
+    for x, words in ((1.2, "outside the picture"), (float("nan"), "outside the picture")):
+        session.add_point(key, x, 0.5)
+        assert words in session.take_notice()[0] and len(session.points) == 1
+    session.add_point("../../etc/passwd", 0.5, 0.5)
+    assert session.take_notice() == ("That picture is no longer here.", True)
+    session.add_sample("../emoji_eyes.json")
+    assert session.take_notice() == ("There is no such sample.", True)
+    for _ in range(MOST_POINTS):
+        session.add_point(key, 0.5, 0.5)
+    assert len(session.points) == MOST_POINTS and "the selected one moved" in session.take_notice()[0]
+    assert not session.add_upload(b"no", "../../evil.txt") and session.take_notice()[0].startswith(
+        "evil.txt: not an image"
+    )
+    assert session.add_upload(photo(1), "me.png") and session.add_upload(photo(2), "C:\\me.png")
+    assert [p.name for p in session.pictures[-2:]] == ["me.png", "me_2.png"]
+    assert not session.add_upload(photo(2), "other.png") and "already here" in session.take_notice()[0]
+    while len(session.pictures) < MOST_PICTURES:
+        session.add_upload(photo(len(session.pictures)), "more.png")
+    assert not session.add_upload(photo(99), "more.png") and "remove one first" in session.take_notice()[0]
+    session.remove_picture(key)
+    assert session.points == [] and session.selected == 0
+
+
+def test_points_follow_their_pictures():
+    session = Session()
+    _, second, third = (p.key for p in session.pictures)
+    session.add_point(third, 0.1, 0.2)
+    session.add_point(second, 0.3, 0.4)
+    session.select_point(1)
+    session.remove_picture(second)
+    assert session.numbered_points() == [(0, 0.19, 0.17), (1, 0.1, 0.2)] and session.selected == 1
+    session.remove_point(0)
+    assert session.points == [(third, 0.1, 0.2)] and session.selected == 0
+
+
+def test_visitors_have_their_own_and_leave_nothing(features):
+    gone = []
+    sessions = Sessions(gone.append)
+    one, two = sessions.of("one"), sessions.of("two")
+    one.add_upload(photo(), "secret.png")
+    assert len(two.pictures) == 3 and one.token != two.token and sessions.with_token(one.token) is one
+    sessions.close("one")
+    assert gone == [one] and sessions.with_token(one.token) is None and one.closed
+    assert sessions.of("one") is not one and len(sessions) == 2
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def finish(answers, session):
+    steps = list(answers.work(session))
+    return steps[-1] if steps else None
+
+
+def test_answers_come_at_once_after_work(features):
+    answers, session = Answers(features), Session()
+    session.settings = Settings("maps", show="segments", maps=("us6",))
+    assert answers.at_once(session) is None
+    result = finish(answers, session)
+    assert result.show == "segments" and answers.at_once(session) is result
+    session.settings = Settings("match")
+    assert answers.at_once(session).found.shape == (1, 3, 2)
+    assert set(session.results) == {"maps", "match"} and not session.working
+    features.store.forget(session.token)
+
+
+class SlowFeatures(Features):
+    """Waits before every picture until it may go on, and looks whether it is still wanted."""
+
+    def __init__(self):
+        super().__init__()
+        self.go, self.begun = threading.Event(), threading.Event()
+
+    def compute(self, spec, pictures, owner=None, watch=None):
+        self.begun.set()
+        while not self.go.wait(0.01):
+            watch(0.5)
+        return super().compute(spec, pictures, owner, watch)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    monkeypatch.setattr(answering, "POLL", 0.02)
+    return SlowFeatures()
+
+
+def test_work_shows_progress_and_can_be_stopped(slow):
+    answers, session = Answers(slow), Session()
+    steps = answers.work(session)
+    assert isinstance(next(steps), Progress) and session.working
+    assert list(answers.work(session)) == []  # a second wish while busy waits for the first
+    session.cancelled.set()
+    rest = list(steps)
+    assert rest[-1] is None and not session.working
+    assert session.take_notice() == ("Stopped. Change anything, or click, to go on.", False)
+    slow.go.set()
+    assert finish(answers, session) is not None
+
+
+def test_what_changes_while_busy_is_what_comes(slow):
+    """Points set while busy are answered too; another map is computed instead."""
+    answers, session = Answers(slow), Session()
+    steps = answers.work(session)
+    next(steps)
+    with session.lock:
+        session.add_point(session.pictures[1].key, 0.5, 0.5)
+        session.add_point(session.pictures[2].key, 0.4, 0.4)
+        session.settings = Settings("match", map="us3")
+    slow.go.set()
+    *_, result = steps
+    assert result.map == "us3" and len(result.points) == 3
+
+
+def test_closing_a_page_stops_its_work_and_leaves_no_features(slow):
+    sessions = Sessions(lambda session: slow.store.forget(session.token))
+    answers, session = Answers(slow), sessions.of("page")
+    steps = answers.work(session)
+    next(steps)
+    sessions.close("page")
+    slow.go.set()
+    list(steps)
+    assert len(slow.store) == 0
+
+
+# --- the page's handlers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page():
+    pytest.importorskip("gradio", reason="needs the extra [demo]")
+    from cleandift_backbones.app.page import Page
+
+    return Page(["cleandift_tiny", "dift_tiny", "cleandift_sd21", "pixels"])
+
+
+CONTROLS = dict(
+    model="cleandift_tiny", map="us6", prompt="", mutual_only=False, maps=["us6"], show="pca", shared=True, clusters=6,
+    timestep=261, ensemble_size=8,
+)  # fmt: skip
+
+
+def act(page, visitor="v", _data=None, **controls):
+    """One action, its work done: the tray and the open tab as the browser gets them."""
+    request = SimpleNamespace(session_hash=visitor)
+    tray, *stages = page.act(**CONTROLS | controls, event=SimpleNamespace(target=None, _data=_data), request=request)
+    (view,) = (stage for stage in stages if "kind" in stage)
+    if view["work"]:
+        for _, *stages in page.work(request):
+            (view,) = (stage for stage in stages if "kind" in stage)
+    return tray, view
+
+
+def test_page_answers_clicks(page):
+    tray, view = act(page, _data=dict(kind="load"))
+    assert len(tray["pictures"]) == 3 and view["notice"] == "" and len(view["panels"]) == 3
+    key = view["pictures"][1]["key"]
+    _, view = act(page, _data=dict(kind="point", picture=key, x=0.4, y=0.6))
+    assert [p["number"] for p in view["points"]] == [1, 2] and view["selected"] == 1
+    assert view["panels"][key]["heat"] is None  # it shines in the others
+    others = [panel for name, panel in view["panels"].items() if name != key]
+    assert all(panel["heat"].startswith("data:image/webp") and len(panel["marks"]) == 2 for panel in others)
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["text", 5, [1], dict(kind="point"), dict(kind="point", picture=None, x="a", y={}), dict(kind="select", number="x"),
+     dict(kind="tab", tab="../x"), dict(kind="sample", name="../../NOTICE"), dict(kind="point", picture="x", x=9, y=9)],
+)  # fmt: skip
+def test_page_takes_anything_from_a_browser(page, data):
+    _, view = act(page, "odd", data)
+    assert view["kind"] == "match" and len(view["points"]) == 1 and view["recipe"]
+
+
+def test_page_says_what_cannot_be_had(page, hub, offline):
+    offline()
+    _, view = act(page, "w", model="cleandift_sd21")
+    assert view["error"] and "tools/convert.py cleandift_sd21 --out" in view["notice"] and "recipe" not in view
+    _, view = act(page, "w", model="pixels", prompt="cat")
+    assert view["error"] and "takes no prompts" in view["notice"]
+    _, view = act(page, "w", dict(kind="tab", tab="compare"), model="dift_tiny")
+    assert view["error"] and "choose a cleandift_* model" in view["notice"]
+    _, view = act(page, "w", prompt="x" * 400)
+    assert view["error"] and "too long" in view["notice"]
+    _, view = act(page, "w")
+    assert not view["error"] and [side["title"] for side in view["sides"]] == ["Clean", "Noisy"]
+
+
+def test_addresses_give_out_only_what_belongs_to_the_visitor(page):
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    from cleandift_backbones.app.routes import routes
+
+    tray, view = act(page, "a", dict(kind="load"))
+    client = TestClient(Starlette(routes=routes(page.sessions)))
+    assert client.post(f"/uploads/{tray['token']}?name=mine.png", content=photo(7)).json() == {}
+    tray, view = act(page, "a")
+    mine = tray["pictures"][-1]
+    assert mine["name"] == "mine.png" and client.get("/" + mine["url"]).headers["content-type"] == "image/jpeg"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(client.get("/" + mine["file"]).content))),
+                          np.asarray(Image.open(io.BytesIO(photo(7)))))  # fmt: skip
+    for kind, address in view["files"].items():
+        answer = client.get("/" + address)
+        assert f'filename="match.{kind}"' in answer.headers["content-disposition"]
+    other = act(page, "b", dict(kind="load"))[0]["token"]
+    for path in (f"pictures/{other}/{mine['key']}.png", f"results/{other}x/match.png", "samples/pairs.json",
+                 f"pictures/{other}/%2e%2e%2f%2e%2e%2fNOTICE", "gradio_api/file=/etc/passwd", "gradio_api/upload",
+                 f"results/{tray['token']}/maps.png", f"pictures/{tray['token']}/{mine['key']}.svg"):  # fmt: skip
+        assert client.get(path).status_code == 404, path
+    assert client.post("/uploads/unknown", content=photo()).json()["error"].startswith("This page was closed")
+    assert "larger than 64 MB" in client.post(f"/uploads/{other}", content=b"0" * (65 << 20)).json()["error"]
+    page.close(SimpleNamespace(session_hash="a"))
+    assert client.get("/" + mine["file"]).status_code == 404
