@@ -2,6 +2,7 @@
 
 import io
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load
 
-from cleandift_backbones.app import answers as answering
 from cleandift_backbones.app import compare, extracting, maps, match
 from cleandift_backbones.app.answers import Answers, Progress
 from cleandift_backbones.app.extracting import Cancelled, Features, Spec
@@ -195,22 +195,21 @@ def test_match_equals_a_plain_search(features):
     sizes = [(256, 256), (256, 256), (170, 256)]
     upsampled = [F.interpolate(m[None], s, mode="bilinear")[0] for m, s in zip(own, sizes)]
 
-    def search(source, target, x, y):
-        cosine = F.cosine_similarity(upsampled[source][:, y, x, None, None], upsampled[target], dim=0)
-        y, x = divmod(int(cosine.argmax()), cosine.shape[1])
-        return x, y, cosine
+    def cosine(source, target, x, y):
+        return F.cosine_similarity(upsampled[source][:, y, x, None, None], upsampled[target], dim=0)
 
-    for p, (source, x, y) in enumerate(points):
-        height, width = sizes[source]
-        x, y = round(max(0, x * width - 0.5)), round(max(0, y * height - 0.5))
+    def pixel(fractions, size):
+        return [round(max(0, f * side - 0.5)) for f, side in zip(fractions, size[::-1])]
+
+    for p, (source, *xy) in enumerate(points):
+        x, y = pixel(xy, sizes[source])
         for n in range(3):
-            there_x, there_y, cosine = search(source, n, x, y)
-            h, w = sizes[n]
-            expected = torch.tensor([(there_x + 0.5) / w, (there_y + 0.5) / h])
-            torch.testing.assert_close(result.found[p, n], expected, atol=1e-4, rtol=0)
-            torch.testing.assert_close(result.similarity[n][p], cosine, atol=1e-4, rtol=0)
-            back_x, back_y, _ = search(n, source, there_x, there_y)
-            cell = (width / own[source].shape[2], height / own[source].shape[1])
+            expected = cosine(source, n, x, y)
+            torch.testing.assert_close(result.similarity[n][p], expected, atol=1e-4, rtol=0)
+            there_x, there_y = pixel(result.found[p, n].tolist(), sizes[n])
+            assert expected[there_y, there_x] > expected.max() - 1e-5  # at the edge several places are equal
+            back_y, back_x = divmod(int(cosine(n, source, there_x, there_y).argmax()), sizes[source][1])
+            cell = (sizes[source][1] / own[source].shape[2], sizes[source][0] / own[source].shape[1])
             assert result.mutual[p, n] == (abs(back_x - x) <= cell[0] and abs(back_y - y) <= cell[1])
 
 
@@ -370,20 +369,34 @@ def test_visitors_have_their_own_and_leave_nothing(features):
 
 
 def finish(answers, session):
-    steps = list(answers.work(session))
-    return steps[-1] if steps else None
+    """Asks until the answer is no progress."""
+    for _ in range(6000):
+        with session.lock:
+            answer = answers.get(session)
+        if not isinstance(answer, Progress):
+            return answer
+        time.sleep(0.01)
+    raise AssertionError("no answer in a minute")
 
 
 def test_answers_come_at_once_after_work(features):
     answers, session = Answers(features), Session()
     session.settings = Settings("maps", show="segments", maps=("us6",))
-    assert answers.at_once(session) is None
+    assert isinstance(answers.get(session), Progress)
     result = finish(answers, session)
-    assert result.show == "segments" and answers.at_once(session) is result
+    assert result.show == "segments" and answers.get(session) is result
     session.settings = Settings("match")
-    assert answers.at_once(session).found.shape == (1, 3, 2)
-    assert set(session.results) == {"maps", "match"} and not session.working
+    assert answers.get(session).found.shape == (1, 3, 2)
+    assert set(session.results) == {"maps", "match"} and session.work is None
     features.store.forget(session.token)
+
+
+def test_answers_come_though_nothing_can_be_kept():
+    """A memory too small for one picture: each answer is computed anew."""
+    answers, session = Answers(Features(memory=1000)), Session()
+    for _ in range(2):
+        assert isinstance(answers.get(session), Progress)
+        assert len(finish(answers, session).points) == 1 and answers.features.store.size == 0
 
 
 class SlowFeatures(Features):
@@ -391,57 +404,65 @@ class SlowFeatures(Features):
 
     def __init__(self):
         super().__init__()
-        self.go, self.begun = threading.Event(), threading.Event()
+        self.go, self.begun = threading.Event(), []
 
     def compute(self, spec, pictures, owner=None, watch=None):
-        self.begun.set()
+        self.begun.append(spec)
         while not self.go.wait(0.01):
             watch(0.5)
         return super().compute(spec, pictures, owner, watch)
 
 
-@pytest.fixture
-def slow(monkeypatch):
-    monkeypatch.setattr(answering, "POLL", 0.02)
-    return SlowFeatures()
-
-
-def test_work_shows_progress_and_can_be_stopped(slow):
+def test_work_shows_progress_and_can_be_stopped():
+    slow = SlowFeatures()
     answers, session = Answers(slow), Session()
-    steps = answers.work(session)
-    assert isinstance(next(steps), Progress) and session.working
-    assert list(answers.work(session)) == []  # a second wish while busy waits for the first
+    for _ in range(3):  # further wishes while busy wait for the first
+        assert isinstance(answers.get(session), Progress)
+        time.sleep(0.05)
+    assert len(slow.begun) == 1 and answers.get(session).share == 0.5
     session.cancelled.set()
-    rest = list(steps)
-    assert rest[-1] is None and not session.working
+    assert finish(answers, session) is None and session.work is None
     assert session.take_notice() == ("Stopped. Change anything, or click, to go on.", False)
+    assert answers.get(session) is None and len(slow.begun) == 1  # asking alone does not begin again
+    session.begin_action()
     slow.go.set()
     assert finish(answers, session) is not None
 
 
-def test_what_changes_while_busy_is_what_comes(slow):
-    """Points set while busy are answered too; another map is computed instead."""
+def test_what_changes_while_busy_is_what_comes():
+    """Points set while busy are answered too; another noise is computed instead of the first."""
+    slow = SlowFeatures()
     answers, session = Answers(slow), Session()
-    steps = answers.work(session)
-    next(steps)
+    answers.get(session)
     with session.lock:
         session.add_point(session.pictures[1].key, 0.5, 0.5)
         session.add_point(session.pictures[2].key, 0.4, 0.4)
-        session.settings = Settings("match", map="us3")
+        session.settings = Settings("match", "dift_tiny", timestep=5)
+        assert isinstance(answers.get(session), Progress)
     slow.go.set()
-    *_, result = steps
-    assert result.map == "us3" and len(result.points) == 3
+    result = finish(answers, session)
+    assert result.spec.model == "dift_tiny" and len(result.points) == 3
+    assert [spec.model for spec in slow.begun] == ["cleandift_tiny", "dift_tiny"]
 
 
-def test_closing_a_page_stops_its_work_and_leaves_no_features(slow):
+def test_an_unforeseen_error_is_told_and_logged(caplog, monkeypatch):
+    answers, session = Answers(Features()), Session()
+    monkeypatch.setattr(answers.features, "compute", lambda *args: 1 / 0)
+    assert finish(answers, session) is None
+    assert session.take_notice() == ("This went wrong (ZeroDivisionError); the server's log says more.", True)
+    assert "division by zero" in caplog.text
+
+
+def test_closing_a_page_stops_its_work_and_leaves_no_features():
+    slow = SlowFeatures()
     sessions = Sessions(lambda session: slow.store.forget(session.token))
     answers, session = Answers(slow), sessions.of("page")
-    steps = answers.work(session)
-    next(steps)
+    answers.get(session)
+    work = session.work
     sessions.close("page")
     slow.go.set()
-    list(steps)
-    assert len(slow.store) == 0
+    work.join(60)
+    assert not work.is_alive() and len(slow.store) == 0
 
 
 # --- the page's handlers ---------------------------------------------------------------------------------------------
@@ -464,12 +485,17 @@ CONTROLS = dict(
 def act(page, visitor="v", _data=None, **controls):
     """One action, its work done: the tray and the open tab as the browser gets them."""
     request = SimpleNamespace(session_hash=visitor)
-    tray, *stages = page.act(**CONTROLS | controls, event=SimpleNamespace(target=None, _data=_data), request=request)
-    (view,) = (stage for stage in stages if "kind" in stage)
-    if view["work"]:
-        for _, *stages in page.work(request):
-            (view,) = (stage for stage in stages if "kind" in stage)
-    return tray, view
+    tray = None
+    for _ in range(6000):
+        event = SimpleNamespace(target=None, _data=_data)
+        new_tray, *stages = page.act(**CONTROLS | controls, event=event, request=request)
+        tray = tray or new_tray
+        (view,) = (stage for stage in stages if "kind" in stage)
+        if not view["busy"]:
+            return tray, view
+        _data = dict(kind="poll")
+        time.sleep(0.01)
+    raise AssertionError("no answer in a minute")
 
 
 def test_page_answers_clicks(page):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ..evaluation.features import ModelError
@@ -18,7 +20,7 @@ from .results import Result
 from .sessions import Session, Settings
 from .store import Entry
 
-POLL = 0.15  # seconds between two looks at work under way
+_logger = logging.getLogger(__name__)
 PROBLEMS = (ModelError, ImageError, ValueError)
 
 
@@ -44,7 +46,7 @@ class Job:
         return s.tab, self.specs, tuple(picture.key for picture in self.pictures), shown
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """How far the work is: a share of 0..1 and what is being done."""
 
@@ -53,119 +55,121 @@ class Progress:
 
 
 class Answers:
-    """Makes results for sessions out of features."""
+    """Makes results for sessions out of features, which are computed in the background, one thread a session."""
 
     def __init__(self, features: Features):
         self.features = features
 
-    def at_once(self, session: Session) -> Result | None:
-        """The result, if everything that takes long is there already; None otherwise. Call with the session's lock."""
+    def get(self, session: Session) -> Result | Progress | None:
+        """What the session's tab shows. Call with the session's lock.
+
+        Returns:
+            The result, if everything that takes long is there; otherwise how far the work is, which is begun if need
+            be: ask again a moment later. None if that work was stopped, or failed: the session was told.
+
+        Raises:
+            ImageError, ModelError, ValueError: something that cannot be had.
+        """
         job = Job(session.settings, tuple(session.pictures))
-        entries = [self.features.kept(spec, job.pictures, session.token) for spec in job.specs]
-        if None in entries:
+        key = job.key
+        ready = session.ready[1] if session.ready and session.ready[0] == key else None
+        session.ready = None
+        entries = ready or [self.features.kept(spec, job.pictures, session.token) for spec in job.specs]
+        clustered = job.settings.tab != "maps" or job.settings.show != "segments" or session.remembers("maps", key)
+        if None not in entries and clustered:
+            session.results[job.settings.tab] = result = self._result(session, job, entries)
+            return result
+        if session.given_up == key:
             return None
-        if job.settings.tab == "maps" and job.settings.show == "segments" and not session.remembers("maps", job.key):
-            return None
-        return self._result(session, job, entries)
+        if session.work is None:
+            session.work = Work(self, session, job)
+        return session.work.progress
 
     def _result(self, session: Session, job: Job, entries: list[list[Entry]], watch: Watch | None = None) -> Result:
         s, pictures = job.settings, job.pictures
         if s.tab == "match":
             points = session.numbered_points()
-            result = match_entries(pictures, entries[0], job.specs[0].settled(), s.map, points, s.mutual_only)
-        elif s.tab == "maps":
-            spec = job.specs[0].settled()
-            given = (pictures, entries[0], spec, s.maps, s.show, s.shared, s.clusters, watch)
-            result = session.remember("maps", job.key, lambda: map_entries(*given))
-        else:
-            given = (pictures, *entries, job.specs, s.map)
-            directions = session.remember("directions", job.key, lambda: main_directions(*given))
-            result = compare_entries(*given, session.numbered_points(), directions)
-        session.results[s.tab] = result
-        return result
-
-    def work(self, session: Session) -> Iterator[Progress | Result | None]:
-        """Computes what the session wants, however often that changes meanwhile.
-
-        Yields:
-            Progress now and then; at the end the Result, or None if there is none: the session's notice says why.
-        """
-        with session.lock:
-            if session.working:
-                return  # whoever works already looks at what is wanted when it is done
-            session.working = True
-        try:
-            while True:
-                with session.lock:
-                    session.cancelled.clear()
-                    job = Job(session.settings, tuple(session.pictures))
-                attempt = _Attempt(self, session, job)
-                while attempt.is_alive():
-                    attempt.join(POLL)
-                    if attempt.is_alive():
-                        yield attempt.progress
-                with session.lock:
-                    if not session.closed and not attempt.wanted():
-                        continue
-                    if isinstance(attempt.error, Cancelled):
-                        session.tell("Stopped. Change anything, or click, to go on.")
-                    elif attempt.error is not None:
-                        session.tell(explain(attempt.error), True)
-                    result = None
-                    if attempt.error is None:
-                        result = self._result(session, job, attempt.entries)
-                    session.working = False
-                yield result
-                return
-        finally:
-            with session.lock:
-                session.working = False
-                if session.closed:  # features that came in after the page was closed
-                    self.features.store.forget(session.token)
+            return match_entries(pictures, entries[0], job.specs[0].settled(), s.map, points, s.mutual_only)
+        if s.tab == "maps":
+            given = (pictures, entries[0], job.specs[0].settled(), s.maps, s.show, s.shared, s.clusters, watch)
+            return session.remember("maps", job.key, lambda: map_entries(*given))
+        given = (pictures, *entries, job.specs, s.map)
+        directions = session.remember("directions", job.key, lambda: main_directions(*given))
+        return compare_entries(*given, session.numbered_points(), directions)
 
 
-class _Attempt(threading.Thread):
-    """One job in a thread of its own, which stops as soon as the session wants something else."""
+class Work(threading.Thread):
+    """Computes what a session wants, however often that changes meanwhile, until it is there."""
 
     def __init__(self, answers: Answers, session: Session, job: Job):
         super().__init__(daemon=True)
         self.answers, self.session, self.job = answers, session, job
-        self.entries: list[list[Entry]] = []
-        self.error: Exception | None = None
         self.progress = Progress(0.0, f"loading {job.settings.model}")
+        session.cancelled.clear()
         self.start()
 
-    def wanted(self) -> bool:
-        try:
-            return Job(self.session.settings, tuple(self.session.pictures)).key == self.job.key
-        except PROBLEMS:  # what is wanted now cannot be had, which is to be found out by trying
-            return Job(self.session.settings, tuple(self.session.pictures)) == self.job
-
     def run(self) -> None:
-        started = time.perf_counter()
-        try:
-            specs, pictures = self.job.specs, self.job.pictures
-            for number, spec in enumerate(specs):
-                self.progress = Progress(number / len(specs), f"{spec.model}: computing features")
+        session = self.session
+        while True:
+            entries, error = [], None
+            try:
+                entries = self._compute()
+            except Exception as caught:  # told to the visitor below
+                error = caught
+            with session.lock:
+                if not session.closed and not session.cancelled.is_set() and not self._wanted():
+                    self.job = Job(session.settings, tuple(session.pictures))
+                    continue
+                session.work = None
+                if session.closed:
+                    self.answers.features.store.forget(session.token)
+                elif error is None:
+                    session.ready = (self.job.key, entries)
+                else:
+                    self._give_up(error)
+                return
 
-                def watch(share: float, number: int = number, text: str = self.progress.text) -> None:
-                    self._check()
-                    self.progress = Progress((number + share) / len(specs), text + _clock(started))
+    def _compute(self) -> list[list[Entry]]:
+        started, specs, pictures = time.perf_counter(), self.job.specs, self.job.pictures
+        entries = []
+        for number, spec in enumerate(specs):
 
-                self.entries.append(self.answers.features.compute(spec, pictures, self.session.token, watch))
-            if self.job.settings.tab == "maps":
+            def watch(share: float, number: int = number, model: str = spec.model) -> None:
+                self._check()
+                share = (number + share) / len(specs)
+                self.progress = Progress(share, f"{model}: computing features" + _clock(started))
 
-                def drawing(share: float) -> None:
-                    self._check()
-                    self.progress = Progress(share, "finding clusters" + _clock(started))
+            entries.append(self.answers.features.compute(spec, pictures, self.session.token, watch))
+        if self.job.settings.tab == "maps":
 
-                self.answers._result(self.session, self.job, self.entries, drawing)
-        except Exception as error:  # told to the visitor by whoever waits for this thread
-            self.error = error
+            def drawing(share: float) -> None:
+                self._check()
+                self.progress = Progress(share, "drawing maps" + _clock(started))
+
+            self.answers._result(self.session, self.job, entries, drawing)
+        return entries
 
     def _check(self) -> None:
-        if self.session.cancelled.is_set() or not self.wanted():
+        if self.session.cancelled.is_set() or not self._wanted():
             raise Cancelled
+
+    def _wanted(self) -> bool:
+        wanted = Job(self.session.settings, tuple(self.session.pictures))
+        try:
+            return wanted.key == self.job.key
+        except PROBLEMS:  # what is wanted now cannot be had: whoever asked was told
+            return False
+
+    def _give_up(self, error: Exception) -> None:
+        with contextlib.suppress(*PROBLEMS):
+            self.session.given_up = self.job.key
+        if isinstance(error, Cancelled):
+            self.session.tell("Stopped. Change anything, or click, to go on.")
+        elif isinstance(error, PROBLEMS):
+            self.session.tell(explain(error), True)
+        else:
+            self.session.tell(f"This went wrong ({type(error).__name__}); the server's log says more.", True)
+            _logger.error("computing features failed", exc_info=error)
 
 
 def _clock(started: float) -> str:
@@ -174,9 +178,5 @@ def _clock(started: float) -> str:
 
 
 def explain(error: Exception) -> str:
-    """An error in words for a visitor; one that nobody foresaw is raised."""
-    if isinstance(error, ModelError):
-        return how_to_get(error)
-    if isinstance(error, PROBLEMS):
-        return str(error)
-    raise error
+    """One of PROBLEMS in words for a visitor."""
+    return how_to_get(error) if isinstance(error, ModelError) else str(error)

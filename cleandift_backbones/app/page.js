@@ -199,10 +199,11 @@ window.lookAtFeatures = (() => {
 
   // --- a tab -------------------------------------------------------------------------------------------------------
 
-  const stage = (element, props, watch, act, work) => {
+  const stage = (element, props, watch, act) => {
     const kit = cards();
     let last = null; // the last view drawn that had a result
     let version = 0;
+    let timer = 0;
     const draw = () => {
       const view = props.value;
       const drawn = element.querySelector(".drawn");
@@ -229,7 +230,8 @@ window.lookAtFeatures = (() => {
       ].filter(Boolean));
       drawn.dataset.version = view.version;
       drawn.dataset.state = view.busy ? "busy" : has ? "done" : "empty";
-      if (view.work) work();
+      clearTimeout(timer);
+      if (view.busy) timer = setTimeout(() => act({ kind: "poll" }), 200);
     };
     watch("value", draw);
     draw();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
 from ..evaluation.features import ModelError
-from .answers import PROBLEMS, Answers, Progress, explain
+from .answers import PROBLEMS, Answers, explain
 from .extracting import ENSEMBLE, TIMESTEP, Features, matched_map, shown_maps
 from .mapping import MOST_CLUSTERS, SHOWS
-from .results import Result
 from .routes import routes
 from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings
 from .views import stage_view, tray_view
@@ -54,33 +53,27 @@ class Page:
         self, model: str, map: str, prompt: str, mutual_only: bool, maps: list[str], show: str, shared: bool,
         clusters: float, timestep: float, ensemble_size: float, event: gr.EventData, request: gr.Request,
     ) -> list:  # fmt: skip
-        """One action of a visitor, answered at once: by the result, or by asking the browser to ask for the work."""
+        """One action of a visitor, answered at once: by the result, or by how far the work for it is."""
         started = time.perf_counter()
         session, action = self.sessions.of(request.session_hash), _action(event)
         with session.lock:
             if not session.version and action.get("kind") != "load":
                 session.tell("This page was away for long, and what was added to it is gone.")
-            result, waiting = None, False
+            if action.get("kind") != "poll":
+                session.begin_action()
+            answer = None
             try:
                 _apply(session, action)
                 session.settings = self._settings(
                     session.tab, model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size
                 )
                 if session.pictures:
-                    result = self.answers.at_once(session)
-                    waiting = result is None
+                    answer = self.answers.get(session)
             except PROBLEMS as error:
                 session.tell(explain(error), True)
-            return self._outputs(session, result, started, Progress(0.0, "starting") if waiting else None, waiting)
-
-    def work(self, request: gr.Request) -> Iterator[list]:
-        """Computes what is missing, telling how far it is."""
-        session, started = self.sessions.of(request.session_hash), time.perf_counter()
-        for step in self.answers.work(session):
-            with session.lock:
-                progress = step if isinstance(step, Progress) else None
-                result = step if isinstance(step, Result) else None
-                yield self._outputs(session, result, started, progress, tray=False)
+            view = stage_view(session, answer, time.perf_counter() - started)
+            tray = gr.skip() if action.get("kind") in ("poll", "point", "select") else tray_view(session)
+            return [tray, *(view if tab == session.settings.tab else gr.skip() for tab in TABS)]
 
     def change_model(self, model: str) -> list:
         """Which maps there are to choose from."""
@@ -104,12 +97,6 @@ class Page:
             tab, model, map, (prompt or "").strip(), bool(mutual_only), chosen, show, bool(shared), int(clusters),
             int(timestep), int(ensemble_size),
         )  # fmt: skip
-
-    def _outputs(self, session: Session, result: Result | None, started: float, progress: Progress | None,
-                 work: bool = False, tray: bool = True) -> list:  # fmt: skip
-        view = stage_view(session, result, time.perf_counter() - started, progress, work)
-        stages = [view if tab == session.settings.tab else gr.skip() for tab in TABS]
-        return [tray_view(session) if tray else gr.skip(), *stages]
 
     # --- how it looks -----------------------------------------------------------------------------------------------
 
@@ -176,10 +163,6 @@ class Page:
             ).then(**at_once)
             for drawn in (tray, *stages):
                 drawn.act(**at_once)
-                drawn.work(
-                    self.work, None, [tray, *stages], show_progress="hidden", trigger_mode="multiple",
-                    concurrency_limit=16, api_visibility="private",
-                )  # fmt: skip
             show.change(
                 lambda chosen: gr.Slider(visible=chosen == "segments"), show, clusters, queue=False,
                 show_progress="hidden", api_visibility="private",
@@ -219,7 +202,7 @@ def _drawn(kind: str) -> gr.HTML:
     return gr.HTML(
         None, html_template='<div class="drawn"></div>', apply_default_css=False, elem_id=kind,
         js_on_load=f"lookAtFeatures.{'tray' if kind == 'tray' else 'stage'}(element, props, watch, "
-        "(data) => trigger('act', data), () => trigger('work'));",
+        "(data) => trigger('act', data));",
     )  # fmt: skip
 
 

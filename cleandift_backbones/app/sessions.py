@@ -51,9 +51,10 @@ class Session:
         token: a secret that the visitor's browser names in addresses of pictures and results.
         pictures: each only once. points: (key of the picture, x, y) as fractions. selected: number of a point.
         tab: the one that is open. settings: what the controls last said.
-        notice: what to tell next, and whether it is an error.
+        notice: what to tell, and whether it is an error. shown: whether it was told.
         results: the last result of each tab, for downloads.
-        working: whether features are being computed. cancelled: set when the visitor wants that no longer.
+        work: the thread that computes features, if there is one. cancelled: set when the visitor wants that no longer.
+        ready: what the work was, and what came of it. given_up: work that was stopped or failed.
         version: counts the views sent, so that the browser can drop one that was overtaken.
         lock: held while any of this changes.
     """
@@ -66,8 +67,12 @@ class Session:
         self.tab = TABS[0]
         self.settings = Settings()
         self.notice: tuple[str, bool] = ("", False)
+        self.shown = False
         self.results: dict[str, Result] = {}
-        self.working = self.closed = False
+        self.closed = False
+        self.work: Any = None
+        self.ready: tuple[Hashable, Any] | None = None
+        self.given_up: Hashable = None
         self.cancelled = threading.Event()
         self.version = 0
         self.lock = threading.RLock()
@@ -128,18 +133,20 @@ class Session:
             self.tell(f"There are {MOST_PICTURES} pictures, which is the most: remove one first.", True)
             return False
         self.pictures.append(Picture(self._free_name(picture.name), picture.image, picture.note, picture.key))
-        if picture.note:
-            self.tell(f"{picture.name}: {picture.note}.")
         return True
 
     def add_upload(self, content: bytes, name: str) -> bool:
         """Reads a picture that was sent, and adds it."""
         name = "".join(c for c in name.replace("\\", "/").split("/")[-1] if c.isprintable())[:80] or "picture.png"
         try:
-            return self.add_picture(open_picture(content, name))
+            picture = open_picture(content, name)
         except ImageError as error:
             self.tell(str(error), True)
             return False
+        added = self.add_picture(picture)
+        if added and picture.note:
+            self.tell(f"{name}: {picture.note}.")
+        return added
 
     def remove_picture(self, key: str) -> None:
         self.pictures = [p for p in self.pictures if p.key != key]
@@ -148,14 +155,20 @@ class Session:
         self.selected = self.points.index(chosen[0]) if chosen and chosen[0] in self.points else 0
 
     def tell(self, text: str, error: bool = False) -> None:
-        """A line for the visitor; several are joined."""
-        before, wrong = self.notice
-        self.notice = (f"{before} {text}".strip(), wrong or error)
+        """A line for the visitor; it joins those that were not shown yet."""
+        before, wrong = ("", False) if self.shown else self.notice
+        self.notice, self.shown = (f"{before} {text}".strip(), wrong or error), False
 
     def take_notice(self) -> tuple[str, bool]:
-        """What there is to tell, once."""
-        notice, self.notice = self.notice, ("", False)
-        return notice
+        """What there is to tell. It stays until there is something else, or the visitor does something else."""
+        self.shown = True
+        return self.notice
+
+    def begin_action(self) -> None:
+        """What was told of the last action, and that its work was given up, is over."""
+        self.given_up = None
+        if self.shown:
+            self.notice = ("", False)
 
     def _free_name(self, name: str) -> str:
         names = [picture.name for picture in self.pictures]

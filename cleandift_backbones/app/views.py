@@ -28,26 +28,24 @@ def tray_view(session: Session) -> dict:
     return dict(token=session.token, pictures=_pictures(session), most=MOST_PICTURES, samples=samples)
 
 
-def stage_view(
-    session: Session, result: Result | None, seconds: float, progress: Progress | None = None, work: bool = False
-) -> dict:
+def stage_view(session: Session, answer: Result | Progress | None, seconds: float) -> dict:
     """A tab. Call with the session's lock.
 
     Args:
-        result: what is to be shown; None while (or because) there is none.
+        answer: what is to be shown; or how far the work for it is; or None if there is nothing to show.
         seconds: that the answer took.
-        progress: how far the work is; None: nothing is being computed.
-        work: the browser is to ask for the work.
     """
     session.version += 1
     text, wrong = session.take_notice()
     view = dict(
         kind=session.settings.tab, token=session.token, version=session.version, pictures=_pictures(session),
-        points=_points(session), selected=session.selected, notice=text, error=wrong, work=work,
-        busy=None if progress is None else dict(share=round(progress.share, 3), text=progress.text),
+        points=_points(session), selected=session.selected, notice=text, error=wrong, busy=None,
     )  # fmt: skip
-    if result is None:
+    if answer is None:
         return view
+    if isinstance(answer, Progress):
+        return view | dict(busy=dict(share=round(answer.share, 3), text=answer.text))
+    result = answer
     if isinstance(result, Match):
         view |= dict(panels=_match_panels(result, session.selected))
         view["caption"] = f"{result.spec.model}, map {result.map}"
