@@ -132,7 +132,8 @@ class Visitor:
         )
 
     def version(self, tab):
-        return int(self.page.locator(f"#{tab} .drawn").get_attribute("data-version") or -1)
+        drawn = self.page.locator(f"#{tab} .drawn")  # not there before its tab was open
+        return int(drawn.get_attribute("data-version") or -1) if drawn.count() else -1
 
     def after(self, tab, action):
         """Does something, and waits until the tab has answered it."""
@@ -357,9 +358,9 @@ def test_maps_side_by_side(visitor):
     shared = visitor.sources(cells)
     visitor.after("maps", visitor.page.get_by_label("One basis for all pictures").click)
     assert visitor.sources(cells)[1] != shared[1]
-    visitor.after("maps", visitor.page.get_by_label("Foreground").click)
+    visitor.after("maps", visitor.page.get_by_role("radio", name="Foreground").click)
     foreground = visitor.sources(cells)
-    visitor.after("maps", visitor.page.get_by_label("Segments").click)
+    visitor.after("maps", visitor.page.get_by_role("radio", name="Segments").click)
     six = visitor.sources(cells)
     visitor.after("maps", lambda: slide(visitor, "clusters", 2))
     two = visitor.sources(cells)
