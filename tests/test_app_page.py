@@ -370,7 +370,7 @@ def test_maps_side_by_side(visitor):
 
 def test_long_work_shows_progress_and_stops(visitor):
     visitor.page.get_by_role("button", name="Samples").click()
-    for sample in ("bus, noto", "watch, twemoji", "cat photo", "bus, fluentflat", "astronaut photo"):
+    for sample in ("bus, noto", "watch, twemoji", "cat, photo", "bus, fluentflat", "astronaut, photo"):
         visitor.after("match", visitor.page.locator("#tray .samples").get_by_title(sample, exact=True).click)
     assert len(visitor.pictures()) == 8
     visitor.open("Clean against noisy", "compare")
@@ -465,12 +465,14 @@ def test_clicks_are_answered_quickly(visitor, record_property):
     """Medians; the issue's bar is 100 ms on two free cores, looser here because other work may run beside."""
     in_browser, on_server = [], []
     for i in range(25):
-        started = time.perf_counter()
         visitor.click(i % 3, 0.2 + 0.02 * i, 0.5)
-        in_browser.append(1000 * (time.perf_counter() - started))
+        in_browser.append(int(visitor.page.locator("#match .drawn").get_attribute("data-milliseconds")))
         on_server.append(int(visitor.page.locator("#match .timing").get_attribute("data-ms")))
     medians = dict(server=statistics.median(on_server[5:]), browser=statistics.median(in_browser[5:]))
-    print(f"median of 20 clicks: {medians['server']:.0f} ms on the server, {medians['browser']:.0f} ms in the browser")
+    print(
+        f"median of 20 clicks: {medians['server']:.0f} ms on the server, "
+        f"{medians['browser']:.0f} ms from the click to the drawing"
+    )
     record_property("medians", medians)
     assert medians["server"] < 300
 

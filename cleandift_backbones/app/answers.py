@@ -9,6 +9,8 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import torch
+
 from ..evaluation.features import ModelError
 from ..images import ImageError
 from .comparing import compare_entries, main_directions, two_specs
@@ -59,6 +61,7 @@ class Answers:
 
     def __init__(self, features: Features):
         self.features = features
+        self.threads = torch.get_num_threads()
 
     def get(self, session: Session) -> Result | Progress | None:
         """What the session's tab shows. Call with the session's lock.
@@ -109,6 +112,7 @@ class Work(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        torch.set_num_threads(self.answers.threads)  # a new thread may have begun while another one asked for one
         session = self.session
         while True:
             entries, error = [], None

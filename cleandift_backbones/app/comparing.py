@@ -15,7 +15,7 @@ from ..evaluation.figures import Panel
 from .extracting import ENSEMBLE, TIMESTEP, Features, Spec, twin
 from .matching import Match, Point, map_of, match_entries, title
 from .pictures import Picture, open_picture
-from .results import Result
+from .results import Result, one_thread
 from .store import Entry
 
 
@@ -110,6 +110,7 @@ def two_specs(model: str, prompt: str, timestep: int, ensemble_size: int) -> tup
     return Spec(model, prompt), Spec(noisy, prompt, timestep, ensemble_size)
 
 
+@one_thread()
 def main_directions(
     pictures: Sequence[Picture], clean: Sequence[Entry], noisy: Sequence[Entry], specs: tuple[Spec, Spec], map: str
 ) -> tuple[Directions, Directions]:

@@ -16,7 +16,7 @@ from ..evaluation.figures import Panel
 from .extracting import Features, Spec, Watch
 from .matching import map_of, title
 from .pictures import Picture, open_picture
-from .results import Result, model_arguments
+from .results import Result, model_arguments, one_thread
 from .store import Entry
 
 SHOWS = ("pca", "segments", "foreground")
@@ -109,6 +109,7 @@ def maps(
     return map_entries(opened, (features or Features()).compute(spec, opened), spec, maps, show, shared, clusters)
 
 
+@one_thread()
 def map_entries(
     pictures: Sequence[Picture], entries: Sequence[Entry], spec: Spec, maps: Sequence[str], show: str = "pca",
     shared: bool = True, clusters: int = 6, watch: Watch | None = None,

@@ -13,7 +13,7 @@ from ..evaluation import correspondence, figures
 from ..evaluation.figures import Mark, Panel
 from .extracting import Features, Spec
 from .pictures import Picture, open_picture
-from .results import Result, model_arguments
+from .results import Result, model_arguments, one_thread
 from .store import Entry
 
 Point = tuple[int, float, float]  # number of the picture; x and y as fractions of its width and height
@@ -131,6 +131,7 @@ def match(
     return match_entries(opened, (features or Features()).compute(spec, opened), spec, map, points, mutual_only)
 
 
+@one_thread()
 def match_entries(
     pictures: Sequence[Picture], entries: Sequence[Entry], spec: Spec, map: str, points: Sequence[Point],
     mutual_only: bool = False,

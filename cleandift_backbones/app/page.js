@@ -199,7 +199,12 @@ window.lookAtFeatures = (() => {
 
   // --- a tab -------------------------------------------------------------------------------------------------------
 
-  const stage = (element, props, watch, act) => {
+  const stage = (element, props, watch, tell) => {
+    let asked = 0;
+    const act = (action) => {
+      if (action.kind !== "poll") asked = performance.now();
+      tell(action);
+    };
     const kit = cards();
     let last = null; // the last view drawn that had a result
     let version = 0;
@@ -230,6 +235,7 @@ window.lookAtFeatures = (() => {
       ].filter(Boolean));
       drawn.dataset.version = view.version;
       drawn.dataset.state = view.busy ? "busy" : has ? "done" : "empty";
+      if (has) drawn.dataset.milliseconds = Math.round(performance.now() - asked); // from the click to here
       clearTimeout(timer);
       if (view.busy) timer = setTimeout(() => act({ kind: "poll" }), 200);
     };

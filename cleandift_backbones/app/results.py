@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +18,18 @@ from .extracting import Spec
 from .pictures import Picture
 
 SUFFIXES = (".png", ".safetensors")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute in the calling thread alone: small sums wait longer for helpers than they take, and come out
+    the same, bit by bit, whatever the number of cores. A decorator, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Result:

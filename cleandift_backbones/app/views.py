@@ -15,7 +15,7 @@ from .comparing import Comparison, Side
 from .mapping import Maps
 from .matching import Match
 from .pictures import sample_names
-from .results import SUFFIXES, Result
+from .results import SUFFIXES, Result, one_thread
 from .sessions import MOST_PICTURES, Session
 
 HEAT_SIDE = 128  # longer side of heat maps, which the browser stretches
@@ -28,6 +28,7 @@ def tray_view(session: Session) -> dict:
     return dict(token=session.token, pictures=_pictures(session), most=MOST_PICTURES, samples=samples)
 
 
+@one_thread()
 def stage_view(session: Session, answer: Result | Progress | None, seconds: float) -> dict:
     """A tab. Call with the session's lock.
 
