@@ -57,7 +57,8 @@ class Page:
         started = time.perf_counter()
         session, action = self.sessions.of(request.session_hash), _action(event)
         with session.lock:
-            if not session.version and action.get("kind") != "load":
+            opening = action.get("kind") == "load" or action.get("tab") == TABS[0]  # in whichever order they come
+            if not session.version and not opening:
                 session.tell("This page was away for long, and what was added to it is gone.")
             if action.get("kind") != "poll":
                 session.begin_action()
