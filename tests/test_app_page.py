@@ -112,21 +112,22 @@ def test_only_mutual_neighbours(visitor):
 
 
 def test_model_map_and_prompt_change_the_answer(visitor):
-    def heat():
+    def heat(words):
+        playwright.expect(visitor.page.locator("#match pre")).to_contain_text(words)  # leaving a field answers, too
         return visitor.sources("#match .view.heated .heat")
 
     def choose(label, value):
         visitor.page.get_by_label(label, exact=True).click()
         visitor.after("match", visitor.page.get_by_role("option", name=value, exact=True).click)
 
-    seen = [heat()]
+    seen = [heat("map='us6'")]
     choose("Map", "us3")
-    seen.append(heat())
+    seen.append(heat("map='us3'"))
     visitor.page.get_by_label("Prompt").fill("cat face")
     visitor.after("match", lambda: visitor.page.keyboard.press("Enter"))
-    seen.append(heat())
+    seen.append(heat("prompt='cat face'"))
     choose("Model", "dift_tiny")
-    seen.append(heat())
+    seen.append(heat("model='dift_tiny'"))
     assert len({tuple(one) for one in seen}) == 4
     assert "model='dift_tiny', prompt='cat face', timestep=261" in visitor.page.locator("#match pre").inner_text()
 
