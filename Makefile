@@ -3,10 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint table table-full pictures test-mmseg test-mmdet clean
+.PHONY: demo app test test-app lint table table-full pictures test-mmseg test-mmdet clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python tools/demo.py --out demo
+
+# A page where one sees the features, on this machine.
+app: $(VENV)/.ready-app
+	$(BIN)/python tools/app.py
+
+# Its tests in headless Chromium, which apt installs if it is missing and we are root.
+test-app: $(VENV)/.ready-dev $(VENV)/.ready-app
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	    { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	    { echo "test-app needs Chromium: apt-get install chromium, as root" >&2; exit 1; }
+	$(BIN)/python -c "import gradio, playwright"
+	$(BIN)/python -m pytest tests/test_app.py tests/test_app_visitors.py tests/test_app_page.py
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -52,6 +64,10 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/.ready-app: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	touch $@
 
 clean:

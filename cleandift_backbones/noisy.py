@@ -39,6 +39,14 @@ def _integer(name: str, value: int, low: int, high: int) -> int:
     return int(value)
 
 
+def _noise(steps: int, timestep: int, ensemble_size: int, noise_seed: int) -> tuple[int, int, int]:
+    return (
+        _integer("timestep", timestep, 0, steps - 1),
+        _integer("ensemble_size", ensemble_size, 1, 2**20),
+        _integer("noise_seed", noise_seed, 0, 2**63 - 1),
+    )
+
+
 class DIFT(CleanDIFT):
     """Maps of the untouched UNet on noised latents, averaged over an ensemble of noises.
 
@@ -59,17 +67,30 @@ class DIFT(CleanDIFT):
     def __init__(self, cfg: dict, timestep: int = 261, ensemble_size: int = 8, noise_seed: int = 0, **kwargs):
         with torch.device("cpu"):  # a model laid out on the meta device still needs the schedule's numbers
             scheduler = DDPMScheduler(**cfg["scheduler"])
-        timestep = _integer("timestep", timestep, 0, scheduler.config.num_train_timesteps - 1)
-        count = _integer("ensemble_size", ensemble_size, 1, 2**20)
-        seed = _integer("noise_seed", noise_seed, 0, 2**63 - 1)
+        alphas = scheduler.alphas_cumprod.tolist()
         if kwargs.get("projected_timestep") is not None:
             raise ValueError(
                 "projected_timestep is CleanDIFT's: a noisy model gives the features of its timestep itself"
             )
-        super().__init__(cfg, timestep=timestep, **kwargs)
-        self.ensemble_size, self.noise_seed = count, seed
-        alpha = scheduler.alphas_cumprod[timestep].item()
-        self.signal, self.sigma = alpha**0.5, (1 - alpha) ** 0.5
+        noise = _noise(len(alphas), timestep, ensemble_size, noise_seed)
+        super().__init__(cfg, timestep=noise[0], **kwargs)
+        self.alphas = alphas
+        self.set_noise(*noise)
+
+    def set_noise(
+        self, timestep: int | None = None, ensemble_size: int | None = None, noise_seed: int | None = None
+    ) -> None:
+        """Other noise from the next pass on: arguments as of the constructor, None leaves one as it is.
+
+        Raises:
+            ValueError: timestep, ensemble_size or noise_seed out of range.
+        """
+        timestep = self.timestep.item() if timestep is None else timestep
+        ensemble_size = self.ensemble_size if ensemble_size is None else ensemble_size
+        noise_seed = self.noise_seed if noise_seed is None else noise_seed
+        step, self.ensemble_size, self.noise_seed = _noise(len(self.alphas), timestep, ensemble_size, noise_seed)
+        self.timestep = torch.tensor(float(step), device=self.timestep.device)
+        self.signal, self.sigma = self.alphas[step] ** 0.5, (1 - self.alphas[step]) ** 0.5
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # The noise level belongs to the timestep that was asked for: a checkpoint's own must not come between them.

@@ -113,3 +113,22 @@ def test_loading_keeps_timestep_and_noise_level_together():
     assert model.model.timestep == 100 and model.model.signal != other.model.signal
     x = images()
     torch.testing.assert_close(model(x)[0], make(timestep=100, seed=1)(x)[0])
+
+
+def test_other_noise_equals_another_model():
+    """A built model takes another timestep, ensemble and seed: its maps are those of a model built so."""
+    torch.manual_seed(0)
+    first = timm.create_model("dift_tiny", pretrained=True, features_only=True, out_indices=(7,)).eval()
+    again = timm.create_model(
+        "dift_tiny", pretrained=True, features_only=True, out_indices=(7,), timestep=100, ensemble_size=2, noise_seed=3
+    ).eval()
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    first.model.set_noise(100, 2, 3)
+    with torch.inference_mode():
+        assert torch.equal(first(x)[0], again(x)[0])
+    first.model.set_noise(ensemble_size=4)
+    assert (first.model.timestep.item(), first.model.ensemble_size, first.model.noise_seed) == (100, 4, 3)
+    for wrong in (dict(timestep=1000), dict(timestep=1.5), dict(ensemble_size=0), dict(noise_seed=-1)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            first.model.set_noise(**wrong)
+    assert (first.model.timestep.item(), first.model.ensemble_size, first.model.noise_seed) == (100, 4, 3)

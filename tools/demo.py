@@ -20,15 +20,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import cleandift_backbones
+from cleandift_backbones.app.extracting import TIMESTEP, matched_map, own_size, shown_maps, twin
+from cleandift_backbones.app.pictures import SAMPLES, open_picture
 from cleandift_backbones.evaluation import correspondence, figures
 from cleandift_backbones.evaluation.features import (
-    PIXELS,
     Extractor,
     ModelError,
     extract,
@@ -37,16 +36,12 @@ from cleandift_backbones.evaluation.features import (
     map_indices,
     resolve_device,
 )
-from cleandift_backbones.evaluation.figures import Mark, Panel
+from cleandift_backbones.evaluation.figures import Panel
 from cleandift_backbones.files import save_png
-from cleandift_backbones.images import ImageError, check_folder, read_image, to_tensor
+from cleandift_backbones.images import ImageError, check_folder, to_tensor
 
-SAMPLES = Path(cleandift_backbones.__file__).parent / "assets" / "samples"
-BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
-NOISY_TIMESTEP = 261  # DIFT's own choice
 POINTS = 4
 BATCH = 8
-LARGEST = 1024
 
 
 class UsageError(ValueError):
@@ -87,7 +82,7 @@ def main() -> None:
         _compute(pairs, clean, noisy, matched)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        names = (args.model, f"{_twin(args.model)}, t={NOISY_TIMESTEP}, one noise" if noisy else "")
+        names = (args.model, f"{twin(args.model)}, t={TIMESTEP}, one noise" if noisy else "")
         for name, image in _draw(pairs, names, shown, matched):
             save_png(image, out / name)
             print(f"wrote {out / name}  ({image.width} x {image.height})", flush=True)
@@ -134,7 +129,7 @@ def _read_pairs(args: argparse.Namespace) -> list[Pair]:
         if len(args.images) < 2:
             raise UsageError(f"--images got only {args.images[0]}; give two files or more")
         points = torch.tensor([_point(text) for text in args.points]) if args.points else None
-        first, *others = (_read(path) for path in args.images)
+        first, *others = (open_picture(path).image for path in args.images)
         stems = [Path(path).stem for path in args.images]
         names = [f"{stems[0]}_{stem}" for stem in stems[1:]]
         names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names, 1)]
@@ -144,16 +139,9 @@ def _read_pairs(args: argparse.Namespace) -> list[Pair]:
     listing = json.loads((SAMPLES / "pairs.json").read_text(encoding="utf-8"))["pairs"]
     return [
         Pair(item["a"].split("_")[0] + ("-photo" if "photo" in item["a"] else ""),
-             _read(SAMPLES / item["a"]), _read(SAMPLES / item["b"]), torch.tensor(item["points"]), item["names"])
+             open_picture(item["a"]).image, open_picture(item["b"]).image, torch.tensor(item["points"]), item["names"])
         for item in listing
     ]  # fmt: skip
-
-
-def _read(path: str | Path) -> Image.Image:
-    """A picture, shrunk if it is larger than figures and models can make use of."""
-    image = read_image(path, BACKGROUND)
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    return image
 
 
 def _point(text: str) -> tuple[float, float]:
@@ -166,46 +154,26 @@ def _point(text: str) -> tuple[float, float]:
     return x, y
 
 
-def _twin(model: str) -> str | None:
-    """The noisy model with the same parts as a clean one."""
-    name = model.replace("cleandift_", "dift_", 1)
-    return name if model.startswith("cleandift_") and timm.is_model(name) else None
-
-
 def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[str], str]:
     """The model, its noisy twin if it has one, names of the maps to show, and of the map to match on."""
     infos = list_maps(args.model)
     names = [info["name"] for info in infos]
-    if args.maps:
-        shown = [names[i] for i in map_indices(infos, map(_integer, args.maps))]
-    elif {"us3", "us6", "us9"} <= set(names):
-        shown = ["us3", "us6", "us9"]
-    else:
-        step = max(1, len(names) // 3)
-        shown = names[::-step][:3][::-1]
-    if args.match_map:
-        matched = names[map_indices(infos, _integer(args.match_map))[0]]
-    else:
-        matched = "us6" if "us6" in shown else shown[len(shown) // 2]
+    shown = [names[i] for i in map_indices(infos, map(_integer, args.maps))] if args.maps else shown_maps(names)
+    matched = names[map_indices(infos, _integer(args.match_map))[0]] if args.match_map else matched_map(shown)
     wanted = list(dict.fromkeys([*shown, matched]))
     pretrained, device = not args.random_weights, resolve_device(args.device)
-    size = args.size or (None if args.model == PIXELS or ":" in args.model else _own_size(args.model)) or 224
+    size = args.size or own_size(args.model)
     torch.manual_seed(0)
     clean = load_extractor(args.model, wanted, pretrained, device, size)
-    twin = _twin(args.model)
+    noisy_name = twin(args.model)
     noisy = None
-    if twin:
-        noisy = load_extractor(twin, wanted, pretrained, device, size, timestep=NOISY_TIMESTEP, ensemble_size=1)
+    if noisy_name:
+        noisy = load_extractor(noisy_name, wanted, pretrained, device, size, timestep=TIMESTEP, ensemble_size=1)
     return clean, noisy, shown, matched
 
 
 def _integer(text: str) -> str | int:
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _own_size(model: str) -> int | None:
-    config = timm.get_pretrained_cfg(model)
-    return config.input_size[-1] if config and config.input_size else None
 
 
 @torch.inference_mode()
@@ -284,7 +252,7 @@ def _marked(pair: Pair) -> Panel:
 
 def _heat_panel(pair: Pair, found: torch.Tensor, heats: Sequence[torch.Tensor], number: int, caption: str) -> Panel:
     mark = figures.mark_points(found[number : number + 1], pair.sizes()[1], [number + 1])[0]
-    return Panel(figures.heat_overlay(pair.b, heats[number]), caption, [Mark(mark.x, mark.y, None, mark.colour)])
+    return figures.heat_panel(pair.b, heats[number], mark, caption)
 
 
 def _draw_matches(pair: Pair, model: str, matched: str) -> Image.Image:
@@ -295,12 +263,6 @@ def _draw_matches(pair: Pair, model: str, matched: str) -> Image.Image:
     return figures.grid([panels], f"{pair.name}: {model}, map {matched}", note=note)
 
 
-def _smooth(small: Image.Image, like: Image.Image) -> Image.Image:
-    side = 512 / max(like.size)
-    size = (max(1, round(like.width * side)), max(1, round(like.height * side)))
-    return small.resize(size, Image.Resampling.BICUBIC)
-
-
 def _draw_pca(pair: Pair, model: str, shown: Sequence[str]) -> Image.Image:
     rows = [[Panel(pair.a, "picture")], [Panel(pair.b)]]
     for name in shown:
@@ -309,7 +271,7 @@ def _draw_pca(pair: Pair, model: str, shown: Sequence[str]) -> Image.Image:
         for row, image, picture in zip(rows, images, (pair.a, pair.b), strict=True):
             channels, height, width = maps[0].shape
             caption = f"{name}: {channels} x {height} x {width}" if row is rows[0] else ""
-            row.append(Panel(_smooth(image, picture), caption))
+            row.append(Panel(figures.smooth(image, picture), caption))
     return figures.grid(rows, f"{pair.name}: {model}, three main directions of both pictures' features")
 
 
@@ -322,8 +284,8 @@ def _draw_comparison(pair: Pair, models: tuple[str, str], matched: str) -> Image
             _marked(pair),
             Panel(pair.b, "best matches", figures.mark_points(found, pair.sizes()[1])),
             _heat_panel(pair, found, heats, 0, "similarity to point 1"),
-            Panel(_smooth(a, pair.a), "PCA"),
-            Panel(_smooth(b, pair.b), "PCA"),
+            Panel(figures.smooth(a, pair.a), "PCA"),
+            Panel(figures.smooth(b, pair.b), "PCA"),
         ])  # fmt: skip
     labels = [f"clean: {models[0]}, map {matched}", f"noisy: {models[1]}"]
     return figures.grid(rows, f"{pair.name}: clean and noisy features", labels, height=200)
@@ -338,12 +300,12 @@ def _draw_overview(pairs: Sequence[Pair], models: tuple[str, str], matched: str)
             _marked(pair),
             Panel(pair.b, "found again", figures.mark_points(found, pair.sizes()[1])),
             _heat_panel(pair, found, heats, 0, "similarity to 1"),
-            Panel(_smooth(a, pair.a), "features (PCA)"),
-            Panel(_smooth(b, pair.b), "features (PCA)"),
+            Panel(figures.smooth(a, pair.a), "features (PCA)"),
+            Panel(figures.smooth(b, pair.b), "features (PCA)"),
         ]
         if pair.noisy:
             images, _ = figures.principal_colours(pair.noisy[matched], coordinates)
-            row.append(Panel(_smooth(images[1], pair.b), "with noise"))
+            row.append(Panel(figures.smooth(images[1], pair.b), "with noise"))
         rows.append([figures.squared(panel if number == 0 else replace(panel, caption="")) for panel in row])
     return figures.grid(rows, height=180)
 

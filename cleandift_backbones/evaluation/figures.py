@@ -59,16 +59,40 @@ def mark_points(points: torch.Tensor, size: tuple[int, int], numbers: Sequence[i
     ]
 
 
-def heat_overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """A heat map (H x W, 0..1) in colours over the greyed picture; where the heat is low the picture shows through."""
-    heat = F.interpolate(heat[None, None].float().cpu(), (image.height, image.width), mode="bilinear")[0, 0].numpy()
+def heat_colours(heat: torch.Tensor) -> Image.Image:
+    """A heat map (H x W, 0..1) as an RGBA picture to lay over another, which shows through where the heat is low."""
+    heat = heat.float().cpu().numpy()
     position = np.clip(heat, 0, 1) * (len(_HEAT) - 1)
     low = np.minimum(position.astype(int), len(_HEAT) - 2)
     part = (position - low)[..., None]
     colours = _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
+    pixels = np.concatenate([colours, 255 * (0.25 + 0.6 * heat[..., None])], 2)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def faded(image: Image.Image) -> Image.Image:
+    """A picture in pale grey, as a ground for colours."""
     grey = np.asarray(image.convert("L"), float)[..., None] * 0.6 + 255 * 0.4
-    alpha = 0.25 + 0.6 * heat[..., None]
-    return Image.fromarray((grey * (1 - alpha) + colours * alpha).round().astype(np.uint8))
+    return Image.fromarray(np.repeat(grey.round().astype(np.uint8), 3, 2))
+
+
+def heat_overlay(image: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """A heat map (H x W, 0..1) in colours over the greyed picture."""
+    heat = F.interpolate(heat[None, None].float().cpu(), (image.height, image.width), mode="bilinear")[0, 0]
+    ground = faded(image).convert("RGBA")
+    return Image.alpha_composite(ground, heat_colours(heat)).convert("RGB")
+
+
+def heat_panel(image: Image.Image, heat: torch.Tensor, mark: Mark, caption: str = "") -> Panel:
+    """A heat map over its picture, with a ring where it is found."""
+    return Panel(heat_overlay(image, heat), caption, [replace(mark, number=None)])
+
+
+def smooth(small: Image.Image, like: Image.Image, longer: int = 512) -> Image.Image:
+    """A map's few pixels stretched over the shape of a picture."""
+    side = longer / max(like.size)
+    size = (max(1, round(like.width * side)), max(1, round(like.height * side)))
+    return small.resize(size, Image.Resampling.BICUBIC)
 
 
 def principal_colours(
@@ -95,16 +119,17 @@ def principal_colours(
         wanted = torch.cat([_resized(c, size).flatten(0, 1) for c, size in zip(like, sizes, strict=True)])
         u, _, v = torch.linalg.svd(coordinates.T @ wanted)
         coordinates = coordinates @ (u @ v)
-    low, high = (torch.quantile(coordinates, q, dim=0) for q in (0.02, 0.98))
-    colours = ((coordinates - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    images, spread, start = [], [], 0
-    for m in maps:
-        h, w = m.shape[-2:]
-        part = slice(start, start + h * w)
-        images.append(Image.fromarray((colours[part].view(h, w, 3) * 255).round().byte().numpy()))
-        spread.append(coordinates[part].view(h, w, 3))
-        start += h * w
-    return images, spread
+    sizes = [m.shape[-2:] for m in maps]
+    spread = [c.view(h, w, 3) for c, (h, w) in zip(coordinates.split([h * w for h, w in sizes]), sizes, strict=True)]
+    return coordinate_colours(spread), spread
+
+
+def coordinate_colours(coordinates: Sequence[torch.Tensor]) -> list[Image.Image]:
+    """Coordinates h x w x 3 as colours, on one scale for all of them: images of h x w pixels."""
+    together = torch.cat([c.flatten(0, 1) for c in coordinates])
+    low, high = (torch.quantile(together, q, dim=0) for q in (0.02, 0.98))
+    scaled = [((c - low) / (high - low).clamp_min(1e-6)).clamp(0, 1) for c in coordinates]
+    return [Image.fromarray((c * 255).round().byte().numpy()) for c in scaled]
 
 
 def _resized(coordinates: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""From what a visitor wants to what they see: which features that needs, and the result made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..evaluation.features import ModelError
+from ..images import ImageError
+from .comparing import compare_entries, main_directions, two_specs
+from .extracting import Cancelled, Features, Spec, Watch, how_to_get
+from .mapping import map_entries
+from .matching import match_entries
+from .pictures import Picture
+from .results import Result
+from .sessions import Session, Settings
+from .store import Entry
+
+_logger = logging.getLogger(__name__)
+PROBLEMS = (ModelError, ImageError, ValueError)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a tab needs before it can be shown; two that are equal need the same."""
+
+    settings: Settings
+    pictures: tuple[Picture, ...]
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        s = self.settings
+        if s.tab == "compare":
+            return two_specs(s.model, s.prompt, s.timestep, s.ensemble_size)
+        return (Spec(s.model, s.prompt),)
+
+    @property
+    def key(self) -> Hashable:
+        """What the tab's features depend on, and what is drawn from them alone."""
+        s = self.settings
+        shown = (s.maps, s.show, s.shared, s.clusters) if s.tab == "maps" else (s.map,)
+        return s.tab, self.specs, tuple(picture.key for picture in self.pictures), shown
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is: a share of 0..1 and what is being done."""
+
+    share: float
+    text: str
+
+
+class Answers:
+    """Makes results for sessions out of features, which are computed in the background, one thread a session."""
+
+    def __init__(self, features: Features):
+        self.features = features
+        self.threads = torch.get_num_threads()
+
+    def get(self, session: Session) -> Result | Progress | None:
+        """What the session's tab shows. Call with the session's lock.
+
+        Returns:
+            The result, if everything that takes long is there; otherwise how far the work is, which is begun if need
+            be: ask again a moment later. None if that work was stopped, or failed: the session was told.
+
+        Raises:
+            ImageError, ModelError, ValueError: something that cannot be had.
+        """
+        job = Job(session.settings, tuple(session.pictures))
+        key = job.key
+        ready = session.ready[1] if session.ready and session.ready[0] == key else None
+        session.ready = None
+        entries = ready or [self.features.kept(spec, job.pictures, session.token) for spec in job.specs]
+        clustered = job.settings.tab != "maps" or job.settings.show != "segments" or session.remembers("maps", key)
+        if None not in entries and clustered:
+            session.results[job.settings.tab] = result = self._result(session, job, entries)
+            return result
+        if session.given_up == key:
+            return None
+        if session.work is None:
+            session.work = Work(self, session, job)
+        return session.work.progress
+
+    def _result(self, session: Session, job: Job, entries: list[list[Entry]], watch: Watch | None = None) -> Result:
+        s, pictures = job.settings, job.pictures
+        if s.tab == "match":
+            points = session.numbered_points()
+            return match_entries(pictures, entries[0], job.specs[0].settled(), s.map, points, s.mutual_only)
+        if s.tab == "maps":
+            given = (pictures, entries[0], job.specs[0].settled(), s.maps, s.show, s.shared, s.clusters, watch)
+            return session.remember("maps", job.key, lambda: map_entries(*given))
+        given = (pictures, *entries, job.specs, s.map)
+        directions = session.remember("directions", job.key, lambda: main_directions(*given))
+        return compare_entries(*given, session.numbered_points(), directions)
+
+
+class Work(threading.Thread):
+    """Computes what a session wants, however often that changes meanwhile, until it is there."""
+
+    def __init__(self, answers: Answers, session: Session, job: Job):
+        super().__init__(daemon=True)
+        self.answers, self.session, self.job = answers, session, job
+        self.progress = Progress(0.0, f"loading {job.settings.model}")
+        session.cancelled.clear()
+        self.start()
+
+    def run(self) -> None:
+        torch.set_num_threads(self.answers.threads)  # a new thread may have begun while another one asked for one
+        session = self.session
+        while True:
+            entries, error = [], None
+            try:
+                entries = self._compute()
+            except Exception as caught:  # told to the visitor below
+                error = caught
+            with session.lock:
+                if not session.closed and not session.cancelled.is_set() and not self._wanted():
+                    self.job = Job(session.settings, tuple(session.pictures))
+                    continue
+                session.work = None
+                if session.closed:
+                    self.answers.features.store.forget(session.token)
+                elif error is None:
+                    session.ready = (self.job.key, entries)
+                else:
+                    self._give_up(error)
+                return
+
+    def _compute(self) -> list[list[Entry]]:
+        started, specs, pictures = time.perf_counter(), self.job.specs, self.job.pictures
+        entries = []
+        for number, spec in enumerate(specs):
+
+            def watch(share: float, number: int = number, model: str = spec.model) -> None:
+                self._check()
+                share = (number + share) / len(specs)
+                self.progress = Progress(share, f"{model}: computing features" + _clock(started))
+
+            entries.append(self.answers.features.compute(spec, pictures, self.session.token, watch))
+        if self.job.settings.tab == "maps":
+
+            def drawing(share: float) -> None:
+                self._check()
+                self.progress = Progress(share, "drawing maps" + _clock(started))
+
+            self.answers._result(self.session, self.job, entries, drawing)
+        return entries
+
+    def _check(self) -> None:
+        if self.session.cancelled.is_set() or not self._wanted():
+            raise Cancelled
+
+    def _wanted(self) -> bool:
+        wanted = Job(self.session.settings, tuple(self.session.pictures))
+        try:
+            return wanted.key == self.job.key
+        except PROBLEMS:  # what is wanted now cannot be had: whoever asked was told
+            return False
+
+    def _give_up(self, error: Exception) -> None:
+        with contextlib.suppress(*PROBLEMS):
+            self.session.given_up = self.job.key
+        if isinstance(error, Cancelled):
+            self.session.tell("Stopped. Change anything, or click, to go on.")
+        elif isinstance(error, PROBLEMS):
+            self.session.tell(explain(error), True)
+        else:
+            self.session.tell(f"This went wrong ({type(error).__name__}); the server's log says more.", True)
+            _logger.error("computing features failed", exc_info=error)
+
+
+def _clock(started: float) -> str:
+    seconds = time.perf_counter() - started
+    return f", {seconds:.0f} s" if seconds >= 2 else ""
+
+
+def explain(error: Exception) -> str:
+    """One of PROBLEMS in words for a visitor."""
+    return how_to_get(error) if isinstance(error, ModelError) else str(error)

@@ -1,0 +1,240 @@
+"""The page: Gradio's controls around pictures that page.js draws, over sessions and answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Read when Gradio is imported: nothing is told to anybody.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+
+from ..evaluation.features import ModelError
+from .answers import PROBLEMS, Answers, explain
+from .extracting import ENSEMBLE, TIMESTEP, Features, matched_map, shown_maps
+from .mapping import MOST_CLUSTERS, SHOWS
+from .routes import routes
+from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings
+from .views import stage_view, tray_view
+
+HERE = Path(__file__).parent
+MODELS = ("cleandift_tiny", "dift_tiny", "cleandift_sd21", "cleandift_sd15", "dift_sd21", "dift_sd15")
+TITLE = "What diffusion features see"
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+class Page:
+    """One page for all visitors.
+
+    Args:
+        models: names that may be chosen, the first to begin with.
+        memory: bytes of features to keep.
+        device: where to compute.
+
+    Raises:
+        ModelError: a model that does not exist.
+    """
+
+    def __init__(self, models: Sequence[str] = MODELS, memory: int = 1 << 30, device: str = "cpu"):
+        self.features = Features(memory, device)
+        self.maps = {model: self.features.map_names(model) for model in models}
+        self.answers = Answers(self.features)
+        self.sessions = Sessions(lambda session: self.features.store.forget(session.token))
+        self.blocks = self._build()
+
+    # --- what happens -----------------------------------------------------------------------------------------------
+
+    def act(
+        self, model: str, map: str, prompt: str, mutual_only: bool, maps: list[str], show: str, shared: bool,
+        clusters: float, timestep: float, ensemble_size: float, event: gr.EventData, request: gr.Request,
+    ) -> list:  # fmt: skip
+        """One action of a visitor, answered at once: by the result, or by how far the work for it is."""
+        started = time.perf_counter()
+        session, action = self.sessions.of(request.session_hash), _action(event)
+        with session.lock:
+            opening = action.get("kind") == "load" or action.get("tab") == TABS[0]  # in whichever order they come
+            if not session.version and not opening:
+                session.tell("This page was away for long, and what was added to it is gone.")
+            if action.get("kind") != "poll":
+                session.begin_action()
+            answer = None
+            try:
+                _apply(session, action)
+                session.settings = self._settings(
+                    session.tab, model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size
+                )
+                if session.pictures:
+                    answer = self.answers.get(session)
+            except PROBLEMS as error:
+                session.tell(explain(error), True)
+            view = stage_view(session, answer, time.perf_counter() - started)
+            tray = gr.skip() if action.get("kind") in ("poll", "point", "select") else tray_view(session)
+            return [tray, *(view if tab == session.settings.tab else gr.skip() for tab in TABS)]
+
+    def change_model(self, model: str) -> list:
+        """Which maps there are to choose from."""
+        names = self.maps[model]
+        shown = shown_maps(names)
+        return [gr.Dropdown(names, value=matched_map(shown)), gr.CheckboxGroup(names, value=shown)]
+
+    def close(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.sessions.close(request.session_hash)
+
+    def _settings(self, tab: str, model: str, map: str, prompt: str, mutual_only: bool, maps: list[str], show: str,
+                  shared: bool, clusters: float, timestep: float, ensemble_size: float) -> Settings:  # fmt: skip
+        if model not in self.maps:
+            raise ModelError(f"{model!r} is not among the models of this page")
+        names = self.maps[model]
+        if map not in names:  # the model was changed a moment ago
+            map = matched_map(shown_maps(names))
+        chosen = tuple(name for name in names[::-1] if name in maps) or tuple(shown_maps(names))
+        return Settings(
+            tab, model, map, (prompt or "").strip(), bool(mutual_only), chosen, show, bool(shared), int(clusters),
+            int(timestep), int(ensemble_size),
+        )  # fmt: skip
+
+    # --- how it looks -----------------------------------------------------------------------------------------------
+
+    def _build(self) -> gr.Blocks:
+        first = next(iter(self.maps))
+        names = self.maps[first]
+        shown = shown_maps(names)
+        with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(60, 60)) as blocks:
+            gr.HTML(
+                f"<h1>{TITLE}</h1><p>Click a point in any picture: where it is found again in the others lights up. "
+                "Then look at the maps themselves, and at what noise does to them.</p>",
+                elem_classes="lead", apply_default_css=False,
+            )  # fmt: skip
+            with gr.Row(elem_classes="controls"):
+                with gr.Column(scale=3, min_width=320):
+                    tray = _drawn("tray")
+                with gr.Column(scale=2, min_width=320):
+                    with gr.Row():
+                        model = gr.Dropdown(list(self.maps), value=first, label="Model", scale=3, min_width=160)
+                        map = gr.Dropdown(names, value=matched_map(shown), label="Map", scale=2, min_width=100)
+                    prompt = gr.Textbox(
+                        label="Prompt", placeholder="none, or what the pictures show: cat face", max_lines=1,
+                        max_length=LONGEST_PROMPT,
+                    )  # fmt: skip
+            with gr.Tabs():
+                with gr.Tab("Match", id=TABS[0]) as match_tab:
+                    mutual_only = gr.Checkbox(
+                        label="Only mutual nearest neighbours", elem_classes="flat", container=False
+                    )
+                    match_stage = _drawn("match")
+                with gr.Tab("Maps", id=TABS[1]) as maps_tab:
+                    with gr.Row(elem_classes="controls"):
+                        show = gr.Radio(
+                            [("PCA colours", SHOWS[0]), ("Segments", SHOWS[1]), ("Foreground", SHOWS[2])],
+                            value=SHOWS[0], label="Show", min_width=260,
+                        )  # fmt: skip
+                        clusters = gr.Slider(
+                            2, MOST_CLUSTERS, 6, step=1, label="Segments (k-means)", min_width=180, buttons=[],
+                            visible=False, elem_id="clusters",
+                        )  # fmt: skip
+                    maps = gr.CheckboxGroup(names, value=shown, label="Maps, fine to coarse", elem_id="which-maps")
+                    shared = gr.Checkbox(True, label="One basis for all pictures", elem_classes="flat", container=False)
+                    maps_stage = _drawn("maps")
+                with gr.Tab("Clean against noisy", id=TABS[2]) as compare_tab:
+                    with gr.Row(elem_classes="controls"):
+                        timestep = gr.Slider(
+                            0, 999, TIMESTEP, step=1, label="Noise: timestep t", min_width=220, buttons=[],
+                            elem_id="timestep",
+                        )  # fmt: skip
+                        ensemble_size = gr.Slider(
+                            1, 16, ENSEMBLE, step=1, label="Noises averaged", min_width=220, buttons=[],
+                            elem_id="ensemble",
+                        )  # fmt: skip
+                    compare_stage = _drawn("compare")
+            stages = [match_stage, maps_stage, compare_stage]
+            controls = [model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size]
+            at_once = dict(
+                fn=self.act, inputs=controls, outputs=[tray, *stages], queue=False, show_progress="hidden",
+                trigger_mode="multiple", api_visibility="private",
+            )  # fmt: skip
+            blocks.load(**at_once)
+            model.input(
+                self.change_model, model, [map, maps], queue=False, show_progress="hidden", api_visibility="private"
+            ).then(**at_once)
+            for drawn in (tray, *stages):
+                drawn.act(**at_once)
+            show.change(
+                lambda chosen: gr.Slider(visible=chosen == "segments"), show, clusters, queue=False,
+                show_progress="hidden", api_visibility="private",
+            )  # fmt: skip
+            for control in (map, mutual_only, maps, show, shared):
+                control.input(**at_once)
+            for slider in (clusters, timestep, ensemble_size):
+                slider.release(**at_once)
+            gr.on([prompt.submit, prompt.blur], **at_once)
+            for tab in (match_tab, maps_tab, compare_tab):
+                tab.select(**at_once)
+            blocks.unload(self.close)
+        return blocks
+
+    def launch(self, host: str | None = None, port: int | None = None, **kwargs: Any) -> str:
+        """Starts the server and returns its address.
+
+        Args:
+            host: None: GRADIO_SERVER_NAME, or 127.0.0.1.
+            port: None: GRADIO_SERVER_PORT, or the first free one from 7860 on.
+            **kwargs: for `gradio.Blocks.launch`.
+        """
+        head = f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>"
+        theme = gr.themes.Default(
+            primary_hue="indigo", neutral_hue="zinc", font=FONTS, font_mono=MONO, radius_size="md"
+        )  # system fonts: nothing is fetched from another host
+        _, address, _ = self.blocks.launch(
+            server_name=host, server_port=port, share=False, quiet=True, footer_links=[], run_history=False,
+            enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=0, theme=theme,
+            head=head, css_paths=HERE / "page.css", app_kwargs=dict(routes=routes(self.sessions)), **kwargs,
+        )  # fmt: skip
+        return address
+
+
+def _drawn(kind: str) -> gr.HTML:
+    """A part of the page that page.js draws."""
+    return gr.HTML(
+        None, html_template='<div class="drawn"></div>', apply_default_css=False, elem_id=kind,
+        js_on_load=f"lookAtFeatures.{'tray' if kind == 'tray' else 'stage'}(element, props, watch, "
+        "(data) => trigger('act', data));",
+    )  # fmt: skip
+
+
+def _action(event: gr.EventData) -> dict:
+    """What the visitor did: from page.js a dict with its kind, from Gradio's own controls nothing more."""
+    if isinstance(event.target, gr.Tab):
+        return dict(kind="tab", tab=event.target.id)
+    if isinstance(event.target, gr.Blocks):
+        return dict(kind="load")
+    return event._data if isinstance(event._data, dict) else {}
+
+
+def _apply(session: Session, action: dict) -> None:
+    """Does what the visitor did. Whatever a browser may send, it does one of these or nothing."""
+    try:
+        match action.get("kind"):
+            case "tab" if action["tab"] in TABS:
+                session.tab = action["tab"]
+            case "point":
+                session.add_point(str(action["picture"]), float(action["x"]), float(action["y"]))
+            case "select":
+                session.select_point(int(action["number"]) - 1)
+            case "unpoint":
+                session.remove_point(int(action["number"]) - 1)
+            case "clear":
+                session.clear_points()
+            case "sample":
+                session.add_sample(str(action["name"]))
+            case "remove":
+                session.remove_picture(str(action["picture"]))
+            case "stop":
+                session.cancelled.set()
+    except (KeyError, TypeError, ValueError):
+        session.tell("That was not understood; load the page again.", True)

@@ -1,0 +1,101 @@
+"""Pictures to look at: samples, files, or bytes that somebody sent."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..images import ImageError, read_image
+
+SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
+BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
+LARGEST = 1024  # pixels of the longer side: figures and models make no use of more
+SMALLEST = 16  # pixels of the shorter side after that
+WORKING = 256  # longer side at which points are matched: finer than any map
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as models and figures get it.
+
+    Attributes:
+        name: for people, and for the lines of Python that make a result again.
+        image: RGB, longer side at most LARGEST.
+        note: what was done to the original, or "".
+        key: hash of the pixels.
+    """
+
+    name: str
+    image: Image.Image = field(repr=False, compare=False)
+    note: str = ""
+    key: str = ""
+
+    @property
+    def working_size(self) -> tuple[int, int]:
+        """(height, width) in which points are matched."""
+        scale = WORKING / max(self.image.size)
+        return max(1, round(self.image.height * scale)), max(1, round(self.image.width * scale))
+
+    def pixels(self, fractions: torch.Tensor) -> torch.Tensor:
+        """Points P x 2, as fractions of width and height -> pixels at working size, whole numbers being centres."""
+        height, width = self.working_size
+        size = torch.tensor([width, height])
+        return torch.minimum((fractions * size - 0.5).clamp_min(0), size - 1)
+
+    def fractions(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The way back."""
+        height, width = self.working_size
+        return (pixels + 0.5) / torch.tensor([width, height])
+
+
+def sample_names() -> list[str]:
+    """File names of the pictures that come with the package."""
+    return sorted(path.name for path in SAMPLES.iterdir() if path.suffix in (".png", ".jpg"))
+
+
+def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None = None) -> Picture:
+    """Reads a picture: a file, the bytes of one (called `name`), or a sample by its name.
+
+    Raises:
+        ImageError: not a picture that can be used; the message names it and says why.
+    """
+    if isinstance(source, Picture):
+        return source
+    if not isinstance(source, bytes):
+        path = Path(source)
+        if not path.exists() and (SAMPLES / path.name).is_file() and path.parent == Path():
+            path = SAMPLES / path.name
+        source, name = path, name or path.name
+    with warnings.catch_warnings():  # Pillow warns of large pictures, which are made smaller here
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = read_image(source, BACKGROUND, name=name)
+    note = _note(source, image)
+    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    if min(image.size) < SMALLEST:
+        raise ImageError(f"{name}: too long and narrow; cut a part out of it")
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=f"{image.size}".encode()).hexdigest()
+    return Picture(name or "picture", image, note, digest)
+
+
+def _note(source: Path | bytes, image: Image.Image) -> str:
+    notes = []
+    if max(image.size) > LARGEST:
+        scale = LARGEST / max(image.size)
+        small = f"{round(image.width * scale)} x {round(image.height * scale)}"
+        megapixels = image.width * image.height / 1e6
+        notes.append(f"scaled down from {image.width} x {image.height} ({megapixels:.0f} megapixels) to {small}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if getattr(opened, "is_animated", False):
+                notes.append("animated: its first frame")
+            if opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info:
+                notes.append("transparent: drawn on grey")
+    return "; ".join(notes)

@@ -1,0 +1,362 @@
+"""The page in headless Chromium: what a visitor does and sees, and that nothing leaves the machine.
+
+Set APP_SCREENSHOTS to a folder to have every tab photographed at desktop and phone width (docs/app.md's pictures).
+"""
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason='gradio is missing: pip install "cleandift_backbones[demo]"')
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no Chromium: apt-get install chromium (make test-app does)", allow_module_level=True)
+
+from app_browser import Server, Visitor  # noqa: E402  needs playwright
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+EYE, ITS_PAIR = (0.3, 0.41), (0.321, 0.39)  # 1F913's left eyes in noto and twemoji, evaluation/emoji_eyes.json
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+    outside = {
+        h for h in server.hosts.read_text().split() if h not in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
+    }
+    assert not outside, f"the server asked for {outside}"
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visitor(browser, server):
+    visitor = Visitor(browser, server)
+    yield visitor
+    visitor.leave()
+
+
+def test_page_opens_with_a_match_and_nothing_from_elsewhere(visitor):
+    assert "diffusion features" in visitor.page.title()
+    assert len(visitor.pictures()) == 3 and set(visitor.marks(1)) == {1}
+    fonts = visitor.page.evaluate("[...document.fonts].map((font) => font.status + font.family)")
+    assert not [font for font in fonts if font.startswith("loading")]
+    assert visitor.page.locator("footer").count() == 0
+
+
+def test_click_on_an_eye_marks_the_eye_of_its_pair(visitor):
+    visitor.only("nerd face, noto", "nerd face, twemoji")
+    visitor.click(0, *EYE)
+    (x, y), heat = visitor.marks(1)[1], visitor.sources("#match .view.heated .heat")
+    assert np.hypot(x - ITS_PAIR[0], y - ITS_PAIR[1]) < 0.1
+    assert len(heat) == 1 and heat[0].startswith("data:image/webp")
+    assert visitor.marks(0)[1] == pytest.approx(EYE, abs=0.01)
+
+
+def test_points_keep_their_colours_and_can_be_chosen_and_removed(visitor):
+    visitor.click(1, 0.5, 0.6)
+    first = visitor.sources("#match .view.heated .heat")
+    chips = visitor.page.locator("#match .chip")
+    assert chips.count() == 2 and set(visitor.marks(2)) == {1, 2}
+    colours = chips.evaluate_all("all => all.map((one) => getComputedStyle(one.querySelector('b')).backgroundColor)")
+    assert len(set(colours)) == 2
+    visitor.after("match", chips.nth(0).locator("button").first.click)
+    assert visitor.sources("#match .view.heated .heat") != first
+    visitor.after("match", chips.nth(0).locator(".remove").click)
+    assert chips.count() == 1 and set(visitor.marks(2)) == {1}
+    visitor.after("match", visitor.page.get_by_role("button", name="Clear all").click)
+    assert chips.count() == 0 and not visitor.marks(0)
+
+
+def test_clicks_outside_set_no_point_and_the_keyboard_does(visitor):
+    visitor.page.locator("#match figcaption").first.click()
+    visitor.page.locator("#match .points").click(position=dict(x=600, y=5))
+    time.sleep(0.5)
+    assert visitor.page.locator("#match .chip").count() == 1
+    visitor.view(0).focus()
+    for key in ("ArrowLeft", "ArrowUp", "ArrowUp"):
+        visitor.page.keyboard.press(key)
+    visitor.after("match", lambda: visitor.page.keyboard.press("Enter"))
+    assert visitor.marks(0)[2] == pytest.approx((0.46, 0.42), abs=0.01)
+
+
+def test_only_mutual_neighbours(visitor):
+    visitor.only("nerd face, noto", "nerd face, twemoji", "cat face, noto")
+    visitor.click(0, 0.5, 0.66)
+    assert set(visitor.marks(2)) == {1}
+    visitor.after("match", visitor.page.get_by_label("Only mutual nearest neighbours").click)
+    assert set(visitor.marks(1)) == {1} and not visitor.marks(2)
+
+
+def test_model_map_and_prompt_change_the_answer(visitor):
+    def heat(words):
+        playwright.expect(visitor.page.locator("#match pre")).to_contain_text(words)  # leaving a field answers, too
+        return visitor.sources("#match .view.heated .heat")
+
+    def choose(label, value):
+        visitor.page.get_by_label(label, exact=True).click()
+        visitor.after("match", visitor.page.get_by_role("option", name=value, exact=True).click)
+
+    seen = [heat("map='us6'")]
+    choose("Map", "us3")
+    seen.append(heat("map='us3'"))
+    visitor.page.get_by_label("Prompt").fill("cat face")
+    visitor.after("match", lambda: visitor.page.keyboard.press("Enter"))
+    seen.append(heat("prompt='cat face'"))
+    choose("Model", "dift_tiny")
+    seen.append(heat("model='dift_tiny'"))
+    assert len({tuple(one) for one in seen}) == 4
+    assert "model='dift_tiny', prompt='cat face', timestep=261" in visitor.page.locator("#match pre").inner_text()
+
+
+def test_uploads_of_every_kind(visitor, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 120, 3), np.uint8)).save(tmp_path / "mine.jpg")
+    frames = [Image.new("RGB", (80, 80), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (80, 80), (0, 90, 0, 90)).save(tmp_path / "clear.png")
+    Image.new("L", (10_000, 10_000), 200).save(tmp_path / "huge.png", compress_level=1)
+    (tmp_path / "text.png").write_text("not a picture")
+    visitor.upload(tmp_path / "mine.jpg")
+    assert visitor.pictures()[-1] == "mine.jpg" and visitor.notice() == "" and set(visitor.marks(3)) == {1}
+    visitor.upload(tmp_path / "moving.gif", tmp_path / "clear.png")
+    assert "moving.gif: animated: its first frame." in visitor.notice()
+    assert "clear.png: transparent: drawn on grey." in visitor.notice()
+    visitor.upload(tmp_path / "huge.png")
+    assert "scaled down from 10000 x 10000 (100 megapixels) to 1024 x 1024" in visitor.notice()
+    visitor.upload(tmp_path / "text.png")
+    assert "text.png: not an image that Pillow can read" in visitor.notice() and len(visitor.pictures()) == 7
+    assert visitor.page.locator("#match .notice.error").is_visible()
+
+
+def test_paste_drop_and_camera(visitor):
+    hand_over = """([kind, name, colour]) => new Promise((done) => {
+        const canvas = Object.assign(document.createElement('canvas'), { width: 90, height: 90 });
+        const pen = canvas.getContext('2d'); pen.fillStyle = colour; pen.fillRect(9, 9, 50, 50);
+        canvas.toBlob((blob) => {
+          const data = new DataTransfer(); data.items.add(new File([blob], name, { type: 'image/png' }));
+          const event = kind === 'paste' ? new ClipboardEvent('paste', { clipboardData: data, bubbles: true })
+                                         : new DragEvent('drop', { dataTransfer: data, bubbles: true });
+          document.body.dispatchEvent(event); done();
+        });
+      })"""
+    visitor.after("match", lambda: visitor.page.evaluate(hand_over, ["paste", "pasted.png", "red"]))
+    visitor.after("match", lambda: visitor.page.evaluate(hand_over, ["drop", "dropped.png", "blue"]))
+    visitor.page.get_by_role("button", name="Camera").click()
+    visitor.page.wait_for_function("document.querySelector('dialog video')?.videoWidth > 0")
+    visitor.after("match", visitor.page.get_by_role("button", name="Take the picture").click)
+    assert visitor.pictures()[3:] == ["pasted.png", "dropped.png", "camera.png"]
+    assert visitor.page.locator("dialog").count() == 0
+
+
+def slide(visitor, name, value):
+    """Moves a slider by its handle, as a hand does: the answer comes when it is let go."""
+    handle = visitor.page.locator(f"#{name} input[type=range]")
+    low, high = (float(handle.get_attribute(end)) for end in ("min", "max"))
+    box = handle.bounding_box()
+    visitor.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    visitor.page.mouse.down()
+    visitor.page.mouse.move(
+        box["x"] + box["width"] * (value - low) / (high - low), box["y"] + box["height"] / 2, steps=5
+    )
+    visitor.page.mouse.up()
+
+
+def test_noise_sliders_change_the_noisy_side_alone(visitor):
+    visitor.open("Clean against noisy", "compare")
+    clean, noisy = (f"#compare .side[data-side={side}] .view > img.ground" for side in ("clean", "noisy"))
+    before = visitor.sources(clean), visitor.sources(noisy)
+    assert len(before[0]) == len(before[1]) == 6 and set(visitor.marks(2, "compare")) == {1}
+    visitor.after("compare", lambda: slide(visitor, "timestep", 700))
+    cost = visitor.page.locator("#compare [data-side=noisy] .cost")
+    assert re.search(r"(\d+ ms|[\d.]+ s) for 3 pictures: 8 noises each, t = (69\d|7[01]\d)", cost.inner_text())
+    after = visitor.sources(clean), visitor.sources(noisy)
+    assert after[0] == before[0] and after[1] != before[1]
+    visitor.after("compare", lambda: slide(visitor, "ensemble", 1))
+    assert "one noise each" in cost.inner_text() and visitor.sources(noisy) != after[1]
+    visitor.click(0, 0.5, 0.6, "compare")
+    visitor.open("Match", "match")
+    assert visitor.page.locator("#match .chip").count() == 2  # the same clicks in both tabs
+
+
+def test_maps_side_by_side(visitor):
+    visitor.open("Maps", "maps")
+    cells = "#maps .table .view > img.ground"
+    pca = visitor.sources(cells)
+    assert len(pca) == 3 * 4
+    for name in ("us10", "us8", "us7", "us5", "us4", "us2", "us1", "mid"):
+        visitor.after("maps", visitor.page.locator("#which-maps").get_by_label(name, exact=True).click)
+    heads = visitor.page.locator("#maps .head b").all_inner_texts()
+    assert heads == ["mid", *(f"us{i}" for i in range(1, 11))]
+    assert len(visitor.sources(cells)) == 3 * 12
+    shared = visitor.sources(cells)
+    visitor.after("maps", visitor.page.get_by_label("One basis for all pictures").click)
+    assert visitor.sources(cells)[1] != shared[1]
+    visitor.after("maps", visitor.page.get_by_role("radio", name="Foreground").click)
+    foreground = visitor.sources(cells)
+    visitor.after("maps", visitor.page.get_by_role("radio", name="Segments").click)
+    six = visitor.sources(cells)
+    visitor.after("maps", lambda: slide(visitor, "clusters", 2))
+    two = visitor.sources(cells)
+    assert len({one[1] for one in (shared, foreground, six, two)}) == 4
+    assert "2 clusters (k-means), a basis for each picture" in visitor.page.locator("#maps p.aside").inner_text()
+
+
+def test_long_work_shows_progress_and_stops(visitor):
+    visitor.page.get_by_role("button", name="Samples").click()
+    for sample in ("bus, noto", "watch, twemoji", "cat, photo", "bus, fluentflat", "astronaut, photo"):
+        visitor.after("match", visitor.page.locator("#tray .samples").get_by_title(sample, exact=True).click)
+    assert len(visitor.pictures()) == 8
+    visitor.open("Clean against noisy", "compare")
+    slide(visitor, "ensemble", 16)
+    stop = visitor.page.locator("#compare .busy .stop")
+    stop.click()
+    visitor.page.wait_for_selector("#compare .drawn[data-state=empty]")
+    assert "Stopped." in visitor.notice("compare")
+    # Two clicks while busy: both are answered when the work is done.
+    slide(visitor, "ensemble", 15)
+    visitor.page.wait_for_selector("#compare .drawn[data-state=busy]")
+    version = visitor.version("compare")
+    visitor.page.get_by_role("tab", name="Match").click()
+    visitor.settled("match")
+    visitor.page.get_by_role("tab", name="Clean against noisy").click()
+    visitor.settled("compare", version)
+    visitor.page.get_by_label("Prompt").fill("cat face")
+    visitor.page.keyboard.press("Enter")
+    visitor.page.wait_for_selector("#compare .drawn[data-state=busy]")
+    version = visitor.version("compare")
+    for x in (0.3, 0.7):
+        box = visitor.view(0, "compare").bounding_box()
+        visitor.view(0, "compare").click(position=dict(x=x * box["width"], y=0.5 * box["height"]))
+    visitor.settled("compare", version)
+    playwright.expect(visitor.page.locator("#compare .chip")).to_have_count(3)
+    assert set(visitor.marks(2, "compare")) == {1, 2, 3}
+
+
+def test_visitors_do_not_see_each_other_and_uploads_go_with_the_page(browser, server, tmp_path):
+    Image.new("RGB", (90, 90), "purple").save(tmp_path / "secret.png")
+    one, two = Visitor(browser, server), Visitor(browser, server)
+    one.upload(tmp_path / "secret.png")
+    one.click(0, 0.5, 0.5)
+    two.click(1, 0.2, 0.2)
+    assert one.pictures()[-1] == "secret.png" and len(two.pictures()) == 3
+    assert one.page.locator("#match .chip").count() == two.page.locator("#match .chip").count() == 2
+    assert one.marks(0)[2] != two.marks(0)[2]
+    address = one.page.locator("#tray .strip .thumb .save").last.get_attribute("href")
+    (_, token, key), other = (
+        address.split("/"),
+        two.page.locator("#tray .save").last.get_attribute("href").split("/")[1],
+    )
+    assert server.answers("/" + address) and token != other and server.status(f"/pictures/{other}/{key}") == 404
+    assert not [p for p in server.log.parent.joinpath("temp").rglob("*") if p.is_file()]  # nothing went to the disk
+    one.leave()
+    for _ in range(300):
+        if server.status("/" + address) == 404:
+            break
+        time.sleep(0.1)
+    assert server.status("/" + address) == 404
+    two.click(1, 0.3, 0.3)  # the other visitor stays
+    two.leave()
+
+
+def test_missing_weights_say_how_to_get_them(visitor):
+    visitor.page.get_by_label("Model", exact=True).click()
+    visitor.page.get_by_role("option", name="cleandift_sd21", exact=True).click()
+    visitor.page.wait_for_selector("#match .notice.error:not([hidden])")
+    assert "python tools/convert.py cleandift_sd21 --out FOLDER" in visitor.notice()
+    visitor.page.get_by_label("Model", exact=True).click()
+    visitor.after("match", visitor.page.get_by_role("option", name="cleandift_tiny", exact=True).click)
+
+
+@pytest.mark.parametrize(
+    "name, tab", [("Match", "match"), ("Maps", "maps"), ("Clean against noisy", "compare")], ids=("m", "p", "c")
+)
+def test_downloads_are_what_the_three_lines_make(visitor, tmp_path, name, tab):
+    visitor.click(0, *EYE)
+    visitor.open(name, tab)
+    recipe = visitor.page.locator(f"#{tab} pre").inner_text()
+    assert len(recipe.strip().splitlines()) == 3
+    done = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0
+    for kind in ("png", "safetensors"):
+        with visitor.page.expect_download() as download:
+            visitor.page.locator(f"#{tab} .take a", has_text=re.compile(f"^{kind}$", re.I)).click()
+        assert download.value.suggested_filename == f"{tab}.{kind}"
+        assert Path(download.value.path()).read_bytes() == (tmp_path / f"{tab}.{kind}").read_bytes()
+
+
+def test_nothing_of_the_file_system_can_be_read(server):
+    for path in (
+        f"/gradio_api/file={ROOT}/README.md", "/gradio_api/file=/etc/passwd", "/file=/etc/passwd",
+        "/gradio_api/file=http://127.0.0.1/", "/gradio_api/proxy=http://127.0.0.1/", "/samples/..%2f..%2fNOTICE",
+        "/samples/pairs.json", "/pictures/x/..%2f..%2fREADME.md", "/gradio_api/runs",
+    ):  # fmt: skip
+        assert server.status(path) in (403, 404), path
+    assert server.status("/gradio_api/upload", "POST") == 404
+
+
+def test_clicks_are_answered_quickly(visitor, record_property):
+    """Medians; the issue's bar is 100 ms on two free cores, looser here because other work may run beside."""
+    in_browser, on_server = [], []
+    for i in range(25):
+        visitor.click(i % 3, 0.2 + 0.02 * i, 0.5)
+        in_browser.append(int(visitor.page.locator("#match .drawn").get_attribute("data-milliseconds")))
+        on_server.append(int(visitor.page.locator("#match .timing").get_attribute("data-ms")))
+    medians = dict(server=statistics.median(on_server[5:]), browser=statistics.median(in_browser[5:]))
+    print(
+        f"median of 20 clicks: {medians['server']:.0f} ms on the server, "
+        f"{medians['browser']:.0f} ms from the click to the drawing"
+    )
+    record_property("medians", medians)
+    assert medians["server"] < 300
+
+
+@pytest.mark.parametrize("width, height, device", [(1280, 900, "desktop"), (390, 844, "phone")])
+def test_every_tab_fits_the_screen(browser, server, width, height, device):
+    visitor = Visitor(browser, server, width, height, device_scale_factor=2, color_scheme="light")
+    folder = os.environ.get("APP_SCREENSHOTS")
+    for name, tab in (("Match", "match"), ("Maps", "maps"), ("Clean against noisy", "compare")):
+        visitor.open(name, tab)
+        wide = visitor.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width, f"{name} is {wide} pixels wide on a screen of {width}"
+        if folder:
+            time.sleep(0.5)
+            visitor.page.screenshot(path=Path(folder, f"{tab}_{device}.png"), full_page=True)
+    visitor.leave()
+
+
+def test_space_is_the_same_page(browser, tmp_path):
+    """The folder for a Hugging Face Space: its header names the script, which serves the page."""
+    header = (ROOT / "space" / "README.md").read_text().split("---")[1]
+    entries = dict(line.split(": ", 1) for line in header.strip().splitlines())
+    assert entries["sdk"] == "gradio" and (ROOT / "space" / entries["app_file"]).is_file()
+    server = Server(tmp_path, f"space/{entries['app_file']}")
+    try:
+        visitor = Visitor(browser, server)
+        visitor.click(0, *EYE)
+        visitor.leave()
+    finally:
+        server.stop()

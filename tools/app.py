@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Starts a page in the browser where one sees the features: click a point, find it in other pictures.
+
+    python tools/app.py                                     the small model and sample pictures, offline
+    python tools/app.py --models cleandift_sd21 dift_sd21   Stable Diffusion's, if their weights are on this machine
+    python tools/app.py --models resnet50 local-dir:sd21    any timm model, any folder of weights
+
+Needs the extra: pip install "cleandift_backbones[demo]". Nothing is sent anywhere, and nothing is fetched from another
+host; only --download lets weights be fetched from the Hub. Uploaded pictures stay in memory, and go when their page
+closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.memory < 16:
+        parser.exit(2, f"{parser.prog}: error: --memory {args.memory} is too small; give at least 16 (MB)\n")
+    if not args.download:  # read when huggingface_hub is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        from cleandift_backbones.app.page import MODELS, Page
+        from cleandift_backbones.evaluation.features import ModelError
+    except ModuleNotFoundError as error:
+        parser.exit(2, f'{parser.prog}: error: {error}; run pip install "cleandift_backbones[demo]"\n')
+    try:
+        page = Page(args.models or MODELS, args.memory << 20, args.device)
+        address = page.launch(args.host, args.port, prevent_thread_lock=True, inbrowser=args.open)
+    except (ModelError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"look at features on {address} (Ctrl-C ends it)", flush=True)
+    page.blocks.block_thread()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help="models to choose from, the first to begin with (default: "
+        "cleandift_tiny, dift_tiny, and those of Stable Diffusion 2.1 and 1.5)",
+    )  # fmt: skip
+    parser.add_argument("--download", action="store_true", help="fetch weights from the Hub when they are missing")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860 on)")
+    parser.add_argument("--memory", type=int, default=1024, metavar="MB", help="of features to keep (default: 1024)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... or auto (default)")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
