@@ -79,8 +79,10 @@ def _colours(report: Report) -> dict[str, str]:
 
 
 def _draw_curves(axis, report: Report, metric: str, curves: dict) -> None:
-    scale, colours, flat = report.scale(metric), _colours(report), 0
+    scale, colours = report.scale(metric), _colours(report)
     ensembles = list(dict.fromkeys(count for _, count in curves if count is not None))
+    # Of all rows, so that a line looks the same in every panel, also where others are missing.
+    flat = [series for (series, _), rows in curves.items() if "timestep" not in rows[0].settings]
     for (series, count), rows in curves.items():
         bests = [best for row in rows if (best := report.best([row], metric))]
         if not bests:
@@ -99,8 +101,7 @@ def _draw_curves(axis, report: Report, metric: str, curves: dict) -> None:
             best = report.best(rows, metric)
             value, (low, high) = scale * best.tally.rate, rate_interval(best.tally, report.weights)
             clean = kind == "clean"
-            line = "-" if clean else LINES[(flat + 1) % 4]
-            flat += not clean
+            line = "-" if clean else LINES[(flat.index(series) + 1) % 4]
             axis.axhline(value, color=colour, ls=line, lw=2.2 if clean else 1.1, label=series)
             axis.axhspan(scale * low, scale * high, color=colour, alpha=0.1 if clean else 0.06, lw=0)
     axis.set_ylabel("less is better" if metric in report.lower else "per cent")
