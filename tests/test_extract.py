@@ -1,9 +1,7 @@
 """Extraction in one process: the features are the model's own, whatever they came from and however they are stored."""
 
-import io
 import json
 import os
-import pickle
 import signal
 import struct
 import threading
@@ -13,17 +11,15 @@ from collections import Counter
 import pytest
 import torch
 import webdataset as wds
-from extract_runs import RANDOM, encoded, extract, make_pictures, noise, plain, same
+from extract_runs import RANDOM, extract, make_pictures, noise, plain, same
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from cleandift_backbones import extractor as extractor_module
 from cleandift_backbones.extraction import Features, loading, store
 from cleandift_backbones.extraction.command import load, parser
-from cleandift_backbones.extraction.formats import FORMATS, Computed, ShardError
+from cleandift_backbones.extraction.formats import FORMATS
 from cleandift_backbones.extraction.loading import Read, Resize, ahead, batches
-from cleandift_backbones.extraction.sources import Entry, SourceError, list_entries
-from cleandift_backbones.extraction.store import StoreError
+from cleandift_backbones.extraction.sources import Entry, list_entries
 
 TINY = ["--model", "cleandift_tiny"]
 
@@ -389,163 +385,3 @@ def test_model_arguments_reach_the_model():
     given.model_arg = [pair for pair in given.model_arg if pair[0] != "prompt_is"]
     extractor, resize = load(given, torch.device("cpu"))
     assert extractor.model.model.timestep == 7 and resize.size == (128, 128)
-
-
-# --- sources ---
-
-
-def test_shards_with_equal_keys_and_damage(tmp_path, capsys):
-    for shard in "ab":
-        with wds.TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
-            for number in range(3):
-                sample = {"__key__": f"x/{number}", "jpg": encoded(noise(number, 70, 64), "JPEG"), "txt": "words"}
-                writer.write(sample | ({"png": encoded(noise(9, 70, 64))} if number == 1 else {}))
-    with pytest.raises(SourceError, match=r"two pictures have the key 'x/0' \(.*a.tar, .*b.tar\); give --shard-names"):
-        list_entries(str(tmp_path))
-    entries, _ = list_entries(str(tmp_path), shard_names=True)
-    assert [entry.key for entry in entries] == [f"{shard}/x/{number}" for shard in "ab" for number in range(3)]
-    assert encoded(entries[1].read()) == encoded(Image.open(io.BytesIO(encoded(noise(1, 70, 64), "JPEG"))))
-    data = (tmp_path / "b.tar").read_bytes()
-    place = data.index(b"x/2.jpg")
-    (tmp_path / "b.tar").write_bytes(data[:place] + b"garbage" * 1000)
-    (tmp_path / "c.tar").write_bytes(b"no tar" * 1000)
-    extract(tmp_path / "*.tar", tmp_path / "out", "--shard-names")
-    said = capsys.readouterr().err
-    assert "b.tar is damaged" in said and "c.tar is damaged or no plain .tar" in said
-    assert len(Features(tmp_path / "out")) == 5
-    with pytest.raises(SystemExit):
-        extract(tmp_path / "*.tar", tmp_path / "strict", "--shard-names", "--strict")
-
-
-def test_sources_that_cannot_be_used(tmp_path, folder):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "twice.txt").write_text("a.png\na.png\n")
-    (tmp_path / "wrong.jsonl").write_text('{"key": 3}\n')
-    (tmp_path / "torn.jsonl").write_text('{"path": "a.png"\n')
-    for data, message in (
-        ("empty", "holds no pictures"),
-        ("nowhere", "no such folder, shards or list"),
-        ("no/{00..03}.tar", "no shard"),
-        ("twice.txt", "two pictures have the key 'a.png'.*a key of its own"),
-        ("wrong.jsonl", "line 1: expected an object with a path"),
-        ("torn.jsonl", "line 1: no JSON"),
-    ):
-        with pytest.raises(SourceError, match=message):
-            list_entries(str(tmp_path / data))
-    with pytest.raises(SourceError, match="is a picture; give its folder"):
-        list_entries(str(next(folder.rglob("*.png"))))
-
-
-def test_strange_names(tmp_path, capsys):
-    """Line ends of Unicode, other scripts, and bytes that are no text."""
-    names = ["a\u2028b.png", "日本 語.png", "x\x85y.png", "quote\"'.png"]
-    for name in names:
-        noise(1, 64, 64).save(tmp_path / name)
-    noise(1, 64, 64).save(os.fsencode(tmp_path) + b"/\xff.png", "PNG")
-    for format in FORMATS:
-        out = tmp_path / "out" / format
-        extract(tmp_path, out, "--format", format)
-        assert "1 names are no UTF-8 and are left out" in capsys.readouterr().err
-        assert Features(out).keys == sorted(names) and extract(tmp_path, out, "--format", format).pictures == 0
-
-
-# --- the folder of features ---
-
-
-def test_other_settings_are_refused_and_named(folder, tmp_path, capsys):
-    extract(folder, tmp_path / "out", "--limit", "3")
-    assert extract(folder, tmp_path / "out", "--batch-size", "2", "--shard-items", "2").pictures == 9
-    for arguments, named in (
-        (["--size", "96"], "size [128, 128], now [96, 96]"),
-        (["--seed", "1"], "weights "),
-        (["--pool", "mean"], "pool 'none', now 'mean'"),
-    ):
-        with pytest.raises(SystemExit):
-            extract(folder, tmp_path / "out", *arguments)
-        said = capsys.readouterr().err
-        assert named in said and "other settings" in said and "another --out" in said
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("mine")
-    with pytest.raises(SystemExit):
-        extract(folder, tmp_path / "mine")
-    assert "holds other files (letter.txt)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_damaged_and_unindexed_shards(folder, tmp_path, capsys, format):
-    out = tmp_path / "out"
-    extract(folder, out, "--shard-items", "4", "--batch-size", "4", "--size", "64", "--format", format)
-    extract(folder, tmp_path / "whole", "--size", "64", "--format", format)
-    (out / "index.jsonl").unlink()  # the shards know their rows
-    same(out, tmp_path / "whole")
-    first, *_ = shards = sorted(out.glob("features-*"))
-    assert len(shards) == 3
-    first.write_bytes(first.read_bytes()[:1000])
-    with pytest.raises(ShardError, match="is damaged"):
-        Features(out)
-    assert extract(folder, out, "--size", "64", "--format", format).pictures == 4
-    assert "is damaged" in capsys.readouterr().err
-    same(out, tmp_path / "whole")
-
-
-def test_what_a_killed_process_left_goes_at_the_end(folder, tmp_path):
-    out = tmp_path / "out"
-    extract(folder, out, "--limit", "3")
-    (out / ".features-00001-abc-00000.safetensors.0123.part").write_bytes(b"half")
-    (out / "failures-00001-of-00002.jsonl").write_text('{"key": "one/01.png", "path": "x", "error": "then"}\n')
-    extract(folder, out)
-    assert sorted(path.name.split("-")[0] for path in out.iterdir()) == [
-        ".lock",
-        *["features"] * 2,
-        "index.jsonl",
-        "meta.json",
-    ]
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_reader_is_a_data_set(folder, tmp_path, format):
-    extract(folder, tmp_path / "out", "--size", "64", "--shard-items", "5", "--format", format)
-    features = Features(tmp_path / "out")
-    assert "one/01.png" in features and "nine" not in features and features.meta["settings"]["size"] == [64, 64]
-    assert features[-1]["key"] == features.keys[-1] and [one["key"] for one in features] == features.keys
-    with pytest.raises(KeyError, match="no features of 'nine' in .*, e.g. 'one/01.png'"):
-        features["nine"]
-    with pytest.raises(IndexError):
-        features[12]
-    with pytest.raises(KeyError, match="map 'us9' is not in .*, which holds us6"):
-        Features(tmp_path / "out", ["us9"])
-    with pytest.raises(StoreError, match="holds no features .meta.json is missing"):
-        Features(tmp_path)
-    again = pickle.loads(pickle.dumps(features))
-    assert torch.equal(again[3]["us6"], features[3]["us6"])
-    loaded = list(DataLoader(features, batch_size=4, num_workers=2))
-    assert torch.equal(torch.cat([batch["us6"] for batch in loaded]), features.stack("us6"))
-
-
-def test_parquet_is_read_by_others(folder, tmp_path):
-    import pyarrow.dataset
-
-    extract(folder, tmp_path / "out", "--keep-size", "--shard-items", "5", "--format", "parquet")
-    table = pyarrow.dataset.dataset(sorted((tmp_path / "out").glob("*.parquet"))).to_table()
-    features = Features(tmp_path / "out")
-    assert sorted(table.column("key").to_pylist()) == features.keys
-    for row in table.to_pylist():
-        one = features[row["key"]]
-        assert (row["width"], row["us6_shape"]) == (one["width"], list(one["us6"].shape))
-        assert torch.equal(torch.tensor(row["us6"], dtype=torch.float16).reshape(row["us6_shape"]), one["us6"])
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_many_row_groups(tmp_path, format, monkeypatch):
-    monkeypatch.setattr("cleandift_backbones.extraction.formats.GROUP_BYTES", 100)
-    maps = torch.randn(9, 2, 3, 5).half()
-    half = [
-        Computed([f"{i}" for i in range(s, s + n)], [(5, 3)] * n, (3, 5), {"m": maps[s : s + n]})
-        for s, n in ((0, 4), (4, 5))
-    ]
-    path = tmp_path / "shard"
-    rows = FORMATS[format].write(path, half)
-    shard = FORMATS[format](path)
-    assert shard.rows() == rows
-    for number in (8, 0, 3, 4, 7):
-        assert torch.equal(shard.get(rows[number], "m"), maps[number])
