@@ -340,6 +340,19 @@ def test_features_that_are_not_finite(folder, tmp_path, capsys, monkeypatch):
     extract(folder, tmp_path / "full", "--store-dtype", "float32")
 
 
+def test_what_was_computed_before_an_error_is_kept(folder, tmp_path, monkeypatch):
+    call, calls = extractor_module.Extractor.__call__, Counter()
+
+    def later_ones_break(self, x):
+        calls["all"] += 1
+        return {n: y * (float("nan") if calls["all"] > 1 else 1) for n, y in call(self, x).items()}
+
+    monkeypatch.setattr(extractor_module.Extractor, "__call__", later_ones_break)
+    with pytest.raises(SystemExit):
+        extract(folder, tmp_path / "out", "--batch-size", "2")
+    assert len(Features(tmp_path / "out")) == 2
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

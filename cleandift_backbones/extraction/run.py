@@ -202,9 +202,10 @@ def run(
             waiting = time.perf_counter()
         finally:  # what was computed is kept, also after an error or Ctrl-C
             source.close()
-            while pending:
-                pending.popleft().result()
+            errors = [error for future in pending if (error := future.exception())]  # waits for each
             store.flush()
+            if errors:
+                raise errors[0]
         report.storing += time.perf_counter() - waiting
     report.seconds, report.computing = time.perf_counter() - clock, computer.seconds
     return report
