@@ -16,7 +16,7 @@ from PIL import Image
 
 from cleandift_backbones import extractor as extractor_module
 from cleandift_backbones.extraction import Features, loading, store
-from cleandift_backbones.extraction.command import load, parser
+from cleandift_backbones.extraction.command import load, parser, place
 from cleandift_backbones.extraction.formats import FORMATS
 from cleandift_backbones.extraction.loading import Read, Resize, ahead, batches
 from cleandift_backbones.extraction.sources import Entry, list_entries
@@ -377,6 +377,18 @@ def test_wrong_options_are_told_first(folder, tmp_path, capsys, arguments, messa
         extract(folder, tmp_path / "out", *arguments)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_machines_of_different_sizes_share_everything(monkeypatch):
+    taken = []
+    for part, processes in ((0, 8), (1, 4)):
+        args = parser().parse_args([*TINY, "--data", "x", "--out", "y", "--part", f"{part}/2"])
+        for rank in range(processes):
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            monkeypatch.setenv("RANK", str(rank))
+            first, step, _ = place(args)
+            taken += range(1600)[first::step]
+    assert sorted(taken) == list(range(1600))
 
 
 def test_model_arguments_reach_the_model():

@@ -163,7 +163,8 @@ def place(args: argparse.Namespace) -> tuple[int, int, int]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
     part, parts = args.part
-    return part * world + rank, parts * world, int(os.environ.get("LOCAL_RANK", 0))
+    # A part is shared by its own machine's processes: entries[part::parts][rank::world], whatever others have.
+    return part + parts * rank, parts * world, int(os.environ.get("LOCAL_RANK", 0))
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Resize]:
@@ -274,7 +275,7 @@ def _finish(args: argparse.Namespace, store: Store, entries: list[Entry], report
     missing = sum(entry.key not in done and entry.key not in failed for entry in entries)
     if not missing:
         store.clean()
-    if not done:
+    if not done and not missing:
         raise SourceError(f"none of {len(entries)} pictures can be read, the first: {failures[0]['error']}")
     print(f"{who}{report.pictures:,} pictures in {report.seconds:.1f} s, {report}")
     size = sum(path.stat().st_size for path in store.folder.glob(f"*{store.kind.suffix}"))
