@@ -64,3 +64,11 @@ def pictures(tmp_path_factory):
         image.save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"red box {number}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def features():
+    """Features that the page keeps, of cleandift_tiny and dift_tiny, shared by the tests that only read them."""
+    from cleandift_backbones.app.extracting import Features
+
+    return Features()

@@ -1,6 +1,5 @@
 """Small extractions, shared by the tests of extraction."""
 
-import io
 import os
 import subprocess
 import sys
@@ -22,12 +21,6 @@ def noise(seed, width, height, mode="RGB"):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy()).convert(mode)
-
-
-def encoded(image, format="PNG", **kwargs):
-    buffer = io.BytesIO()
-    image.save(buffer, format, **kwargs)
-    return buffer.getvalue()
 
 
 def make_pictures(folder, count=12):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from picture_bytes import encoded
 from PIL import Image
 from safetensors.torch import load
 
@@ -20,18 +21,6 @@ from cleandift_backbones.images import ImageError
 
 PAIR = ["nerd-face_noto.png", "nerd-face_twemoji.png"]
 EYE, ITS_PAIR = (0.3, 0.41), (0.321, 0.39)  # 1F913's left eyes, evaluation/emoji_eyes.json
-
-
-@pytest.fixture(scope="module")
-def features():
-    """Of cleandift_tiny and dift_tiny, shared by the tests that only read them."""
-    return Features()
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -7,23 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from picture_bytes import encoded
 from PIL import Image
 
 from cleandift_backbones.app.answers import Answers, Progress
 from cleandift_backbones.app.extracting import Features
 from cleandift_backbones.app.sessions import MOST_PICTURES, MOST_POINTS, Session, Sessions, Settings
-
-
-@pytest.fixture(scope="module")
-def features():
-    """Of cleandift_tiny and dift_tiny, shared by the tests that only read them."""
-    return Features()
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def photo(shade=0, size=(80, 80)):

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import webdataset as wds
-from extract_runs import ROOT, command, encoded, extract, make_pictures, noise, same
+from extract_runs import ROOT, command, extract, make_pictures, noise, same
+from picture_bytes import encoded
 
 from cleandift_backbones.extraction import Features
 from cleandift_backbones.extraction.command import main

@@ -7,7 +7,8 @@ import pickle
 import pytest
 import torch
 import webdataset as wds
-from extract_runs import encoded, extract, make_pictures, noise, same
+from extract_runs import extract, make_pictures, noise, same
+from picture_bytes import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
