@@ -2,7 +2,7 @@
 
 Exact steps: what a constant timestep and prompt give is computed once and their weights are dropped (`FoldedUNet`);
 resnets write into the tensors they own (`LeanResnet`); memory formats that the device's convolutions take as they are;
-on CPUs, convolutions in fewer multiplications (`winograd.py`).
+on CPUs, convolutions in fewer multiplications (`winograd.py`) and memory that is kept between passes (`allocator.py`).
 Approximate steps, each asked for by name: 16-bit weights, torch.compile (which fuses what is left between products).
 """
 
@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from .allocator import keep_freed_memory
 from .backbone import CleanDIFT, lacks_bfloat16
 from .noisy import DIFT
 from .unet import FeatureUNet
@@ -303,6 +304,7 @@ def optimize(
     winograd: bool | None = None,
     dtype: torch.dtype | None = None,
     compile: bool | str | dict = False,
+    keep_memory: bool | None = None,
 ) -> nn.Module:
     """Makes a model of this package faster for inference, in place, and returns it.
 
@@ -326,6 +328,8 @@ def optimize(
         compile: approximate in the last digits. True compiles once for any image size (and once for batches of one),
             on the first call, for minutes; "reduce-overhead" also replays CUDA graphs, one for each image size; a dict
             holds arguments of torch.compile.
+        keep_memory: exact, and for the whole process: memory that a pass frees is kept for the next one, as torch does
+            on a GPU, in place of new pages from the kernel (`allocator.keep_freed_memory`). Default: on a CPU.
 
     Raises:
         TypeError: no backbone of this package, or several. ValueError: optimised already, on the meta device, unknown
@@ -370,4 +374,6 @@ def optimize(
     backbone._own_keys = bool(fold) or any(isinstance(module, WinogradConv) for module in backbone.modules())
     backbone.__class__ = OptimizedDIFT if isinstance(backbone, DIFT) else OptimizedCleanDIFT
     backbone._known = backbone._stamp()
+    if keep_memory or (keep_memory is None and device.type == "cpu"):
+        keep_freed_memory()
     return model

@@ -10,20 +10,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import benchmark
-from benchmarks import inference
+from benchmarks import ways
 
 
 def test_report(tmp_path, capsys):
-    ways = ["whole", "dift", "timm", "optimized", "direct", "light"]
+    names = ["whole", "dift", "timm", "optimized", "direct", "light"]
     command = "inference --model test_cleandift --size 64 128 --batch-size 1 2 --repeat 2 --threads 1 --clock cpu"
-    benchmark.main([*command.split(), "--ways", *ways, "--out", str(tmp_path)])
+    benchmark.main([*command.split(), "--ways", *names, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "inference.json").read_text())
-    assert len(found["rows"]) == 4 * len(ways) and (tmp_path / "inference.png").stat().st_size > 5000
+    assert len(found["rows"]) == 3 * len(names) and (tmp_path / "inference.png").stat().st_size > 5000
     assert (tmp_path / "inference.md").read_text() in capsys.readouterr().out
     case = {row["way"]: row for row in found["rows"] if (row["size"], row["batch"]) == (128, 1)}
     for way in ("whole", "timm", "optimized", "direct"):
         assert case[way]["apart"] < 1e-4 and case[way]["cosine"] > 0.99999 and len(case[way]["seconds"]) == 2
     assert "apart" not in case["dift"] and "apart" not in case["light"]  # other maps: of noise, of a random encoder
+    assert {(row["size"], row["batch"]) for row in found["rows"]} == {(64, 1), (128, 1), (64, 2)}
     work = {way: row["gflop"] for way, row in case.items()}
     assert work["direct"] <= work["timm"] < work["whole"] < work["dift"]
     assert case["direct"]["weights"] < case["timm"]["weights"] < case["whole"]["weights"]
@@ -33,17 +34,26 @@ def test_the_noisy_way_is_dift():
     """The plain DIFT gives what this package's DIFT gives."""
     import timm
 
-    weights = inference.Weights("dift_tiny", "us6", torch.device("cpu"))
+    weights = ways.Weights("dift_tiny", "us6", torch.device("cpu"))
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        found, expected = inference.dift(weights)(x), weights.model(x)[0]
+        found, expected = ways.dift(weights)(x), weights.model(x)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert timm.create_model("dift_tiny", features_only=True, out_indices=(4,)).model.ensemble_size == 8
 
 
+def test_a_noisy_first_way_is_no_reference(capsys, tmp_path):
+    """The first way that computes the plain map is what others are compared with, whatever came before it."""
+    command = "inference --model test_cleandift --size 64 --repeat 1 --return-memory --ways dift timm optimized --out"
+    benchmark.main([*command.split(), str(tmp_path)])
+    rows = {row["way"]: row for row in json.loads((tmp_path / "inference.json").read_text())["rows"]}
+    assert "apart" not in rows["dift"] and rows["timm"]["apart"] == 0 and 0 < rows["optimized"]["apart"] < 1e-4
+    assert "freed memory is returned" in capsys.readouterr().out
+
+
 def test_ways_share_weights():
-    weights = inference.Weights("test_cleandift", "us6", torch.device("cpu"))
-    mine = {p.data_ptr() for p in inference.ours(weights).weights[0].parameters()}
+    weights = ways.Weights("test_cleandift", "us6", torch.device("cpu"))
+    mine = {p.data_ptr() for p in ways.ours(weights).weights[0].parameters()}
     theirs = {p.data_ptr() for module in (weights.unet, weights.vae) for p in module.parameters()}
     assert mine <= theirs
 

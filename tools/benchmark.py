@@ -21,7 +21,9 @@
   bf16, fp16     optimized in 16 bit;  compile, graphs: optimized and compiled, with dynamic sizes or with CUDA graphs
 It tells latency, images/s, peak memory, bytes of weights, GFLOP (torch's counter, on what really runs), GFLOP/s and
 their share of a matrix product's speed at that moment, and how far the map is from the first way's. With --clock cpu a
-busy machine does no harm: seconds are those that one thread of the processor worked (give --threads 1 too).
+busy machine does no harm: seconds are those that one thread of the processor worked (give --threads 1 too). Several
+sizes are measured at the first batch size, further batch sizes at the first size. On a CPU all ways keep freed memory
+for the next pass, as `optimize` does; with --return-memory none does, as torch does otherwise.
 
 `loading` compares, each in a process of its own, cold (the file is dropped from the page cache) and warm:
   safetensors   safetensors.torch.load_file, then every page of every tensor read
@@ -61,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=inference.WAYS, help="inference: (default: those without compile)")
     parser.add_argument("--threads", type=int, help="inference, matching: CPU threads (default: torch's)")
     parser.add_argument("--pairs", type=int, default=matching.PAIRS, help="matching: (default: %(default)s)")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="inference: freed memory goes back to the kernel after each pass"
+    )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="inference: (default: wall)")
     parser.add_argument("--size", type=int, nargs="+", help="sides of the images in pixels (512; training: one, 128)")
     parser.add_argument("--batch-size", type=int, nargs="+", help="images a pass (1), or a step (training: one, 8)")

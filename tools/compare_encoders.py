@@ -16,16 +16,20 @@ import logging
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cleandift_backbones  # noqa: F401
 from cleandift_backbones.distill.data import DecodeOptions, list_pictures, plain_images
 from cleandift_backbones.distill.trainer import pick_device, run_script
+
+sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
+
+from benchmarks.inference import flop_counter
 
 SHOWN = ("us9", "us6", "us3", "mid")
 
@@ -66,7 +70,7 @@ def work(model: nn.Module, last: str, images: Tensor) -> tuple[float, float]:
     """GFLOP a picture: of everything down to a map, and of the latent encoder."""
     totals = []
     for run in (lambda: model._maps(images, [last]), lambda: model.vae(images)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             run()
         totals.append(counter.get_total_flops() / 1e9 / len(images))
     return totals[0], totals[1]
