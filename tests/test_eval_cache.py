@@ -9,10 +9,10 @@ import timm
 import torch
 from PIL import Image
 
-from cleandift_backbones.evaluation import features as features_module
+from cleandift_backbones import extractor as features_module
 from cleandift_backbones.evaluation.cache import FeatureCache
-from cleandift_backbones.evaluation.features import ModelError, load_extractor
 from cleandift_backbones.evaluation.items import DataError, Item, file_item, require
+from cleandift_backbones.extractor import ModelError, load_extractor
 from cleandift_backbones.images import ImageError, read_image, to_input
 
 

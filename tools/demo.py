@@ -27,7 +27,8 @@ from PIL import Image
 from cleandift_backbones.app.extracting import TIMESTEP, matched_map, own_size, shown_maps, twin
 from cleandift_backbones.app.pictures import SAMPLES, open_picture
 from cleandift_backbones.evaluation import correspondence, figures
-from cleandift_backbones.evaluation.features import (
+from cleandift_backbones.evaluation.figures import Panel
+from cleandift_backbones.extractor import (
     Extractor,
     ModelError,
     extract,
@@ -36,7 +37,6 @@ from cleandift_backbones.evaluation.features import (
     map_indices,
     resolve_device,
 )
-from cleandift_backbones.evaluation.figures import Panel
 from cleandift_backbones.files import save_png
 from cleandift_backbones.images import ImageError, check_folder, to_tensor
 

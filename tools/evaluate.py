@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
-from cleandift_backbones.evaluation.features import (
+from cleandift_backbones.extractor import (
     PIXELS,
     Extractor,
     ModelError,

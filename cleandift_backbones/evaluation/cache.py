@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..extractor import Extractor, ModelError, weights_digest
 from ..files import replacing, write_text
 from ..images import ImageError, to_input
 from ..version import __version__
-from .features import Extractor, ModelError, weights_digest
 from .items import Item
 
 SHARD_BYTES = 2**26  # features that an interruption may lose, and that wait in memory to be written

@@ -15,11 +15,11 @@ import timm
 import torch
 from tqdm import tqdm
 
-from ..images import ImageError, check_folder
+from ..extractor import PIXELS, Extractor, ModelError, list_maps, load_extractor, map_indices, resolve_device
+from ..images import ENDINGS, ImageError, check_folder
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
-from .features import PIXELS, Extractor, ModelError, list_maps, load_extractor, map_indices, resolve_device
-from .items import ENDINGS, DataError, file_item
+from .items import DataError, file_item
 from .matching import ALPHAS
 from .noise import noise_shares
 from .noise_report import write_shares

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..images import ENDINGS
 from .bootstrap import Tally
-from .items import ENDINGS, DataError, Item, file_item, read_table, require, require_folder
+from .items import DataError, Item, file_item, read_table, require, require_folder
 
 KS = (1, 5, 10, 20)
 TEMPERATURE = 0.07  # of the weighted vote: Wu et al. 2018 (arXiv 1805.01978), as in DINO
