@@ -1,5 +1,6 @@
 """Features on disk: computed once, resumed, and never mistaken for others."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -85,6 +86,24 @@ def test_features_of_other_code_are_computed_again(items, tmp_path, passes, monk
     for extractor in (resnet(), own):
         cache.features(extractor, items)
     assert sum(passes) == 15  # only those of timm's own model
+
+
+def test_optimised_features_are_kept_apart(items, tmp_path, passes):
+    """Beside those of the model as timm gives it, under the hash of the same weights; with a prompt per picture too."""
+    said, texts = [], ("", "a cat", "", "a dog", "")
+    items = [dataclasses.replace(item, prompt=text) for item, text in zip(items, texts)]
+    cache, found = FeatureCache(tmp_path / "cache", 2, dtype="float32", progress=False, say=said.append), []
+    for optimised in (False, True, True, False):
+        extractor = load_extractor("cleandift_tiny", "mid", size=64)
+        if optimised:
+            extractor.optimize(fixed_prompt=False)
+        found.append(cache.features(extractor, items)["mid"].stack(range(5)))
+    assert sum(passes) == 10 and not any("other weights" in sentence for sentence in said)
+    assert torch.equal(found[0], found[3]) and torch.equal(found[1], found[2]) and not torch.equal(*found[:2])
+    assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+    infos = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/info.json")]
+    assert [info["settings"].get("optimize") for info in infos].count("exact") == 1
+    assert len({info["weights"] for info in infos}) == 1
 
 
 def test_features_of_other_weights_are_computed_again_and_it_is_said(items, tmp_path, passes):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..images import ENDINGS
+from ..images import ENDINGS, find_pictures
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_table, require, require_folder
 
@@ -55,7 +55,7 @@ def read_image_folder(folder: str | Path, root: str | Path | None = None, per_cl
         raise DataError(f"{folder} has no folders of classes (found {found} files); expected {LAYOUT}; {IMAGENET}")
     items, labels = [], []
     for number, name in enumerate(classes):
-        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
+        paths = find_pictures(folder / name)
         if not paths:
             raise DataError(f"{folder / name} holds no pictures ({', '.join(ENDINGS)}); fill it or remove it")
         paths = paths[:per_class]
