@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from cleandift_backbones import extractor as features_module
+from cleandift_backbones import extractor as extractor_module
 from cleandift_backbones.evaluation.cache import FeatureCache
 from cleandift_backbones.evaluation.items import DataError, Item, file_item, require
 from cleandift_backbones.extractor import ModelError, load_extractor
@@ -39,8 +39,8 @@ def resnet(seed=0, size=64, map="layer2"):
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the pictures that go through models."""
-    counted, call = [], features_module.Extractor.__call__
-    monkeypatch.setattr(features_module.Extractor, "__call__", lambda self, x: counted.append(len(x)) or call(self, x))
+    counted, call = [], extractor_module.Extractor.__call__
+    monkeypatch.setattr(extractor_module.Extractor, "__call__", lambda self, x: counted.append(len(x)) or call(self, x))
     return counted
 
 
@@ -133,18 +133,19 @@ def test_an_interrupted_run_goes_on(items, tmp_path, passes):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cleandift_backbones.evaluation import cache, features, items
+from cleandift_backbones import extractor as models
+from cleandift_backbones.evaluation import cache, items
 cache.SHARD_BYTES = 1  # every batch is a file
-call = features.Extractor.__call__
+call = models.Extractor.__call__
 def stop(self, x, count=[0]):
     count[0] += len(x)
     if count[0] > 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return call(self, x)
-features.Extractor.__call__ = stop
+models.Extractor.__call__ = stop
 folder = Path(sys.argv[1])
 data = [items.file_item(path, folder / "data") for path in sorted((folder / "data").iterdir())]
-extractor = features.load_extractor("pixels", size=64)
+extractor = models.load_extractor("pixels", size=64)
 cache.FeatureCache(folder / "cache", 1, progress=False).features(extractor, data)
 """
 
