@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import cleandift_backbones  # noqa: F401  registers this package's models with timm
+import cleandift_backbones
 
 from .images import to_tensor
 
@@ -66,39 +67,69 @@ class Extractor:
     device: torch.device
     first_prompt: torch.Tensor | None = None  # embeddings that the model had before `set_prompts`
     dtype: torch.dtype = torch.float32
+    optimized: str | None = None  # "exact" or "compile" after `optimize`
+    _weights: str = ""  # their hash before `optimize`
 
     @torch.inference_mode()
     def __call__(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures B x 3 x H x W in 0..1 -> {map name: B x C x h x w} on the model's device."""
-        x = pictures.to(self.device, torch.float32, non_blocking=True)
-        if self.size and x.shape[-2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        mean, std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        x = ((x - mean) / std).to(self.dtype, memory_format=torch.channels_last)
-        try:
-            outputs = self.model(x)
-        except (AssertionError, RuntimeError, ValueError, MemoryError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
-                lower = "lower the batch size (--batch-size)" if len(x) > 1 else "lower the size (--size)"
-                raise OutOfMemory(f"{self.name}: out of memory with a batch of {len(x)}; {lower}") from error
-            raise ModelError(
-                f"{self.name} cannot take pictures of {x.shape[-1]}x{x.shape[-2]}: {_line(error)}"
-            ) from error
+        with memory_told(self.name, len(pictures)):
+            x = pictures.to(self.device, torch.float32, non_blocking=True)
+            if self.size and x.shape[-2:] != self.size:
+                x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            mean, std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+            x = ((x - mean) / std).to(self.dtype, memory_format=torch.channels_last)
+            try:
+                outputs = self.model(x)
+            except (AssertionError, RuntimeError, ValueError) as error:
+                if _is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"{self.name} cannot take pictures of {x.shape[-1]}x{x.shape[-2]}: {_line(error)}"
+                ) from error
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":  # Swin and others
             outputs = [y.permute(0, 3, 1, 2) for y in outputs]
         return dict(zip(self.maps, outputs, strict=True))
 
+    @property
+    def core(self) -> nn.Module:
+        """The model, out of timm's wrapper for features_only."""
+        return getattr(self.model, "model", self.model)
+
+    def weights_digest(self) -> str:
+        """Hash of the weights, prompt and timestep that were loaded or set, whether or not they are optimised now."""
+        return self._weights or weights_digest(self.model)
+
+    def optimize(self, fixed_prompt: bool = True, compile: bool = False) -> None:
+        """Makes a model of this package faster, by the exact steps of `cleandift_backbones.optimize`; others stay.
+
+        Args:
+            fixed_prompt: the prompt that is set now stays; False leaves `set_prompts` open, for less speed.
+            compile: also compile it, once for all sizes, on the first pass.
+
+        Raises:
+            ModelError: a model that cannot be optimised; `compile` with one of another package.
+        """
+        if not hasattr(getattr(self.core, "vae", None), "map_infos"):
+            if compile:
+                raise ModelError(f"{self.name} is no model of this package: only these are compiled")
+            return
+        self._weights = weights_digest(self.model)
+        try:
+            cleandift_backbones.optimize(self.model, fold=True if fixed_prompt else "timestep", compile=compile)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"{self.name} cannot be optimised: {_line(error)}") from error
+        self.optimized = "compile" if compile else "exact"
+
     def remember_latents(self, memory: dict[bytes, torch.Tensor]) -> None:
         """Shares encoded pictures with other runs through `memory`, if the model is one of this package's."""
-        core = getattr(self.model, "model", self.model)
-        if hasattr(getattr(core, "vae", None), "map_infos"):  # a LatentEncoder, whose module imports diffusers
-            core.vae = RememberedLatents(core.vae, memory)
+        if hasattr(getattr(self.core, "vae", None), "map_infos"):  # a LatentEncoder, whose module imports diffusers
+            self.core.vae = RememberedLatents(self.core.vae, memory)
 
     @property
     def takes_prompts(self) -> bool:
         """Whether the model is conditioned on text and knows a text encoder."""
-        core = getattr(self.model, "model", self.model)
-        return bool(getattr(core, "text_encoder", None)) and hasattr(core, "set_prompt")
+        return bool(getattr(self.core, "text_encoder", None)) and hasattr(self.core, "set_prompt")
 
     def set_prompts(self, prompts: Sequence[str]) -> None:
         """Conditions the model on texts, one per picture of the next batch; none: on what it was conditioned at first.
@@ -108,14 +139,13 @@ class Extractor:
         """
         if not self.takes_prompts:
             raise ModelError(f"{self.name} takes no prompts, or knows no text encoder; give --prompt none")
-        core = getattr(self.model, "model", self.model)
         if self.first_prompt is None:
-            self.first_prompt = core.prompt_embeds
+            self.first_prompt = self.core.prompt_embeds
         try:
             if not prompts:
-                core.set_prompt(self.first_prompt)
+                self.core.set_prompt(self.first_prompt)
             else:
-                core.set_prompt(prompts[0] if len(set(prompts)) == 1 else list(prompts))
+                self.core.set_prompt(prompts[0] if len(set(prompts)) == 1 else list(prompts))
         except (ImportError, OSError, ValueError) as error:
             raise ModelError(f"{self.name}: {_line(error)}; or give --prompt none") from error
 
@@ -166,6 +196,22 @@ def _digest(*tensors: torch.Tensor) -> bytes:
         state.update(str(tuple(tensor.shape)).encode())
         state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return state.digest()
+
+
+@contextmanager
+def memory_told(name: str, count: int) -> Iterator[None]:
+    """Raises OutOfMemory for whatever torch raises in the block when memory for `count` pictures runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        lower = "lower the batch size (--batch-size)" if count > 1 else "lower the size (--size)"
+        raise OutOfMemory(f"{name}: out of memory with a batch of {count}; {lower}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,44 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  #
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names the file and what to do about it."""
+
+
+def find_pictures(
+    root: str | os.PathLike,
+    endings: Sequence[str] = ENDINGS,
+    unreadable: Callable[[OSError], None] | None = None,
+) -> list[Path]:
+    """Paths of the picture files below a folder, at any depth, sorted. Nothing is opened.
+
+    Links to folders are followed, but not into a folder that they lie in. Names that begin with a dot are left out:
+    other systems leave such files behind.
+
+    Args:
+        unreadable: is told of folders that cannot be read, which are left out; None: the error is raised.
+
+    Raises:
+        OSError: no such folder, or one that cannot be read.
+    """
+    found: list[Path] = []
+    waiting: list[tuple[str, frozenset[str]]] = [(os.fspath(root), frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        inside = above | {os.path.realpath(folder)}
+        if inside == above:
+            continue
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            if unreadable is None:
+                raise
+            unreadable(error)
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                waiting.append((entry.path, inside))
+            elif os.path.splitext(entry.name)[1].lower() in endings and not entry.name.startswith("."):
+                found.append(Path(entry.path))
+    return sorted(found)
 
 
 def read_image(

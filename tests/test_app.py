@@ -16,7 +16,7 @@ from cleandift_backbones.app.extracting import Cancelled, Features, Spec
 from cleandift_backbones.app.mapping import SHOWS, _otsu, alike, foreground, segments
 from cleandift_backbones.app.pictures import LARGEST, open_picture, sample_names
 from cleandift_backbones.app.store import Entry, FeatureStore
-from cleandift_backbones.evaluation.features import ModelError, extract, load_extractor
+from cleandift_backbones.extractor import ModelError, extract, load_extractor
 from cleandift_backbones.images import ImageError
 
 PAIR = ["nerd-face_noto.png", "nerd-face_twemoji.png"]

@@ -15,7 +15,7 @@ from test_evaluation import plain_match
 
 from cleandift_backbones.evaluation import cross_style, emoji, report
 from cleandift_backbones.evaluation.bootstrap import Tally
-from cleandift_backbones.evaluation.features import extract, load_extractor
+from cleandift_backbones.extractor import extract, load_extractor
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 

@@ -1,5 +1,6 @@
 """Features on disk: computed once, resumed, and never mistaken for others."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,10 +10,10 @@ import timm
 import torch
 from PIL import Image
 
-from cleandift_backbones.evaluation import features as features_module
+from cleandift_backbones import extractor as extractor_module
 from cleandift_backbones.evaluation.cache import FeatureCache
-from cleandift_backbones.evaluation.features import ModelError, load_extractor
 from cleandift_backbones.evaluation.items import DataError, Item, file_item, require
+from cleandift_backbones.extractor import ModelError, load_extractor
 from cleandift_backbones.images import ImageError, read_image, to_input
 
 
@@ -38,8 +39,8 @@ def resnet(seed=0, size=64, map="layer2"):
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the pictures that go through models."""
-    counted, call = [], features_module.Extractor.__call__
-    monkeypatch.setattr(features_module.Extractor, "__call__", lambda self, x: counted.append(len(x)) or call(self, x))
+    counted, call = [], extractor_module.Extractor.__call__
+    monkeypatch.setattr(extractor_module.Extractor, "__call__", lambda self, x: counted.append(len(x)) or call(self, x))
     return counted
 
 
@@ -87,6 +88,24 @@ def test_features_of_other_code_are_computed_again(items, tmp_path, passes, monk
     assert sum(passes) == 15  # only those of timm's own model
 
 
+def test_optimised_features_are_kept_apart(items, tmp_path, passes):
+    """Beside those of the model as timm gives it, under the hash of the same weights; with a prompt per picture too."""
+    said, texts = [], ("", "a cat", "", "a dog", "")
+    items = [dataclasses.replace(item, prompt=text) for item, text in zip(items, texts)]
+    cache, found = FeatureCache(tmp_path / "cache", 2, dtype="float32", progress=False, say=said.append), []
+    for optimised in (False, True, True, False):
+        extractor = load_extractor("cleandift_tiny", "mid", size=64)
+        if optimised:
+            extractor.optimize(fixed_prompt=False)
+        found.append(cache.features(extractor, items)["mid"].stack(range(5)))
+    assert sum(passes) == 10 and not any("other weights" in sentence for sentence in said)
+    assert torch.equal(found[0], found[3]) and torch.equal(found[1], found[2]) and not torch.equal(*found[:2])
+    assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+    infos = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/info.json")]
+    assert [info["settings"].get("optimize") for info in infos].count("exact") == 1
+    assert len({info["weights"] for info in infos}) == 1
+
+
 def test_features_of_other_weights_are_computed_again_and_it_is_said(items, tmp_path, passes):
     said = []
     cache = FeatureCache(tmp_path / "cache", 8, progress=False, say=said.append)
@@ -114,18 +133,19 @@ def test_an_interrupted_run_goes_on(items, tmp_path, passes):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cleandift_backbones.evaluation import cache, features, items
+from cleandift_backbones import extractor as models
+from cleandift_backbones.evaluation import cache, items
 cache.SHARD_BYTES = 1  # every batch is a file
-call = features.Extractor.__call__
+call = models.Extractor.__call__
 def stop(self, x, count=[0]):
     count[0] += len(x)
     if count[0] > 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return call(self, x)
-features.Extractor.__call__ = stop
+models.Extractor.__call__ = stop
 folder = Path(sys.argv[1])
 data = [items.file_item(path, folder / "data") for path in sorted((folder / "data").iterdir())]
-extractor = features.load_extractor("pixels", size=64)
+extractor = models.load_extractor("pixels", size=64)
 cache.FeatureCache(folder / "cache", 1, progress=False).features(extractor, data)
 """
 

@@ -87,6 +87,31 @@ def test_knn_and_retrieval(classes, tmp_path, monkeypatch):
     assert data["runs"][0]["maps"]["pixels"]["recall@1"]["rate"] == 1 and data["pictures"] == 6
 
 
+def test_models_are_optimised_unless_told(classes, tmp_path, monkeypatch):
+    """The cache keeps both kinds, and says so."""
+    out, rates = tmp_path / "out", []
+    given = [
+        "--model",
+        "cleandift_tiny",
+        "--size",
+        64,
+        "--out",
+        out,
+        "--data",
+        classes,
+        "--k",
+        1,
+        "--prompt",
+        "a shape",
+    ]
+    for more in ([], ["--no-optimize"]):
+        evaluate(monkeypatch, "knn", *given, *more)
+        rates.append(results(out, "knn")["runs"][0]["maps"]["mid"]["kNN accuracy, k=1"]["rate"])
+    infos = [json.loads(path.read_text()) for path in (out / "features").glob("*/info.json")]
+    assert rates[0] == rates[1] and len({info["weights"] for info in infos}) == 1
+    assert sorted(str(info["settings"].get("optimize")) for info in infos) == ["None", "exact"]
+
+
 def test_segmentation(voc, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "out"
     arguments = ["--data", voc, "--size", 64, "--out", out, "--epochs", 2]

@@ -8,7 +8,7 @@ import torch
 from test_emoji import folder, read  # noqa: F401 (a fixture)
 
 from cleandift_backbones.evaluation import emoji, emoji_probes
-from cleandift_backbones.evaluation.features import load_extractor
+from cleandift_backbones.extractor import load_extractor
 
 
 def test_subgroups_by_hand():

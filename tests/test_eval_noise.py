@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cleandift_backbones.evaluation.features import ModelError, load_extractor
 from cleandift_backbones.evaluation.noise import noise_shares, variance_shares
+from cleandift_backbones.extractor import ModelError, load_extractor
 
 
 def test_the_variances_that_were_put_in_come_out():

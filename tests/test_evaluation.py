@@ -13,7 +13,7 @@ from PIL import Image
 import cleandift_backbones  # noqa: F401
 from cleandift_backbones.evaluation import bootstrap, correspondence, cross_style
 from cleandift_backbones.evaluation.bootstrap import Tally
-from cleandift_backbones.evaluation.features import ModelError, extract, list_maps, load_extractor, resolve_device
+from cleandift_backbones.extractor import ModelError, extract, list_maps, load_extractor, resolve_device
 
 # --- correspondence ---------------------------------------------------------------------------------------------------
 

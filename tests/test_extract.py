@@ -1,17 +1,13 @@
 """Extraction in one process: the features are the model's own, whatever they came from and however they are stored."""
 
 import json
-import os
-import signal
-import struct
 import threading
-import zlib
 from collections import Counter
 
 import pytest
 import torch
 import webdataset as wds
-from extract_runs import RANDOM, extract, make_pictures, noise, plain, same
+from extract_runs import RANDOM, extract, make_pictures, noise, plain
 from PIL import Image
 
 from cleandift_backbones import extractor as extractor_module
@@ -162,6 +158,15 @@ def test_sizes_that_are_kept():
     assert Resize("keep").target(70, 90) == (90, 70)
 
 
+@pytest.mark.parametrize("longest, multiple", [(250, 64), (256, 100), (200, 64), (64, 64), (100, 1)])
+def test_the_longest_side_is_a_bound(longest, multiple):
+    resize = Resize("keep", None, longest, multiple)
+    for width, height in ((800, 800), (800, 600), (600, 800), (90, 70), (3, 3000)):
+        target = resize.target(width, height)
+        assert max(target) <= longest and all(side % multiple == 0 and side > 0 for side in target)
+    assert resize.target(8000, 8000) == (longest // multiple * multiple,) * 2
+
+
 def of_size(number, side):
     return Read(Entry(str(number), ""), torch.zeros(3, 1, side), (side, 1))
 
@@ -257,107 +262,12 @@ def test_ahead_brings_errors_and_stops():
     assert len(taken) <= 4
 
 
-# --- memory, disk, and what cannot be read ---
-
-
-def test_out_of_memory_halves_the_batch(folder, tmp_path, monkeypatch, capsys):
-    call, sizes = extractor_module.Extractor.__call__, []
-
-    def limited(self, pictures):
-        sizes.append(len(pictures))
-        if len(pictures) > 2:
-            raise extractor_module.OutOfMemory("full")
-        return call(self, pictures)
-
-    extract(folder, tmp_path / "plain", "--size", "64")
-    monkeypatch.setattr(extractor_module.Extractor, "__call__", limited)
-    extract(folder, tmp_path / "out", "--size", "64")
-    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2] and "going on with halves" in capsys.readouterr().err
-    same(tmp_path / "plain", tmp_path / "out")
-
-    def never(self, pictures):
-        raise extractor_module.OutOfMemory("full; lower the size (--size)")
-
-    monkeypatch.setattr(extractor_module.Extractor, "__call__", never)
-    with pytest.raises(SystemExit):
-        extract(folder, tmp_path / "none", "--size", "64")
-    assert "lower the size (--size), --max-side with --keep-size" in capsys.readouterr().err
-
-
-def bomb():
-    """A PNG of 20,000 x 20,000 pixels in less than a hundred bytes."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
-        (b"IEND", b""),
-    ]
-    packed = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
-def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, monkeypatch):
-    data = make_pictures(tmp_path / "data", 6)
-    (data / "one/01.png").write_bytes(b"no picture")
-    (data / "two/04.png").write_bytes((data / "two/04.png").read_bytes()[:300])
-    (data / "two/bomb.png").write_bytes(bomb())
-    for workers in (0, 2):
-        report = extract(data, tmp_path / "out", workers=workers)
-        assert report.failed == 3 and "3 pictures cannot be read" in capsys.readouterr().out
-        lines = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
-        assert [line["key"] for line in lines] == ["one/01.png", "two/04.png", "two/bomb.png"]
-        assert "not an image" in lines[0]["error"] and "too large to be safe" in lines[2]["error"]
-    assert Features(tmp_path / "out").failures == lines and len(Features(tmp_path / "out")) == 4
-    noise(3, 64, 64).save(data / "one/01.png")
-    assert extract(data, tmp_path / "out").pictures == 1
-    assert [line["key"] for line in Features(tmp_path / "out").failures] == ["two/04.png", "two/bomb.png"]
-    with pytest.raises(SystemExit) as stop:
-        extract(data, tmp_path / "strict", "--strict", "--batch-size", "1")
-    assert stop.value.code == 2 and "04.png: truncated or damaged" in capsys.readouterr().err
-    (tmp_path / "all").mkdir()
-    (tmp_path / "all/a.png").write_bytes(b"")
-    with pytest.raises(SystemExit):
-        extract(tmp_path / "all", tmp_path / "empty")
-    assert "none of 1 pictures can be read, the first: " in capsys.readouterr().err
-
-
-def test_a_worker_that_is_killed(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Entry, "read", lambda self: os.kill(os.getpid(), signal.SIGKILL))  # as a full memory does
-    with pytest.raises(SystemExit) as stop:
-        extract(folder, tmp_path / "out", workers=1)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "is killed by signal: Killed" in said and "lower --workers" in said
-
-
-def test_features_that_are_not_finite(folder, tmp_path, capsys, monkeypatch):
-    call = extractor_module.Extractor.__call__
-    monkeypatch.setattr(
-        extractor_module.Extractor, "__call__", lambda self, x: {n: y * 1e30 for n, y in call(self, x).items()}
-    )
-    with pytest.raises(SystemExit):
-        extract(folder, tmp_path / "out")
-    said = capsys.readouterr().err
-    assert "us6 of one/01.png is not finite; too large for float16? Give --store-dtype float32" in said
-    extract(folder, tmp_path / "full", "--store-dtype", "float32")
-
-
-def test_what_was_computed_before_an_error_is_kept(folder, tmp_path, monkeypatch):
-    call, calls = extractor_module.Extractor.__call__, Counter()
-
-    def later_ones_break(self, x):
-        calls["all"] += 1
-        return {n: y * (float("nan") if calls["all"] > 1 else 1) for n, y in call(self, x).items()}
-
-    monkeypatch.setattr(extractor_module.Extractor, "__call__", later_ones_break)
-    with pytest.raises(SystemExit):
-        extract(folder, tmp_path / "out", "--batch-size", "2")
-    assert len(Features(tmp_path / "out")) == 2
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--keep-size", "--size", "64"], "leave out --size"),
         (["--multiple", "8"], "go with --keep-size"),
+        (["--keep-size", "--max-side", "50", "--multiple", "64"], "--max-side 50 is less than --multiple 64"),
         (["--format", "parquet", "--store-dtype", "bfloat16"], "Parquet has no bfloat16"),
         (["--batch-size", "0"], "--batch-size 0 is out of range; give 1 or more"),
         (["--weights", "nowhere"], "no such file"),

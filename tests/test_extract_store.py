@@ -1,8 +1,11 @@
 """Extraction: the sources it reads, and the folder of features that it writes."""
 
 import io
+import json
 import os
 import pickle
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch.utils.data import DataLoader
 from cleandift_backbones.extraction import Features
 from cleandift_backbones.extraction.formats import FORMATS, Computed, ShardError
 from cleandift_backbones.extraction.sources import SourceError, list_entries
-from cleandift_backbones.extraction.store import StoreError
+from cleandift_backbones.extraction.store import Store, StoreError
 
 TINY = ["--model", "cleandift_tiny"]
 
@@ -56,6 +59,7 @@ def test_sources_that_cannot_be_used(tmp_path, folder):
     (tmp_path / "twice.txt").write_text("a.png\na.png\n")
     (tmp_path / "wrong.jsonl").write_text('{"key": 3}\n')
     (tmp_path / "torn.jsonl").write_text('{"path": "a.png"\n')
+    (tmp_path / "number.jsonl").write_text('{"path": "a.png"}\n{"path": "b.png", "key": 1.5}\n')
     for data, message in (
         ("empty", "holds no pictures"),
         ("nowhere", "no such folder, shards or list"),
@@ -63,11 +67,51 @@ def test_sources_that_cannot_be_used(tmp_path, folder):
         ("twice.txt", "two pictures have the key 'a.png'.*a key of its own"),
         ("wrong.jsonl", "line 1: expected an object with a path"),
         ("torn.jsonl", "line 1: no JSON"),
+        ("number.jsonl", "line 2: the key 1.5 is no text and no whole number"),
     ):
         with pytest.raises(SourceError, match=message):
             list_entries(str(tmp_path / data))
     with pytest.raises(SourceError, match="is a picture; give its folder"):
         list_entries(str(next(folder.rglob("*.png"))))
+
+
+def test_keys_of_a_list(tmp_path):
+    """As pandas writes them: null where there is none, whole numbers as such."""
+    lines = [{"path": "a.png", "key": None}, {"path": "b.png", "key": ""}, {"file_name": "c.png"}]
+    lines += [{"path": "d.png", "key": number} for number in (0, 7)]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    entries, _ = list_entries(str(tmp_path / "list.jsonl"))
+    assert [entry.key for entry in entries] == ["a.png", "b.png", "c.png", "0", "7"]
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    make_pictures(data, 2)
+    make_pictures(other, 4)
+    (data / "linked").symlink_to(other)
+    (data / "one/up").symlink_to(data)
+    (other / "two/away").symlink_to(data / "two")
+    (data / "two/back").symlink_to(other)
+    (data / "self.png").symlink_to("self.png")
+    entries, told = list_entries(str(data))
+    keys = [entry.key for entry in entries]
+    assert not told and {"one/01.png", "two/00.png", "linked/one/03.png", "linked/two/02.png"} < set(keys)
+    assert len(keys) < 30 and "self.png" in keys  # which is then told to be no picture
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    make_pictures(tmp_path, 4)
+    scan = os.scandir
+
+    def refusing(path):  # root may read everything
+        if str(path).endswith("two"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    entries, told = list_entries(str(tmp_path))
+    assert [entry.key for entry in entries] == ["one/01.png", "one/03.png"]
+    assert len(told) == 1 and "Permission denied" in told[0] and "left out" in told[0]
 
 
 def test_strange_names(tmp_path, capsys):
@@ -125,8 +169,13 @@ def test_damaged_and_unindexed_shards(folder, tmp_path, capsys, format):
 def test_what_a_killed_process_left_goes_at_the_end(folder, tmp_path):
     out = tmp_path / "out"
     extract(folder, out, "--limit", "3")
-    (out / ".features-00001-abc-00000.safetensors.0123.part").write_bytes(b"half")
-    (out / "failures-00001-of-00002.jsonl").write_text('{"key": "one/01.png", "path": "x", "error": "then"}\n')
+    left = [out / ".features-00001-abc-00000.safetensors.0123.part", out / "failures-00001-abc.jsonl"]
+    for path in left:
+        path.write_text('{"key": "one/01.png", "path": "x", "error": "then"}\n')
+    extract(folder, out)
+    assert all(path.exists() for path in left)  # somebody may be writing them
+    for path in left:
+        os.utime(path, (time.time() - 4000,) * 2)
     extract(folder, out)
     assert sorted(path.name.split("-")[0] for path in out.iterdir()) == [
         ".lock",
@@ -134,6 +183,45 @@ def test_what_a_killed_process_left_goes_at_the_end(folder, tmp_path):
         "index.jsonl",
         "meta.json",
     ]
+
+
+def computed(key):
+    return Computed([key], [(1, 1)], (1, 1), {"a": torch.zeros(1, 2, 1, 1)})
+
+
+def test_the_end_of_one_process_leaves_anothers_shard_alone(tmp_path, monkeypatch):
+    """A picture that could not be read has been mended: one process writes it while the other finds nothing to do."""
+    settings = dict(format="safetensors", maps=["a"])
+    first = Store(tmp_path, settings, {})
+    first.add(computed("x"))
+    first.fail("y", "y.png", "broken")
+    first.flush()
+    first.merge()
+    idle, busy = (Store(tmp_path, settings, {}, rank=rank) for rank in range(2))
+    write = busy.kind.write
+
+    def meanwhile(path, batches):
+        rows = write(path, batches)
+        done, failures = idle.merge()
+        assert done | {failure["key"] for failure in failures} == {"x", "y"}
+        idle.clean()
+        return rows
+
+    monkeypatch.setattr(busy, "kind", SimpleNamespace(write=meanwhile, suffix=".safetensors"))
+    busy.add(computed("y"))
+    busy.flush()
+    assert Features(tmp_path).keys == ["x", "y"] and not Features(tmp_path).failures
+
+
+def test_two_lists_into_one_folder_keep_their_failures(tmp_path):
+    """Two runs at once, each the only process of its own."""
+    settings = dict(format="safetensors", maps=["a"])
+    one, other = Store(tmp_path, settings, {}), Store(tmp_path, settings, {})
+    for run, key in ((one, "x"), (other, "y")):
+        run.fail(key, f"{key}.png", "broken")
+        run.flush()
+    assert [failure["key"] for failure in one.merge()[1]] == ["x", "y"]
+    assert [failure["key"] for failure in other.merge()[1]] == ["x", "y"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

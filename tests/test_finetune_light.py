@@ -104,6 +104,18 @@ def test_starts_from_a_student(pictures, tmp_path):
     assert not torch.equal(teacher["conv_in.weight"], state["unet.conv_in.weight"])
 
 
+def test_a_student_of_light_latents_is_refused_by_a_run_on_the_vaes(pictures, tmp_path, capsys):
+    finetune(pictures, tmp_path / "light", LIGHT, "max_steps=1")
+    native = tmp_path / "light/native"
+    given = f"student_weights={native}"
+    refused(pictures, tmp_path / "plain", capsys, "give latent_encoder=tiny too", given)
+    Training(load_recipe(*_split(arguments(pictures, tmp_path / "again", LIGHT, given))))
+
+
+def _split(given):
+    return given[0], given[1:]
+
+
 def test_what_is_refused(pictures, tmp_path, capsys, weights):
     out = tmp_path / "run"
     refused(pictures, out, capsys, "latent_encoder must be one of default, tiny, got 'taesd'", "latent_encoder=taesd")

@@ -27,7 +27,7 @@ def main() -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         from cleandift_backbones.app.page import MODELS, Page
-        from cleandift_backbones.evaluation.features import ModelError
+        from cleandift_backbones.extractor import ModelError
     except ModuleNotFoundError as error:
         parser.exit(2, f'{parser.prog}: error: {error}; run pip install "cleandift_backbones[demo]"\n')
     try:

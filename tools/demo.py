@@ -26,8 +26,10 @@ from PIL import Image
 
 from cleandift_backbones.app.extracting import TIMESTEP, matched_map, own_size, shown_maps, twin
 from cleandift_backbones.app.pictures import SAMPLES, open_picture
+from cleandift_backbones.arguments import map_item
 from cleandift_backbones.evaluation import correspondence, figures
-from cleandift_backbones.evaluation.features import (
+from cleandift_backbones.evaluation.figures import Panel
+from cleandift_backbones.extractor import (
     Extractor,
     ModelError,
     extract,
@@ -36,7 +38,6 @@ from cleandift_backbones.evaluation.features import (
     map_indices,
     resolve_device,
 )
-from cleandift_backbones.evaluation.figures import Panel
 from cleandift_backbones.files import save_png
 from cleandift_backbones.images import ImageError, check_folder, to_tensor
 
@@ -158,8 +159,8 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     """The model, its noisy twin if it has one, names of the maps to show, and of the map to match on."""
     infos = list_maps(args.model)
     names = [info["name"] for info in infos]
-    shown = [names[i] for i in map_indices(infos, map(_integer, args.maps))] if args.maps else shown_maps(names)
-    matched = names[map_indices(infos, _integer(args.match_map))[0]] if args.match_map else matched_map(shown)
+    shown = [names[i] for i in map_indices(infos, map(map_item, args.maps))] if args.maps else shown_maps(names)
+    matched = names[map_indices(infos, map_item(args.match_map))[0]] if args.match_map else matched_map(shown)
     wanted = list(dict.fromkeys([*shown, matched]))
     pretrained, device = not args.random_weights, resolve_device(args.device)
     size = args.size or own_size(args.model)
@@ -169,11 +170,9 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     noisy = None
     if noisy_name:
         noisy = load_extractor(noisy_name, wanted, pretrained, device, size, timestep=TIMESTEP, ensemble_size=1)
+    for extractor in (clean, noisy) if noisy else (clean,):
+        extractor.optimize()
     return clean, noisy, shown, matched
-
-
-def _integer(text: str) -> str | int:
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 @torch.inference_mode()

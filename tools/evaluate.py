@@ -28,8 +28,9 @@ import timm
 import torch
 from tqdm import tqdm
 
+from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
 from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
-from cleandift_backbones.evaluation.features import (
+from cleandift_backbones.extractor import (
     PIXELS,
     Extractor,
     ModelError,
@@ -144,21 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
     """Finds what is wrong before any long work; returns the runs to make."""
-    for name, values, low, high in (
-        ("--timesteps", args.timesteps, 0, 999),
-        ("--ensemble", args.ensemble, 1, 1024),
-        ("--size", [args.size], 64, 4096),
-        ("--placements", [args.placements], 1, 1000),
-        ("--limit-concepts", [args.limit_concepts], 2, None),
-        ("--batch-size", [args.batch_size], 1, None),
-        ("--threads", [args.threads], 1, None),
-        ("--seed", [args.seed], 0, None),
-    ):
-        if not values:
-            raise ModelError(f"{name} is empty; give at least one number")
-        for value in values:
-            if value is not None and not low <= value <= (high or value):
-                raise ModelError(f"{name} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
+    check_ranges(args, (
+        ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 64, 4096), ("placements", 1, 1000),
+        ("limit_concepts", 2, None), ("batch_size", 1, None), ("threads", 1, None), ("seed", 0, None),
+    ))  # fmt: skip
     check_folder(args.out)
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
@@ -189,26 +179,22 @@ def _plan(args: argparse.Namespace) -> list[dict]:
         if name.startswith("random:"):
             add(f"{name.removeprefix('random:')}, random weights", "control", name.removeprefix("random:"), False)
         elif name.startswith("dift_"):
-            weights = _overlay(args.teacher_weights)
+            weights = model_arguments(weights=args.teacher_weights)
             for count in args.ensemble:
                 for step in args.timesteps:
                     settings = dict(timestep=step, ensemble=count)
                     label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
                     add(label, "noisy", name, settings=settings, timestep=step, ensemble_size=count, **weights)
             for step in args.timesteps:
-                weights = _overlay(args.teacher_weights) or _twin_weights(name)
+                weights = model_arguments(weights=args.teacher_weights) or _twin_weights(name)
                 label = f"{name}'s UNet on the clean picture, best t"
                 add(label, "teacher", f"clean{name}", settings=dict(timestep=step), timestep=step, **weights)
         elif name.startswith("cleandift_"):
-            add(name, "clean", name, **_overlay(args.student_weights))
+            add(name, "clean", name, **model_arguments(weights=args.student_weights))
             add(f"{name}, random weights", "control", name, False)
         else:
             add("pixels, 32 x 32" if name == PIXELS else name, "baseline", name)
     return plan
-
-
-def _overlay(file: str | None) -> dict:
-    return dict(pretrained_cfg_overlay=dict(file=file)) if file else {}
 
 
 def _twin_weights(name: str) -> dict:
@@ -221,7 +207,7 @@ def _twin_weights(name: str) -> dict:
 def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
     if args.maps == ["all"] or model == PIXELS:
         return None
-    return [int(name) if name.lstrip("-").isdigit() else name for name in args.maps]
+    return [map_item(text) for text in args.maps]
 
 
 def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device: torch.device) -> report.Report:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..evaluation.features import ModelError
+from ..extractor import ModelError
 from ..images import ImageError
 from .comparing import compare_entries, main_directions, two_specs
 from .extracting import Cancelled, Features, Spec, Watch, how_to_get

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from ..evaluation import figures
-from ..evaluation.features import ModelError
 from ..evaluation.figures import Panel
+from ..extractor import ModelError
 from .extracting import ENSEMBLE, TIMESTEP, Features, Spec, twin
 from .matching import Match, Point, map_of, match_entries, title
 from .pictures import Picture, open_picture

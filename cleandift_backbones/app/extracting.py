@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import timm
 import torch
 
-from ..evaluation.features import PIXELS, Extractor, ModelError, extract, list_maps, load_extractor, resolve_device
+from ..extractor import PIXELS, Extractor, ModelError, extract, list_maps, load_extractor, resolve_device
 from .pictures import Picture
 from .store import Entry, FeatureStore
 

@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 
-from ..evaluation.features import ModelError
+from ..extractor import ModelError
 from .answers import PROBLEMS, Answers, explain
 from .extracting import ENSEMBLE, TIMESTEP, Features, matched_map, shown_maps
 from .mapping import MOST_CLUSTERS, SHOWS

@@ -89,7 +89,7 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
     student.load_state_dict({name: teacher[name].clone() for name in student.state_dict()}, assign=True)
     timestep = recipe.timestep
     if recipe.student_weights:
-        timestep = _load_student(student, recipe.student_weights, timestep)
+        timestep = _load_student(student, recipe.student_weights, timestep, recipe.latent_encoder)
     student.grad_checkpointing = recipe.gradient_checkpointing
     if recipe.lora.rank:
         add_lora(student, recipe.lora.rank, recipe.lora.alpha)
@@ -108,9 +108,20 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
     return Distiller(source.unet, student, DDPMScheduler(**arch["scheduler"]), maps, heads, recipe.loss, timestep)
 
 
-def _load_student(student: FeatureUNet, source: str, timestep: float) -> float:
-    """Gives a student the UNet of a checkpoint; returns its learned timestep, or the one given if it holds none."""
+def _load_student(student: FeatureUNet, source: str, timestep: float, latent_encoder: str) -> float:
+    """Gives a student the UNet of a checkpoint; returns its learned timestep, or the one given if it holds none.
+
+    Raises:
+        CheckpointError: unfit weights, also those of a student that learnt on a light encoder's latents where this run
+            has the VAE's. The reverse is how a student comes to a light encoder.
+    """
     weights = checkpoints.open_checkpoint(fetch_checkpoint(source))
+    if latent_encoder == "default" and weights.latent_encoder() not in (None, "default"):
+        kind = weights.latent_encoder()
+        raise checkpoints.CheckpointError(
+            f"student_weights={source} learnt on the latents of the {kind} encoder that it holds: give "
+            f"latent_encoder={kind} too, or a student of the VAE's latents"
+        )
     expected = {f"unet.{name}": tensor for name, tensor in student.state_dict().items()}
     beside = {f"unet.{name}" for name in student.dropped_keys}
     state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)

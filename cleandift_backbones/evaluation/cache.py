@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..extractor import Extractor, ModelError
 from ..files import replacing, write_text
 from ..images import ImageError, to_input
 from ..version import __version__
-from .features import Extractor, ModelError, weights_digest
 from .items import Item
 
 SHARD_BYTES = 2**26  # features that an interruption may lose, and that wait in memory to be written
@@ -113,13 +113,13 @@ class FeatureCache:
             raise ModelError(f"{extractor.name}: pictures need one common size; load the extractor with size=")
         noisy = extractor.reseed(self.seed)
         keys = [_key(item, self._noise(item) if noisy else "") for item in items]
-        digest = weights_digest(extractor.model)
+        digest = extractor.weights_digest()
         folders, places = {}, {}
         for name in extractor.maps:
             info = dict(
                 model=extractor.name, map=name, size=list(extractor.size), mode=self.mode, pool=self.pool,
                 dtype=self.dtype, code=_code(extractor), mean=list(extractor.mean), std=list(extractor.std),
-                settings=settings or {},
+                settings=(settings or {}) | (dict(optimize=extractor.optimized) if extractor.optimized else {}),
             )  # fmt: skip
             folders[name] = self._folder(info, digest)
             places[name] = self._index(folders[name])
@@ -221,8 +221,7 @@ class FeatureCache:
 
 def _code(extractor: Extractor) -> str:
     """Whose code computes the features, with its version: equal weights need not mean equal features."""
-    core = getattr(extractor.model, "model", extractor.model)
-    own = type(core).__module__.startswith("cleandift_backbones.")
+    own = type(extractor.core).__module__.startswith("cleandift_backbones.")
     return f"cleandift_backbones {__version__}" if own else f"timm {timm.__version__}"
 
 

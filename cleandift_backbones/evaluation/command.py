@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import timm
 import torch
 from tqdm import tqdm
 
-from ..images import ImageError, check_folder
+from ..arguments import check_ranges, load_model, model_arguments, pick_maps
+from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
+from ..images import ImageError, check_folder, find_pictures
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
-from .features import PIXELS, Extractor, ModelError, list_maps, load_extractor, map_indices, resolve_device
-from .items import ENDINGS, DataError, file_item
+from .items import DataError, file_item
 from .matching import ALPHAS
 from .noise import noise_shares
 from .noise_report import write_shares
@@ -137,6 +137,10 @@ def _common(one: argparse.ArgumentParser, task: str) -> None:
         "--limit", type=int, metavar="N", default=32 if task == "noise" else None,
         help="only N " + dict(correspondence="pairs", noise="pictures").get(task, "pictures of each split"),
     )  # fmt: skip
+    one.add_argument(
+        "--no-optimize", dest="optimize", action="store_false",
+        help="leave out what makes this package's models faster with the same maps to rounding; docs/performance.md",
+    )  # fmt: skip
     one.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seed", type=int, default=0, help="of noises, random weights, probes and the bootstrap")
@@ -203,20 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Finds what is wrong with the numbers before any long work."""
-    for name, low, high in (
+    check_ranges(args, (
         ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 16, 4096), ("batch_size", 1, None), ("limit", 2, None),
         ("threads", 1, None), ("seed", 0, None), ("alpha", 1e-6, 10), ("k", 1, None), ("epochs", 1, None),
         ("probe_batch", 1, None), ("noises", 2, None), ("per_class", 1, None), ("soft_argmax", 0, None),
         ("temperature", 1e-9, None), ("learning_rate", 1e-9, None),
-    ):  # fmt: skip
-        values = getattr(args, name, None)
-        values = values if isinstance(values, list) else [values]
-        flag = f"--{name.replace('_', '-')}"
-        if not values:
-            raise ModelError(f"{flag} is empty; give at least one number")
-        for value in values:
-            if value is not None and not low <= value <= (high or value):
-                raise ModelError(f"{flag} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
+    ))  # fmt: skip
     check_folder(args.out)
     check_folder(getattr(args, "cache", None) or args.out)
     if (window := getattr(args, "soft_argmax", 0)) and (window < 3 or window % 2 == 0):
@@ -236,7 +232,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
         name, _, file = entry.rpartition("=")
         if not name or not Path(file).is_file():
             raise OSError(f"--weights {entry}: expected MODEL=FILE with a file that is there")
-        files[name] = dict(pretrained_cfg_overlay=dict(file=file))
+        files[name] = file
     strange = set(files) - set(args.model)
     if strange:
         raise ModelError(f"--weights are given for {', '.join(sorted(strange))}, which is not among --model")
@@ -247,7 +243,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
     for name in dict.fromkeys(args.model):
         random, bare = name.startswith("random:"), name.removeprefix("random:")
         maps = _maps(args, name, bare)
-        weights = files.get(name, {})
+        weights = files.get(name)
         if bare.startswith("dift_"):
             steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
             counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
@@ -255,7 +251,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
                 for step in steps:
                     label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
                     kind = "control" if random else "noisy"
-                    kwargs = dict(timestep=step, ensemble_size=count) | weights
+                    kwargs = model_arguments(step, count, weights)
                     settings = dict(timestep=step, ensemble=count)
                     plan.append(Run(name, label, kind, bare, maps, not random, settings, kwargs))
         elif args.task == "noise":
@@ -263,7 +259,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
         else:
             kind = "control" if random else "clean" if bare.startswith("cleandift_") else "baseline"
             label = f"{bare}, random weights" if random else name
-            plan.append(Run(name, label, kind, bare, maps, not random, {}, weights))
+            plan.append(Run(name, label, kind, bare, maps, not random, {}, model_arguments(weights=weights)))
     return plan
 
 
@@ -272,14 +268,10 @@ def _maps(args: argparse.Namespace, name: str, bare: str) -> list[str]:
     own = [entry.rpartition("=")[2] for entry in args.map if entry.rpartition("=")[0] == name]
     wanted = own or [entry for entry in args.map if "=" not in entry]
     if not wanted or bare == PIXELS:
-        if args.task in ("knn", "retrieval"):
-            return [infos[-1]["name"]]
-        if any(info["name"] == "us6" for info in infos):
-            return ["us6"]
-        return [min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]]
-    chosen = [int(item) if item.lstrip("-").isdigit() else item for item in wanted]
+        wanted = ["-1"] if args.task in ("knn", "retrieval") else []
+    nearest = min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]
     try:
-        return [infos[i]["name"] for i in map_indices(infos, chosen)]
+        return pick_maps(infos, wanted, nearest)
     except ModelError as error:
         raise ModelError(f"{name}: {error}; --map {name}=MAP is for this model alone") from None
 
@@ -330,13 +322,7 @@ def check_models(args: argparse.Namespace, plan: list[Run]) -> None:
 
 def load(args: argparse.Namespace, planned: Run, device: torch.device) -> Extractor:
     """The run's model, with the size of the model's own input unless another is asked for."""
-    torch.manual_seed(args.seed)
-    extractor = load_extractor(planned.model, planned.maps, planned.pretrained, device, args.size, **planned.kwargs)
-    if extractor.size is None:
-        side = 128 if planned.model == PIXELS else None
-        own = timm.data.resolve_model_data_config(extractor.model)["input_size"][1:] if side is None else (side, side)
-        extractor.size = tuple(own)
-    return extractor
+    return load_model(planned.model, planned.maps, planned.pretrained, device, args.size, args.seed, **planned.kwargs)
 
 
 def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: torch.device) -> Report:
@@ -350,6 +336,8 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
         clock = time.perf_counter()
         extractor = load(args, planned, device)
         items, told[planned.label] = _prompted(args, task, extractor)
+        if args.optimize:
+            extractor.optimize(fixed_prompt=not extractor.takes_prompts)  # the cache sets that of each picture
         drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
         found = cache.features(extractor, items, planned.settings | drawn)
         seconds, size = time.perf_counter() - clock, extractor.size
@@ -380,7 +368,7 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
 
 def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
     root = Path(args.data)
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
+    paths = find_pictures(root)
     if len(paths) < 2:
         raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two")
     paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
@@ -389,6 +377,8 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         extractor = load(args, planned, device)
         if args.prompt not in ("auto", "none"):
             extractor.set_prompts([args.prompt])
+        if args.optimize:
+            extractor.optimize()
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)

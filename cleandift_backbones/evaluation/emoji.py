@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from ..extractor import Extractor, extract
 from ..images import read_image, to_tensor
 from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally
-from .features import Extractor, extract
 
 EYES_FILE = Path(__file__).with_name("emoji_eyes.json")
 BACKGROUND = (224, 224, 224)

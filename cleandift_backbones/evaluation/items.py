@@ -11,20 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ..images import ENDINGS, ImageError, read_image
-
-__all__ = [
-    "ENDINGS",
-    "DataError",
-    "Item",
-    "check_answers",
-    "file_item",
-    "picture_size",
-    "read_lines",
-    "read_table",
-    "require",
-    "require_folder",
-]
+from ..images import ImageError, read_image
 
 
 class DataError(ValueError):

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..images import ENDINGS, find_pictures
 from .bootstrap import Tally
-from .items import ENDINGS, DataError, Item, file_item, read_table, require, require_folder
+from .items import DataError, Item, file_item, read_table, require, require_folder
 
 KS = (1, 5, 10, 20)
 TEMPERATURE = 0.07  # of the weighted vote: Wu et al. 2018 (arXiv 1805.01978), as in DINO
@@ -54,7 +55,7 @@ def read_image_folder(folder: str | Path, root: str | Path | None = None, per_cl
         raise DataError(f"{folder} has no folders of classes (found {found} files); expected {LAYOUT}; {IMAGENET}")
     items, labels = [], []
     for number, name in enumerate(classes):
-        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS)
+        paths = find_pictures(folder / name)
         if not paths:
             raise DataError(f"{folder / name} holds no pictures ({', '.join(ENDINGS)}); fill it or remove it")
         paths = paths[:per_class]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .features import Extractor, ModelError, Pictures, extract
+from ..extractor import Extractor, ModelError, Pictures, extract
 
 CHUNK = 2**16  # numbers of each feature in memory in double precision at a time
 

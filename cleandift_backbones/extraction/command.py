@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import timm
 import torch
 from tqdm import tqdm
 
-from ..extractor import PIXELS, Extractor, ModelError, list_maps, load_extractor, resolve_device, weights_digest
+from ..arguments import check_ranges, load_model, model_arguments, pick_maps
+from ..extractor import Extractor, ModelError, list_maps, resolve_device
 from ..images import check_folder
 from ..version import __version__
 from .formats import DTYPES, FORMATS
@@ -93,6 +93,11 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     machine = result.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures per pass (8)")
     machine.add_argument("--dtype", choices=list(DTYPES), default="float32", help="to compute in (float32)")
+    machine.add_argument(
+        "--no-optimize", dest="optimize", action="store_false",
+        help="leave out what makes this package's models faster with the same maps to rounding; docs/performance.md",
+    )  # fmt: skip
+    machine.add_argument("--compile", action="store_true", help="also torch.compile: minutes at first, then faster")
     machine.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
     machine.add_argument("--workers", type=int, metavar="N", help="processes that read pictures; 0: a thread does")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of the model")
@@ -131,19 +136,19 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
 
 def _check(args: argparse.Namespace) -> None:
     """Finds what is wrong with the options before any long work."""
-    for name, low, high in (
+    check_ranges(args, (
         ("batch_size", 1, None), ("workers", 0, None), ("threads", 1, None), ("limit", 1, None), ("size", 16, 4096),
         ("multiple", 1, 4096), ("max_side", 16, None), ("shard_size", 1, 1024), ("shard_items", 1, None),
         ("timestep", 0, 999), ("ensemble", 1, 1024), ("seed", 0, None),
-    ):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and not low <= value <= (high or value):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
+    ))  # fmt: skip
     if args.keep_size and (args.size or args.resize != "squash"):
         raise ValueError("--keep-size takes pictures as they come; leave out --size and --resize")
     if not args.keep_size and (args.multiple > 1 or args.max_side):
         raise ValueError("--multiple and --max-side go with --keep-size")
+    if args.max_side and args.max_side < args.multiple:
+        raise ValueError(f"--max-side {args.max_side} is less than --multiple {args.multiple}; give at least as much")
+    if args.compile and not args.optimize:
+        raise ValueError("--compile goes on from what --no-optimize leaves out; give one of them")
     if args.format == "parquet":
         if args.store_dtype == "bfloat16":
             raise ValueError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
@@ -170,33 +175,21 @@ def place(args: argparse.Namespace) -> tuple[int, int, int]:
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Resize]:
     """The model, and how pictures become its input."""
     name = args.model.removeprefix("random:")
-    kwargs = dict(args.model_arg)
-    kwargs |= dict(timestep=args.timestep) if args.timestep is not None else {}
-    kwargs |= dict(ensemble_size=args.ensemble) if args.ensemble is not None else {}
-    kwargs |= dict(pretrained_cfg_overlay=dict(file=args.weights)) if args.weights else {}
-    torch.manual_seed(args.seed)
-    extractor = load_extractor(
-        name, _maps(args, name, kwargs), name == args.model, device, args.size, DTYPES[args.dtype], **kwargs
-    )
+    kwargs = dict(args.model_arg) | model_arguments(args.timestep, args.ensemble, args.weights)
+    infos = list_maps(name, **kwargs)
+    extractor = load_model(
+        name, pick_maps(infos, args.map or [], infos[-1]["name"]), name == args.model, device, args.size, args.seed,
+        DTYPES[args.dtype], args.keep_size, **kwargs,
+    )  # fmt: skip
     extractor.name = args.model
-    if args.keep_size:
-        if extractor.size:
-            side = f"{extractor.size[1]}x{extractor.size[0]}"
-            raise ModelError(f"{name} takes pictures of one size, {side}; leave out --keep-size")
-        config = getattr(getattr(extractor.model, "model", extractor.model), "pretrained_cfg", None) or {}
-        least = (config.get("min_input_size") or (3, 1, 1))[-1]
-        return extractor, Resize("keep", None, args.max_side, args.multiple, least, extractor.mean)
-    if extractor.size is None:
-        own = timm.data.resolve_model_data_config(extractor.model)["input_size"][1:]
-        extractor.size = (128, 128) if name == PIXELS else tuple(own)
-    return extractor, Resize(args.resize, extractor.size, mean=extractor.mean)
-
-
-def _maps(args: argparse.Namespace, name: str, kwargs: dict) -> list[str | int]:
-    if args.map:
-        return [int(item) if item.lstrip("-").isdigit() else item for item in args.map]
-    names = [info["name"] for info in list_maps(name, **kwargs)]
-    return ["us6"] if "us6" in names else [names[-1]]
+    if not args.keep_size:
+        return extractor, Resize(args.resize, extractor.size, mean=extractor.mean)
+    if extractor.size:
+        side = f"{extractor.size[1]}x{extractor.size[0]}"
+        raise ModelError(f"{name} takes pictures of one size, {side}; leave out --keep-size")
+    config = getattr(extractor.core, "pretrained_cfg", None) or {}
+    least = (config.get("min_input_size") or (3, 1, 1))[-1]
+    return extractor, Resize("keep", None, args.max_side, args.multiple, least, extractor.mean)
 
 
 def extract_all(args: argparse.Namespace) -> Report:
@@ -210,10 +203,13 @@ def extract_all(args: argparse.Namespace) -> Report:
     entries = entries[: args.limit]
     extractor, resize = load(args, device)
     prompt = _prompt(args, extractor, entries)
+    if args.optimize:
+        extractor.optimize(prompt is None, args.compile)
     settings = dict(
         model=args.model, model_args={key: repr(value) for key, value in sorted(dict(args.model_arg).items())},
         timestep=args.timestep, ensemble=args.ensemble, prompt=args.prompt, maps=list(extractor.maps),
-        weights=weights_digest(extractor.model)[:16], compute_dtype=args.dtype, resize=resize.mode, size=resize.size,
+        weights=extractor.weights_digest()[:16], compute_dtype=args.dtype, optimize=extractor.optimized,
+        resize=resize.mode, size=resize.size,
         max_side=args.max_side, multiple=args.multiple, pool=args.pool, store_dtype=args.store_dtype,
         format=args.format, mean=extractor.mean, std=extractor.std,
     )  # fmt: skip
@@ -225,7 +221,7 @@ def extract_all(args: argparse.Namespace) -> Report:
             **{name: version(name) for name in ("torch", "timm", "diffusers", "pillow")},
         ),
     )  # fmt: skip
-    store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank, world)
+    store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank)
     done, damaged = store.done()
     for sentence in [*(told if rank == 0 else []), *damaged]:
         tqdm.write(sentence, file=sys.stderr)

@@ -27,8 +27,8 @@ class Resize:
 
     Attributes:
         mode: "squash", "pad" or "crop" to `size` (height, width), see `images.to_input`; "keep": as it comes, but
-        longest: shrunk until its longer side has at most so many pixels, and
-        multiple: both sides rounded to multiples of it.
+        longest: shrunk until its longer side has at most so many pixels, not fewer than `multiple`, and
+        multiple: both sides rounded to multiples of it, where `longest` allows.
         least: sides shorter than this are refused.
         mean: what "pad" fills with, 0..1 per channel.
     """
@@ -45,7 +45,10 @@ class Resize:
         if self.mode != "keep":
             return self.size
         factor = min(1, self.longest / max(width, height)) if self.longest else 1
-        return tuple(max(1, round(side * factor / self.multiple)) * self.multiple for side in (height, width))
+        counts = [max(1, round(side * factor / self.multiple)) for side in (height, width)]
+        if self.longest:  # rounding up ends there
+            counts = [min(count, self.longest // self.multiple) for count in counts]
+        return counts[0] * self.multiple, counts[1] * self.multiple
 
     def __call__(self, image: Image.Image) -> Tensor:
         """3 x H x W, float32, in 0..1. Raises ImageError if it would be too small."""

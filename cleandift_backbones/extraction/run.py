@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..extractor import Extractor, ModelError, OutOfMemory
+from ..extractor import Extractor, ModelError, OutOfMemory, memory_told
 from ..images import ImageError
 from .formats import DTYPES, Computed
 from .loading import Batch, Read, Resize, ahead, batches, reads
@@ -80,7 +80,8 @@ class Computer:
             step = count if self.most_pixels is None else max(1, self.most_pixels // pixels)
             part = batch.part(start, start + step)
             try:
-                found = self._features(part)
+                with memory_told(self.extractor.name, len(part.entries)):
+                    found = self._features(part)
             except OutOfMemory as error:
                 if len(part.entries) == 1:
                     raise OutOfMemory(f"{error}, --max-side with --keep-size, or --dtype bfloat16") from error

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from ..images import ENDINGS, ImageError, read_image
+from ..images import ENDINGS, ImageError, find_pictures, read_image
 from ..tars import SUFFIXES, find_shards
 
 _ENDINGS = (*ENDINGS, ".gif")
@@ -52,15 +52,15 @@ class Entry(NamedTuple):
 
 
 def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], list[str]]:
-    """The pictures of a folder (everything below it), of .tar shards (see `tars.find_shards`), or of a list.
+    """The pictures of a folder (see `images.find_pictures`), of .tar shards (see `tars.find_shards`), or of a list.
 
     A list is a text file with a path per line, or .jsonl with an object per line: `path` (or `file_name`), and perhaps
     `key` and `prompt`. Paths are relative to the list's folder. Keys are paths below the folder, the shards' own keys
     (with `shard_names` behind the name of their shard), or paths as the list has them.
 
     Returns:
-        The entries, in the order of the list or sorted; and sentences about what is left out: damaged shards, names
-        that are no text.
+        The entries, in the order of the list or sorted; and sentences about what is left out: damaged shards, folders
+        that cannot be read, names that are no text.
 
     Raises:
         SourceError: nothing there, or a key twice.
@@ -69,7 +69,7 @@ def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], lis
     if path.suffix == ".tar" or any(sign in data for sign in "{*?["):
         entries, told = _shards(data, shard_names)
     elif path.is_dir():
-        entries = _folder(path)
+        entries, told = _folder(path)
         if not entries and any(path.glob("*.tar")):
             entries, told = _shards(data, shard_names)
     elif path.is_file():
@@ -99,9 +99,10 @@ def _is_text(key: str) -> bool:
         return False
 
 
-def _folder(root: Path) -> list[Entry]:
-    paths = (p for p in root.rglob("*") if p.suffix.lower() in _ENDINGS and not p.name.startswith("."))
-    return [Entry(p.relative_to(root).as_posix(), str(p)) for p in sorted(paths)]
+def _folder(root: Path) -> tuple[list[Entry], list[str]]:
+    told: list[str] = []
+    paths = find_pictures(root, _ENDINGS, lambda error: told.append(f"{error}: its pictures are left out"))
+    return [Entry(path.relative_to(root).as_posix(), str(path)) for path in paths], told
 
 
 def _list(path: Path) -> list[Entry]:
@@ -114,7 +115,10 @@ def _list(path: Path) -> list[Entry]:
             name = told.get("path") or told.get("file_name") if isinstance(told, dict) else None
             if not isinstance(name, str) or not isinstance(told.get("prompt") or "", str):
                 raise SourceError(f"{path}, line {number}: expected an object with a path (and text), got {line[:80]}")
-            entries.append(Entry(str(told.get("key", name)), str(path.parent / name), prompt=told.get("prompt") or ""))
+            key = name if told.get("key") in (None, "") else told["key"]
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise SourceError(f"{path}, line {number}: the key {key!r} is no text and no whole number")
+            entries.append(Entry(str(key), str(path.parent / name), prompt=told.get("prompt") or ""))
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is no text ({error}); give a folder, .tar shards, or a list of paths") from None
     except json.JSONDecodeError as error:

@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,6 +21,7 @@ from .formats import FORMATS, Computed, ShardError
 
 META, INDEX, FAILURES = "meta.json", "index.jsonl", "failures.jsonl"
 SHARD_SECONDS = 600.0  # of work that an interruption may lose
+LEFT_SECONDS = 3600.0  # since the last byte: nobody writes that file any more
 
 
 class StoreError(ValueError):
@@ -78,7 +80,7 @@ class Store:
         folder: may hold features of the same settings, which stay.
         settings: all that the features depend on; compared with those of the folder. info: what else is worth telling.
         shard_bytes, shard_items: a shard is written when it has so many bytes or pictures, or after ten minutes.
-        rank, world: of this process.
+        rank: of this process, for the names of its files.
 
     Raises:
         StoreError: the folder holds other files, or features of other settings.
@@ -92,13 +94,12 @@ class Store:
         shard_bytes: int = 2**28,
         shard_items: int = 50_000,
         rank: int = 0,
-        world: int = 1,
     ):
         self.folder, self.format = Path(folder), settings["format"]
         self.shard_bytes, self.shard_items = shard_bytes, shard_items
         self.kind = FORMATS[self.format]
-        self.name = f"features-{rank:05d}-{uuid.uuid4().hex[:8]}"  # no other process, or later run, has that name
-        self.own_failures = self.folder / f"failures-{rank:05d}-of-{world:05d}.jsonl"
+        self.name = f"{rank:05d}-{uuid.uuid4().hex[:8]}"  # no other process, or later run, has that name
+        self.own_failures = self.folder / f"failures-{self.name}.jsonl"
         self.failures: list[dict] = []
         self.batches: list[Computed] = []
         self.shards, self.items, self.written = 0, 0, 0
@@ -171,7 +172,7 @@ class Store:
         """
         batches, self.batches, self.items = self.batches, [], 0
         if batches:
-            path = self.folder / f"{self.name}-{self.shards:05d}{self.kind.suffix}"
+            path = self.folder / f"features-{self.name}-{self.shards:05d}{self.kind.suffix}"
             with replacing(path) as aside:
                 self.written += len(self.kind.write(aside, batches))
             self.shards += 1
@@ -192,6 +193,13 @@ class Store:
         return done, failures
 
     def clean(self) -> None:
-        """Removes what killed processes left half-written. Only when every picture is accounted for: nobody writes."""
+        """Removes what killed processes left: half-written shards, and failures, which `merge` has gathered.
+
+        Other processes may be writing, here or on another machine. Locks do not tell: not every shared disk has them.
+        What was last written to an hour ago does, by the disk's own clock: that of the index, which is new.
+        """
+        now = (self.folder / INDEX).stat().st_mtime
         for path in [*self.folder.glob(f".*{self.kind.suffix}.*.part"), *self.folder.glob("failures-*.jsonl")]:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                if now - path.stat().st_mtime > LEFT_SECONDS:
+                    path.unlink()
