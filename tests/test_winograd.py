@@ -1,6 +1,8 @@
 """Winograd's convolutions: a convolution, in fewer multiplications, and only where it is as exact as one."""
 
 import copy
+import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cleandift_backbones import optimize
+from cleandift_backbones.inference import _rebuild
+from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.winograd import WinogradConv
 
 
@@ -106,3 +110,40 @@ def test_a_model_in_16_bits_afterwards_is_one_optimised_in_16_bits():
     plain.bfloat16(), fast.bfloat16()
     assert held(fast) == held(plain) < 0.6 * size
     assert apart([y.float() for y in fast(x)], exact) < 1.1 * apart([y.float() for y in plain(x)], exact)
+
+
+def test_default_choice_of_a_model(monkeypatch):
+    """Layers of many channels, on a CPU in float32 (those of too many are in sd21's count below)."""
+    vae = dict(block_out_channels=(2, 2, 128, 256), layers_per_block=1, norm_num_groups=2)
+    monkeypatch.setitem(ARCHITECTURES, "test", {**ARCHITECTURES["test"], "vae": vae})
+    model, x = build(features_only=True), images(1, 3, 96, 80)
+    fast = optimize(copy.deepcopy(model))
+    assert sorted(winograd_layers(fast)) == sorted(
+        name
+        for name, conv in model.named_modules()
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (1, 1)
+        if conv.in_channels >= 128 and conv.out_channels >= 128
+    )
+    assert 0 < len(winograd_layers(fast)) < len(winograd_layers(optimize(copy.deepcopy(model), winograd=True)))
+    assert apart(fast(x), model(x)) < 1e-4
+    for options in (dict(winograd=False), dict(compile=True), dict(compile={}), dict(dtype=torch.bfloat16)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of CPUs without 16-bit instructions
+            assert not winograd_layers(optimize(copy.deepcopy(model), **options)), options
+
+
+# sd21 down to us6, 512 x 512: layers that Winograd's algorithm computes, GFLOP, GiB held; a change is every user's cost
+VAE = {"vae.encoder.down_blocks": 16, "vae.encoder.mid_block": 4}
+UNET = {"unet.down_blocks.0": 4, "unet.down_blocks.1": 4, "unet.down_blocks.2": 1}
+SD21 = {False: ({}, 1553, 2.85), "where it pays": (VAE | UNET, 813, 3.45)}
+
+
+@pytest.mark.parametrize("winograd", SD21)
+def test_choice_and_cost_of_optimised_sd21(winograd):
+    layers, operations, memory = SD21[winograd]
+    with torch.device("meta"), torch.no_grad():
+        model = build("cleandift_sd21", features_only=True, out_indices=(4,)).requires_grad_(False)
+        _rebuild(model.model, True, torch.float32, False, winograd)  # optimize itself wants weights to have values
+        assert round(gflop(model, torch.empty(1, 3, 512, 512))) == operations
+    assert Counter(".".join(name.split(".")[1:4]) for name in winograd_layers(model)) == layers
+    assert round(held(model) / 2**30, 2) == memory
