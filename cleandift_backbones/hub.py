@@ -195,8 +195,10 @@ def save_folder(
         metadata, dtype, max_shard_size: see `checkpoints.save_folder`.
 
     Raises:
-        TypeError: not a model of this package. OSError: it could not be written.
+        TypeError: not a model of this package. ValueError: an optimised one. OSError: it could not be written.
     """
+    if getattr(_backbone(model), "own_keys", False):
+        raise ValueError("this model is optimised for inference: save it before cleandift_backbones.optimize")
     config = timm_config(model)
     meta = {"model": config["architecture"], **(metadata or {})}
     text = model_card(config, card)

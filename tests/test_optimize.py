@@ -7,32 +7,15 @@ import sys
 import warnings
 
 import pytest
-import timm
 import torch
+from optimized import ALL, apart, build, gflop, held, images
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from cleandift_backbones import optimize
-from cleandift_backbones.inference import FoldedUNet, LeanResnet
-from cleandift_backbones.winograd import WinogradConv
-
-ALL = tuple(range(11))
-
-
-def build(name="test_cleandift", **kwargs):
-    torch.manual_seed(0)
-    kwargs = kwargs or dict(features_only=True, out_indices=ALL)
-    return timm.create_model(name, **kwargs).eval()
-
-
-def images(*shape, seed=1):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def apart(found, expected):
-    """Largest difference of maps, relative to their norms."""
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+from cleandift_backbones.folding import FoldedUNet, LeanResnet
+from cleandift_backbones.hub import save_folder
 
 
 class Operations(TorchDispatchMode):
@@ -53,10 +36,6 @@ def operations(model, x):
     return counted.count
 
 
-def held(model):
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
-
 @pytest.mark.parametrize("name", ["test_cleandift", "cleandift_tiny", "dift_tiny", "cleandift_tiny_pyramid"])
 @pytest.mark.parametrize("options", [{}, dict(fold="timestep"), dict(fold=False), dict(channels_last=False)], ids=str)
 def test_maps_are_the_same(name, options):
@@ -64,38 +43,6 @@ def test_maps_are_the_same(name, options):
     fast = optimize(copy.deepcopy(model), **options)
     for shape in ((1, 3, 128, 128), (2, 3, 101, 70)):
         assert apart(fast(images(*shape)), model(images(*shape))) < 3e-5
-
-
-def test_every_map_with_winograd_everywhere():
-    model = build("cleandift_tiny")
-    fast = optimize(copy.deepcopy(model), winograd=True)
-    assert sum(isinstance(module, WinogradConv) for module in fast.modules()) > 40
-    for shape in ((1, 3, 128, 128), (2, 3, 90, 70)):
-        assert apart(fast(images(*shape)), model(images(*shape))) < 1e-4
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 7, 32, 32), (2, 8, 8, 1, 1), (3, 160, 12, 9, 14), (1, 4, 4, 3, 33)], ids=str)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_winograd_is_a_convolution(shape, memory_format):
-    batch, channels, out, height, width = shape
-    torch.manual_seed(0)
-    conv = nn.Conv2d(channels, out, 3, padding=1)
-    x = images(batch, channels, height, width).contiguous(memory_format=memory_format)
-    expected = conv.double()(x.double())
-    with torch.no_grad():
-        y = WinogradConv(conv.float())(x)
-    assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=2e-5)
-
-
-def test_winograd_multiplies_a_quarter():
-    conv = nn.Conv2d(640, 640, 3, padding=1)
-    counts = []
-    for module in (conv, WinogradConv(conv)):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module.to("meta")(torch.empty(1, 640, 64, 64, device="meta"))
-        counts.append(counter.get_total_flops())
-    assert counts[1] < 0.35 * counts[0]
 
 
 def test_classifiers_projected_maps_and_larger_models():
@@ -143,21 +90,35 @@ def test_16_bit_maps_point_the_same_way(dtype):
 
 def test_what_is_over_is_refused():
     model = optimize(build(num_classes=3))
+    x = images(1, 3, 64, 64)
     for forbidden in (
-        lambda: model.train(),
         lambda: model.set_prompt(torch.randn(1, 3, 6)),
         lambda: model.set_grad_checkpointing(),
-        lambda: model.state_dict(),
-        lambda: model.load_state_dict({}),
-        lambda: nn.Sequential(model).state_dict(),
+        lambda: model.load_state_dict(build(num_classes=3).state_dict()),
+        lambda: model.load_state_dict(build(num_classes=3).state_dict(), strict=False),
+        lambda: model(x.clone().requires_grad_()),  # gradients would be lost without a word
+        lambda: nn.Sequential(model).requires_grad_(True)(x),
     ):
         with pytest.raises(RuntimeError, match="optimised for inference.*before cleandift_backbones.optimize"):
             forbidden()
-    model.eval()
-    model(images(1, 3, 64, 64))
+        model.requires_grad_(False)
+    model(x)
     model.timestep.fill_(100.0)
     with pytest.raises(RuntimeError, match="another timestep"):
-        model(images(1, 3, 64, 64))
+        model(x)
+
+
+def test_constants_written_anew_with_the_same_values_stand():
+    """DistributedDataParallel sends buffers before every pass; hooks that move weights replace them."""
+    model, x = optimize(build(num_classes=0)), images(1, 3, 64, 64)
+    expected = model(x)
+    model.timestep.copy_(model.timestep.clone())
+    model.prompt_embeds = model.prompt_embeds.clone()
+    assert torch.equal(model(x), expected)
+    with torch.inference_mode():
+        model.timestep.fill_(5.0)
+    with pytest.raises(RuntimeError, match="another timestep"):
+        model(x)
 
 
 def test_a_replaced_prompt_is_noticed():
@@ -185,27 +146,182 @@ def test_without_folding_the_state_dict_is_the_native_one():
     torch.testing.assert_close(fast(images(1, 3, 64, 64)), model(images(1, 3, 64, 64)), rtol=1e-4, atol=1e-5)
 
 
+def test_inside_a_training_loop():
+    """A segmenter as Lightning's, timm's and mmengine's loops treat it: train(), steps, an average, checkpoints."""
+
+    def make():
+        head = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        return nn.Sequential(nn.Identity(), optimize(build(num_classes=0)), head)
+
+    model, x = make(), images(2, 3, 64, 64)
+    average = ModelEmaV3(model, decay=0.5)
+    assert model.train() is model and model[2][1].training and not any(m.training for m in model[1].modules())
+    before = copy.deepcopy(model[1].state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        optimizer.step()
+        average.update(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model[1].state_dict().items())
+    again = make()
+    again.load_state_dict(pickle.loads(pickle.dumps(model.state_dict())))
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    assert not torch.equal(average.module.eval()(x), model(x))
+    heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("1.")}
+    again = make()
+    again.load_state_dict(heads, strict=False)  # without the backbone's, which were not learnt
+    assert torch.equal(again.eval()(x), model(x))
+
+
+def test_a_classifier_of_its_own_learns():
+    model, x = optimize(build(num_classes=3)), images(2, 3, 64, 64)
+    model.get_classifier().requires_grad_(True)
+    model.train()(x).sum().backward()
+    assert model.get_classifier().weight.grad.abs().sum() > 0
+
+
+def test_state_dicts_of_another_timestep_or_form_are_refused():
+    state = optimize(build("dift_tiny", ensemble_size=1)).state_dict()
+    same, other = (optimize(build("dift_tiny", ensemble_size=1, timestep=t)) for t in (261, 100))
+    same.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="loading weights that a model optimised in another way"):
+        other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="loading weights that a model optimised in another way"):
+        optimize(build("dift_tiny", ensemble_size=1), fold="timestep").load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match="processor.key"):
+        build("dift_tiny", ensemble_size=1).load_state_dict(state)
+
+
+def test_other_noise_of_an_optimised_dift():
+    x = images(1, 3, 64, 64)
+    model = build("dift_tiny", features_only=True, ensemble_size=2)
+    fast = optimize(copy.deepcopy(model))
+    for change in (dict(noise_seed=3), dict(ensemble_size=3), dict(timestep=261, noise_seed=1)):
+        fast.model.set_noise(**change)
+        model.model.set_noise(**change)
+        assert apart(fast(x), model(x)) < 3e-5
+    for change in (dict(timestep=100, noise_seed=9), dict(timestep=-1)):
+        with pytest.raises(RuntimeError, match="another timestep"):
+            fast.model.set_noise(**change)
+    assert apart(fast(x), model(x)) < 3e-5  # nothing of what was refused has come in
+    free = optimize(build("dift_tiny", features_only=True, ensemble_size=3), fold=False)
+    free.model.set_noise(100, noise_seed=1)
+    model.model.set_noise(100)
+    assert apart(free(x), model(x)) < 3e-5
+
+
+def test_inside_autocast_and_inference_mode():
+    model, x = build(features_only=True), images(1, 3, 64, 64)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = optimize(copy.deepcopy(model))  # folds in float32 all the same
+    assert apart(fast(x), expected) < 3e-5
+    with torch.inference_mode():
+        for fast in (optimize(copy.deepcopy(model)), optimize(build(features_only=True))):
+            assert apart(fast(x), expected) < 3e-5
+            assert apart(copy.deepcopy(fast)(x), expected) < 3e-5
+            assert apart(fast.to("cpu", torch.float64).float()(x), expected) < 3e-5
+    head = nn.Conv2d(8, 2, 1)
+    head(fast(x)[-1]).sum().backward()  # and out of it
+    assert head.weight.grad.abs().sum() > 0
+    fast.model.timestep.fill_(3.0)
+    with pytest.raises(RuntimeError, match="another timestep"):
+        fast(x)
+
+
+@pytest.mark.parametrize("options", [{}, dict(winograd=True), dict(compile=True)], ids=str)
+def test_export_and_trace(options):
+    model, x = build(num_classes=0), images(1, 3, 64, 64)
+    expected = model(x).detach()
+    fast = optimize(model, **options)
+    torch.testing.assert_close(torch.export.export(fast, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
+    traced = torch.jit.trace(fast, x, check_trace=False)
+    torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, dict(winograd=True), dict(compile=True)], ids=str)
+def test_compiled_by_the_user(options):
+    torch._dynamo.reset()
+    model, x = build(num_classes=0), images(1, 3, 64, 64)
+    expected = model(x).detach()
+    fast = torch.compile(optimize(model, **options), fullgraph=True, backend="eager")
+    torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, dict(compile=True)], ids=str)
+def test_replica_of_data_parallel(options):
+    """torch.nn.parallel.replicate needs GPUs; what it makes are such copies, with tensors of another device."""
+    model, x = optimize(build(num_classes=0), **options), images(1, 3, 64, 64)
+    replica = model._replicate_for_data_parallel()
+    replica._buffers = {name: buffer.clone() for name, buffer in model._buffers.items()}
+    torch.testing.assert_close(replica(x), optimize(build(num_classes=0))(x))
+    replica.timestep.fill_(3.0)
+    with pytest.raises(RuntimeError, match="another timestep"):
+        replica(x)
+
+
+def test_compiled_pyramid_whose_final_map_is_not_of_the_pyramid():
+    torch._dynamo.reset()
+    model, x = build("cleandift_tiny_pyramid", final_map="us10", global_pool=""), images(1, 3, 70, 64)
+    expected = model(x).detach()
+    fast = optimize(model, compile=dict(backend="eager", dynamic=False))
+    torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="expected a model with one backbone"):
         optimize(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="optimised already"):
         optimize(optimize(build()))
-    with pytest.raises(ValueError, match="fold must be"):
-        optimize(build(), fold="prompt")
-    with pytest.raises(ValueError, match="dtype must be"):
-        optimize(build(), dtype=torch.float64)
-    with pytest.raises(ValueError, match="winograd=True is for float32"):
-        optimize(build(), winograd=True, compile=True)
+    for wrong, message in (
+        (dict(fold="prompt"), "fold must be"),
+        (dict(fold=1), "fold must be True, False or 'timestep', got 1"),
+        (dict(dtype=torch.float64), "dtype must be"),
+        (dict(channels_last="yes"), "channels_last must be True, False or None, got 'yes'"),
+        (dict(winograd=1), "winograd must be"),
+        (dict(winograd=True, compile=True), "winograd=True is for float32"),
+        (dict(winograd=True, compile={}), "winograd=True is for float32"),
+        (dict(winograd=True, dtype=torch.float16), "winograd=True is for float32"),
+        (dict(compile=1), "compile must be"),
+        (dict(compile="nonsense"), "compile='nonsense' is not what torch.compile takes.*reduce-overhead"),
+        (dict(compile=dict(backend="nonsense")), "nonsense"),
+        (dict(compile=dict(backends="eager")), "backends"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimize(build(), **wrong)
     with torch.device("meta"), pytest.raises(ValueError, match="meta device"):
         optimize(build())
 
 
-def test_adapters_must_be_merged_first():
+@pytest.mark.parametrize("wrong", [dict(winograd=True, compile=True), dict(compile="nonsense"), {}], ids=str)
+def test_a_refusal_changes_nothing(wrong):
     peft = pytest.importorskip("peft")
     model = build(num_classes=0)
-    model.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1"]))
-    with pytest.raises(ValueError, match="conv1|resnets.*cannot be folded"):
-        optimize(model)
+    if not wrong:  # adapters must be merged first
+        model.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["conv1"]))
+    model.train()
+
+    def looks():
+        return [(name, p.requires_grad, p.dtype, p.data_ptr()) for name, p in model.named_parameters()]
+
+    before, kinds = looks(), [(type(module), module.training) for module in model.modules()]
+    with pytest.raises(ValueError, match="resnets.*cannot be folded" if not wrong else "compile"):
+        optimize(model, **wrong)
+    assert looks() == before and [(type(module), module.training) for module in model.modules()] == kinds
+
+
+def test_torch_without_onednn(monkeypatch):
+    """Such builds (Apple's) do not know the operator that tells whether a CPU has 16-bit instructions."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    fast = optimize(build(features_only=True), dtype=torch.bfloat16)
+    assert fast(images(1, 3, 64, 64))[0].dtype == torch.bfloat16
+
+
+def test_optimised_weights_are_not_published(tmp_path):
+    with pytest.raises(ValueError, match="save it before cleandift_backbones.optimize"):
+        save_folder(optimize(build(features_only=True)), tmp_path / "FOLDER")
 
 
 def test_copies_moves_and_other_dtypes():
@@ -250,9 +366,7 @@ def test_gflop_per_map_of_sd21():
         x = torch.empty(1, 3, 512, 512)
         for index in reversed(ALL):
             model = build("cleandift_sd21", features_only=True, out_indices=(index,))
-            with FlopCounterMode(display=False) as counter:
-                model(x)
-            counts.append(round(counter.get_total_flops() / 1e9))
+            counts.append(round(gflop(model, x)))
     assert counts == GFLOP
 
 
