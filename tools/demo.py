@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cleandift_backbones.app.extracting import TIMESTEP, matched_map, own_size, shown_maps, twin
+from cleandift_backbones.app.extracting import TIMESTEP
+from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
 from cleandift_backbones.app.pictures import SAMPLES, open_picture
 from cleandift_backbones.evaluation import correspondence, figures
 from cleandift_backbones.evaluation.features import (
