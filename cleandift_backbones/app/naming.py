@@ -9,7 +9,7 @@ from typing import NamedTuple
 import timm
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
-from ..evaluation.features import PIXELS, ModelError, check_model_name, list_maps
+from ..evaluation.features import PIXELS, ModelError, list_maps
 from ..models import offered_maps
 
 DEFAULT_SIDE = 224  # of models that do not say
@@ -52,7 +52,6 @@ def is_noisy(model: str) -> bool:
 
 def own_size(model: str) -> int:
     """The side in pixels that a model wants its pictures in."""
-    check_model_name(model)
     return _known(model).side
 
 
