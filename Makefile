@@ -14,11 +14,11 @@ app: $(VENV)/.ready-app
 
 # Its tests in headless Chromium, which apt installs if it is missing and we are root.
 test-app: $(VENV)/.ready-dev $(VENV)/.ready-app
-	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit 0; done; \
 	    { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 	    { echo "test-app needs Chromium: apt-get install chromium, as root" >&2; exit 1; }
 	$(BIN)/python -c "import gradio, playwright"
-	$(BIN)/python -m pytest tests/test_app.py tests/test_app_visitors.py tests/test_app_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_app.py tests/test_app_visitors.py tests/test_app_page.py
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

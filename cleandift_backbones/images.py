@@ -70,11 +70,13 @@ def read_image(
     background: Sequence[int] = (255, 255, 255),
     min_side: int = MIN_SIDE,
     name: str | None = None,
+    formats: Sequence[str] | None = None,
 ) -> Image.Image:
     """Reads a picture file, or the bytes of one, as an 8-bit RGB Pillow image.
 
     Transparency is composited on `background` (RGB, 0..255); 16-bit and 0..1 float pixels are scaled to 0..255; EXIF
-    orientation is applied; the first frame of an animation is taken. `name` stands for bytes in messages.
+    orientation is applied; the first frame of an animation is taken. `name` stands for bytes in messages. `formats`
+    are those that may be read, as Pillow names them; None: all.
 
     Raises:
         ImageError: the file is missing, empty, no image, truncated, holds pixels that are not finite or out of range,
@@ -92,7 +94,7 @@ def read_image(
     if size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes); fetch or export it again")
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=formats) as opened:
             opened.seek(0)
             opened.load()
             image = ImageOps.exif_transpose(opened)

@@ -1,6 +1,7 @@
 """Pictures, features kept, and the three results: what the page shows, and what three lines of Python make."""
 
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from safetensors.torch import load
 from cleandift_backbones.app import compare, extracting, maps, match
 from cleandift_backbones.app.extracting import Cancelled, Features, Spec
 from cleandift_backbones.app.mapping import SHOWS, _otsu, alike, foreground, segments
+from cleandift_backbones.app.naming import map_names
 from cleandift_backbones.app.pictures import LARGEST, open_picture, sample_names
 from cleandift_backbones.app.store import Entry, FeatureStore
 from cleandift_backbones.extractor import ModelError, extract, load_extractor
+from cleandift_backbones.hub import save_folder
 from cleandift_backbones.images import ImageError
 
 PAIR = ["nerd-face_noto.png", "nerd-face_twemoji.png"]
@@ -36,8 +39,11 @@ def test_animated_and_transparent_pictures_are_said_to_be():
     frames = [Image.new("RGB", (80, 80), colour) for colour in ("red", "blue", "green")]
     moving = open_picture(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), "moving.gif")
     assert moving.note == "animated: its first frame" and moving.image.getpixel((9, 9))[0] > 200
+    both = open_picture(encoded(frames[0], "MPO", save_all=True, append_images=frames[1:2]), "phone.jpg")
+    assert both.note == "the first of its 2 pictures"
     clear = open_picture(encoded(Image.new("RGBA", (80, 80), (0, 0, 0, 0))), "clear.png")
     assert clear.note == "transparent: drawn on grey" and clear.image.getpixel((9, 9)) == (224, 224, 224)
+    assert open_picture(encoded(Image.new("RGBA", (80, 80), (9, 9, 9, 255))), "screenshot.png").note == ""
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,7 @@ def test_animated_and_transparent_pictures_are_said_to_be():
         (encoded(Image.new("L", (64, 20_000))), "mine.png: too long and narrow"),
         (encoded(Image.effect_noise((90, 90), 50))[:200], "mine.png: truncated or damaged"),
         (encoded(Image.new("1", (20_000, 20_000))), "mine.png: too large to be safe"),
+        (encoded(Image.new("RGB", (90, 90)), "EPS"), "mine.png: not an image"),  # would be run by Ghostscript
     ],
 )
 def test_what_is_no_usable_picture_is_named(content, words):
@@ -140,19 +147,74 @@ def test_a_prompt_changes_features_and_is_taken_back(features):
 def test_work_can_be_watched_and_stopped_inside_a_forward_pass():
     features, shares = Features(), []
 
-    def watch(share):
+    def watch(share, doing):
         shares.append(share)
         if share > 0.3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
         features.compute(Spec("cleandift_tiny"), [open_picture(PAIR[0])], "me", watch)
-    assert len(shares) > 20 and shares == sorted(shares) and len(features.store) == 0
+    assert len(shares) > 1 and shares == sorted(shares) and len(features.store) == 0
     everything = []
-    features.compute(Spec("cleandift_tiny"), [open_picture(name) for name in PAIR], "me", everything.append)
+    pair = [open_picture(name) for name in PAIR]
+    features.compute(Spec("cleandift_tiny"), pair, "me", lambda share, doing: everything.append(share))
     assert everything == sorted(everything) and everything[-1] == 1.0
     model = features._models["cleandift_tiny"].extractor.model
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_loads_can_be_left_and_holds_nobody_else_up(monkeypatch):
+    """Loading cannot be interrupted: it is left alone, at once, and its model is there for the next who wants it."""
+    features, picture, go, loads = Features(), [open_picture(PAIR[0])], threading.Event(), []
+    features.compute(Spec("cleandift_tiny"), picture)
+    load = extracting.load_extractor
+
+    def slow(*args, **kwargs):
+        loads.append(args[0])
+        assert go.wait(60)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(extracting, "load_extractor", slow)
+
+    def watch(share, doing):
+        if doing == "loading" and loads:
+            raise Cancelled
+
+    for _ in range(2):  # the second waits for the first's turn
+        with pytest.raises(Cancelled):
+            features.compute(Spec("dift_tiny", "", 100, 1), picture, "me", watch)
+    assert features.compute(Spec("cleandift_tiny"), [open_picture(PAIR[1])])[0].seconds > 0
+    go.set()
+    assert features.compute(Spec("dift_tiny", "", 100, 1), picture)[0].seconds > 0 and loads == ["dift_tiny"]
+
+
+def test_weights_that_are_missing_cost_no_model_that_is_there(features, hub, offline):
+    offline()
+    picture = [open_picture(PAIR[0])]
+    for spec in (Spec("cleandift_tiny"), Spec("dift_tiny", "", 100, 1)):
+        features.compute(spec, picture)
+    with pytest.raises(ModelError):
+        features.compute(Spec("cleandift_sd21"), picture)
+    assert set(features._models) == {"cleandift_tiny", "dift_tiny"}
+
+
+def test_a_folder_of_weights_is_known_by_what_it_holds(tmp_path, features, monkeypatch):
+    """Its size, noise and noisy twin are those of its architecture; the three lines of Python name the folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cleandift_tiny", "dift_tiny"):
+        save_folder(timm.create_model(name, pretrained=True, features_only=True), name)
+    clean, noisy = "local-dir:cleandift_tiny", "local-dir:dift_tiny"
+    mine = compare([PAIR[0]], [(0, *EYE)], clean, timestep=50, ensemble_size=2, features=features)
+    known = compare([PAIR[0]], [(0, *EYE)], "cleandift_tiny", timestep=50, ensemble_size=2, features=features)
+    assert mine.noisy.match.spec.model == "dift_tiny" and f"model='{clean}'" in mine.recipe()
+    torch.testing.assert_close(mine.clean.match.similarity, known.clean.match.similarity, atol=1e-4, rtol=0)
+    folder, name = (match([PAIR[0]], [(0, *EYE)], m, timestep=50, ensemble_size=2, features=features)
+                    for m in (noisy, "dift_tiny"))  # fmt: skip
+    assert folder.spec.timestep == 50
+    torch.testing.assert_close(folder.similarity, name.similarity, atol=1e-4, rtol=0)
+    assert "us9" in map_names(clean) and "us10" not in map_names(clean)  # saved only as deep as us9
+    with pytest.raises(ModelError, match="local-dir:nothing cannot be built: Config file not found: nothing"):
+        match([PAIR[0]], [(0, *EYE)], "local-dir:nothing")
 
 
 def test_missing_weights_are_told_with_the_remedy(hub, offline):
@@ -197,6 +259,16 @@ def test_match_equals_a_plain_search(features):
             assert result.mutual[p, n] == (abs(back_x - x) <= cell[0] and abs(back_y - y) <= cell[1])
 
 
+def test_heats_of_a_point_can_be_compared(features):
+    result = match([PAIR[0], PAIR[1], "cat_photo.jpg"], [(0, *EYE)], features=features)
+    low, high = (
+        float(getattr(torch.cat([s[0].flatten() for s in result.similarity[1:]]), end)()) for end in ("min", "max")
+    )
+    for n in (1, 2):
+        torch.testing.assert_close(result.heat(0, n), (result.similarity[n][0] - low) / (high - low))
+    assert result.heat(0, 1).max() == 1 and result.heat(0, 2).max() < 0.9  # a photograph has no such eye
+
+
 def test_only_mutual_matches_are_drawn_if_wished(features):
     names, points = [*PAIR, "cat-face_noto.png"], [(0, 0.5, 0.66), (0, *EYE)]
     everything, mutual = (match(names, points, mutual_only=wish, features=features) for wish in (False, True))
@@ -213,6 +285,8 @@ def test_only_mutual_matches_are_drawn_if_wished(features):
         (dict(points=[(0, 1.5, 0.5)]), "lies outside nerd-face_noto.png"),
         (dict(points=[], map="us12"), "no map 'us12'; choose one of us10"),
         (dict(points=[], model="cleandift_big"), "model 'cleandift_big' is unknown"),
+        (dict(points=[], model="dift_tiny", ensemble_size=0), "ensemble_size 0 is no number of noises"),
+        (dict(points=[], model="dift_tiny", timestep=1000), "timestep 1000 is none of the model's"),
     ],
 )
 def test_match_refuses(features, arguments, words):
@@ -251,6 +325,9 @@ def test_maps_of_one_basis_or_one_each(features):
     shared, own = (maps(PAIR, ["us6"], shared=wish, features=features).values["us6"] for wish in (True, False))
     alone = maps(PAIR[1:], ["us6"], features=features).values["us6"][0]
     assert torch.equal(own[1], alone) and not torch.equal(shared[1], alone)
+    for function in (maps, compare, lambda pictures: match(pictures, [])):
+        with pytest.raises(ImageError, match="no pictures to look at"):
+            function([])
     with pytest.raises(ValueError, match="show 'tsne' is unknown; choose one of pca"):
         maps(PAIR, show="tsne", features=features)
     with pytest.raises(ValueError, match=r"clusters must lie in 2\.\.12, got 1"):
@@ -262,6 +339,8 @@ def test_compare_is_two_matches_and_needs_a_twin(features):
     for side, model in ((result.clean, dict()), (result.noisy, dict(model="dift_tiny", timestep=50, ensemble_size=2))):
         again = match(PAIR, [(0, *EYE)], features=features, **model)
         assert torch.equal(side.match.found, again.found) and side.seconds > 0
+    with pytest.raises(ValueError, match="ensemble_size 0 is no number"):
+        compare(PAIR, ensemble_size=0)
     with pytest.raises(ModelError, match="pixels has no noisy twin to be compared with; choose a cleandift_"):
         compare(PAIR, model="pixels")
 
@@ -291,3 +370,14 @@ def test_three_lines_of_python_make_the_same_result(kind, features, tmp_path, mo
     assert min(Image.open(tmp_path / f"{result.function}.png").size) > 200
     with pytest.raises(ValueError, match=r"saved as \.png or \.safetensors, not as '\.pt'"):
         result.save("result.pt")
+
+
+def test_three_lines_name_the_device_and_write_over_no_picture(tmp_path):
+    elsewhere = match(PAIR[:1], [(0, *EYE)])
+    elsewhere.device = "cuda"
+    assert "map='us6', device='cuda')" in elsewhere.recipe()
+    with pytest.raises(ModelError, match="device 'cuba' cannot be used"):
+        match(PAIR[:1], [(0, *EYE)], device="cuba")
+    Image.open(io.BytesIO(encoded(open_picture(PAIR[0]).image))).save(tmp_path / "Match.PNG")
+    lines = match([tmp_path / "Match.PNG"], [(0, *EYE)]).recipe()
+    assert "device" not in lines and 'save("match_again.png"), result.save("match_again.safetensors")' in lines

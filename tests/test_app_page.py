@@ -22,10 +22,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("no Chromium: apt-get install chromium (make test-app does)", allow_module_level=True)
 
-from app_browser import Server, Visitor  # noqa: E402  needs playwright
+from app_browser import Server, Visitor, until  # noqa: E402  needs playwright
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
+TABS = (("Match", "match"), ("Maps", "maps"), ("Clean against noisy", "compare"))
 EYE, ITS_PAIR = (0.3, 0.41), (0.321, 0.39)  # 1F913's left eyes in noto and twemoji, evaluation/emoji_eyes.json
 
 
@@ -101,6 +102,7 @@ def test_clicks_outside_set_no_point_and_the_keyboard_does(visitor):
         visitor.page.keyboard.press(key)
     visitor.after("match", lambda: visitor.page.keyboard.press("Enter"))
     assert visitor.marks(0)[2] == pytest.approx((0.46, 0.42), abs=0.01)
+    assert visitor.view(0).evaluate("view => view === document.activeElement")  # the next one needs no search
 
 
 def test_only_mutual_neighbours(visitor):
@@ -129,7 +131,10 @@ def test_model_map_and_prompt_change_the_answer(visitor):
     choose("Model", "dift_tiny")
     seen.append(heat("model='dift_tiny'"))
     assert len({tuple(one) for one in seen}) == 4
-    assert "model='dift_tiny', prompt='cat face', timestep=261" in visitor.page.locator("#match pre").inner_text()
+    assert (
+        "model='dift_tiny', prompt='cat face', timestep=261, ensemble_size=8, map='us3'"
+        in visitor.page.locator("#match pre").inner_text()
+    )
 
 
 def test_uploads_of_every_kind(visitor, tmp_path):
@@ -172,30 +177,24 @@ def test_paste_drop_and_camera(visitor):
     assert visitor.page.locator("dialog").count() == 0
 
 
-def slide(visitor, name, value):
-    """Moves a slider by its handle, as a hand does: the answer comes when it is let go."""
-    handle = visitor.page.locator(f"#{name} input[type=range]")
-    low, high = (float(handle.get_attribute(end)) for end in ("min", "max"))
-    box = handle.bounding_box()
-    visitor.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    visitor.page.mouse.down()
-    visitor.page.mouse.move(
-        box["x"] + box["width"] * (value - low) / (high - low), box["y"] + box["height"] / 2, steps=5
-    )
-    visitor.page.mouse.up()
-
-
 def test_noise_sliders_change_the_noisy_side_alone(visitor):
     visitor.open("Clean against noisy", "compare")
     clean, noisy = (f"#compare .side[data-side={side}] .view > img.ground" for side in ("clean", "noisy"))
     before = visitor.sources(clean), visitor.sources(noisy)
     assert len(before[0]) == len(before[1]) == 6 and set(visitor.marks(2, "compare")) == {1}
-    visitor.after("compare", lambda: slide(visitor, "timestep", 700))
+    now = visitor.slide("timestep", 700)
+    visitor.answered("compare", f"timestep={now}, ensemble_size=8")
     cost = visitor.page.locator("#compare [data-side=noisy] .cost")
-    assert re.search(r"(\d+ ms|[\d.]+ s) for 3 pictures: 8 noises each, t = (69\d|7[01]\d)", cost.inner_text())
+    assert 680 < int(now) < 720
+    assert re.search(rf"(\d+ ms|[\d.]+ s) for 3 pictures: 8 noises each, t = {now}", cost.inner_text())
     after = visitor.sources(clean), visitor.sources(noisy)
     assert after[0] == before[0] and after[1] != before[1]
-    visitor.after("compare", lambda: slide(visitor, "ensemble", 1))
+    visitor.page.locator("#timestep input[type=range]").press("ArrowRight")
+    visitor.answered("compare", f"timestep={int(now) + 1},")
+    visitor.page.locator("#timestep input[type=number]").fill("50")
+    visitor.answered("compare", "timestep=50,")
+    visitor.slide("ensemble", 1)
+    visitor.answered("compare", "ensemble_size=1")
     assert "one noise each" in cost.inner_text() and visitor.sources(noisy) != after[1]
     visitor.click(0, 0.5, 0.6, "compare")
     visitor.open("Match", "match")
@@ -219,41 +218,56 @@ def test_maps_side_by_side(visitor):
     foreground = visitor.sources(cells)
     visitor.after("maps", visitor.page.get_by_role("radio", name="Segments").click)
     six = visitor.sources(cells)
-    visitor.after("maps", lambda: slide(visitor, "clusters", 2))
+    visitor.slide("clusters", 2)
+    visitor.answered("maps", "clusters=2")
     two = visitor.sources(cells)
     assert len({one[1] for one in (shared, foreground, six, two)}) == 4
     assert "2 clusters (k-means), a basis for each picture" in visitor.page.locator("#maps p.aside").inner_text()
 
 
-def test_long_work_shows_progress_and_stops(visitor):
-    visitor.page.get_by_role("button", name="Samples").click()
-    for sample in ("bus, noto", "watch, twemoji", "cat, photo", "bus, fluentflat", "astronaut, photo"):
-        visitor.after("match", visitor.page.locator("#tray .samples").get_by_title(sample, exact=True).click)
-    assert len(visitor.pictures()) == 8
+def test_long_work_shows_progress_and_stops(visitor, server):
+    compare = visitor.page.locator("#compare")
+    with server.hold("forward"):
+        visitor.page.get_by_role("tab", name="Clean against noisy").click()
+        visitor.slide("ensemble", 16)
+        visitor.settled("compare", state="busy")
+        playwright.expect(compare.locator(".busy")).to_contain_text("dift_tiny: computing features, ")  # and seconds
+        playwright.expect(compare.get_by_role("progressbar")).to_have_attribute("aria-valuenow", re.compile("[1-9]"))
+        # The button stays while answers come, also under a finger.
+        compare.locator(".stop").hover()
+        visitor.page.mouse.down()
+        visitor.settled("compare", visitor.version("compare") + 2, "busy")
+        visitor.page.mouse.up()
+        visitor.settled("compare", state="empty")
+        assert "Stopped." in visitor.notice("compare")
+        visitor.slide("ensemble", 2)
+        visitor.settled("compare", state="busy")
+    visitor.settled("compare")
+
+
+def test_what_is_done_while_busy_is_answered_when_the_work_is_done(visitor, server):
     visitor.open("Clean against noisy", "compare")
-    slide(visitor, "ensemble", 16)
-    stop = visitor.page.locator("#compare .busy .stop")
-    stop.click()
-    visitor.page.wait_for_selector("#compare .drawn[data-state=empty]")
-    assert "Stopped." in visitor.notice("compare")
-    # Two clicks while busy: both are answered when the work is done.
-    slide(visitor, "ensemble", 15)
-    visitor.page.wait_for_selector("#compare .drawn[data-state=busy]")
-    version = visitor.version("compare")
-    visitor.page.get_by_role("tab", name="Match").click()
-    visitor.settled("match")
-    visitor.page.get_by_role("tab", name="Clean against noisy").click()
-    visitor.settled("compare", version)
-    visitor.page.get_by_label("Prompt").fill("cat face")
-    visitor.page.keyboard.press("Enter")
-    visitor.page.wait_for_selector("#compare .drawn[data-state=busy]")
-    version = visitor.version("compare")
-    for x in (0.3, 0.7):
-        box = visitor.view(0, "compare").bounding_box()
-        visitor.view(0, "compare").click(position=dict(x=x * box["width"], y=0.5 * box["height"]))
+    heat = visitor.page.query_selector("#compare .opacity input")
+    with server.hold("forward"):
+        visitor.page.get_by_label("Prompt").fill("cat face")
+        visitor.page.keyboard.press("Enter")
+        visitor.settled("compare", state="busy")
+        for x in (0.3, 0.7):  # two clicks while busy
+            box = visitor.view(0, "compare").bounding_box()
+            visitor.view(0, "compare").click(position=dict(x=x * box["width"], y=0.5 * box["height"]))
+        visitor.page.get_by_role("button", name="Samples").click()  # and a picture that has no features yet
+        visitor.page.locator("#tray .samples").get_by_title("bus, noto", exact=True).click()
+        playwright.expect(visitor.page.locator("#compare .side[data-side=noisy] .pair")).to_have_count(4)
+        visitor.page.get_by_role("tab", name="Match").click()
+        visitor.settled("match", state="busy")
+        version = visitor.version("match")
+        visitor.page.get_by_role("tab", name="Clean against noisy").click()
+        visitor.settled("compare", version, "busy")
+        version = visitor.version("compare")
     visitor.settled("compare", version)
     playwright.expect(visitor.page.locator("#compare .chip")).to_have_count(3)
-    assert set(visitor.marks(2, "compare")) == {1, 2, 3}
+    assert set(visitor.marks(2, "compare")) == {1, 2, 3} and heat.evaluate("one => one.isConnected")
+    assert len(visitor.sources("#compare .side .view > img.ground")) == 2 * 4 * 2
 
 
 def test_visitors_do_not_see_each_other_and_uploads_go_with_the_page(browser, server, tmp_path):
@@ -273,11 +287,7 @@ def test_visitors_do_not_see_each_other_and_uploads_go_with_the_page(browser, se
     assert server.answers("/" + address) and token != other and server.status(f"/pictures/{other}/{key}") == 404
     assert not [p for p in server.log.parent.joinpath("temp").rglob("*") if p.is_file()]  # nothing went to the disk
     one.leave()
-    for _ in range(300):
-        if server.status("/" + address) == 404:
-            break
-        time.sleep(0.1)
-    assert server.status("/" + address) == 404
+    until(lambda: server.status("/" + address) == 404, "the upload to be gone")
     two.click(1, 0.3, 0.3)  # the other visitor stays
     two.leave()
 
@@ -291,35 +301,38 @@ def test_missing_weights_say_how_to_get_them(visitor):
     visitor.after("match", visitor.page.get_by_role("option", name="cleandift_tiny", exact=True).click)
 
 
-@pytest.mark.parametrize(
-    "name, tab", [("Match", "match"), ("Maps", "maps"), ("Clean against noisy", "compare")], ids=("m", "p", "c")
-)
-def test_downloads_are_what_the_three_lines_make(visitor, tmp_path, name, tab):
+def test_downloads_are_what_the_three_lines_make(visitor, tmp_path):
     visitor.click(0, *EYE)
-    visitor.open(name, tab)
-    recipe = visitor.page.locator(f"#{tab} pre").inner_text()
-    assert len(recipe.strip().splitlines()) == 3
-    done = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-    assert done.returncode == 0
-    for kind in ("png", "safetensors"):
-        with visitor.page.expect_download() as download:
-            visitor.page.locator(f"#{tab} .take a", has_text=re.compile(f"^{kind}$", re.I)).click()
-        assert download.value.suggested_filename == f"{tab}.{kind}"
-        assert Path(download.value.path()).read_bytes() == (tmp_path / f"{tab}.{kind}").read_bytes()
+    recipes, saved = [], {}
+    for name, tab in TABS:
+        visitor.open(name, tab)
+        recipes.append(visitor.page.locator(f"#{tab} pre").inner_text().strip())
+        assert len(recipes[-1].splitlines()) == 3
+        for kind in ("png", "safetensors"):
+            with visitor.page.expect_download() as download:
+                visitor.page.locator(f"#{tab} .take a", has_text=re.compile(f"^{kind}$", re.I)).click()
+            assert download.value.suggested_filename == f"{tab}.{kind}"
+            saved[f"{tab}.{kind}"] = Path(download.value.path()).read_bytes()
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, "-c", "\n".join(recipes)], cwd=tmp_path, env=environment, check=True)
+    assert saved == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_nothing_of_the_file_system_can_be_read(server):
     for path in (
         f"/gradio_api/file={ROOT}/README.md", "/gradio_api/file=/etc/passwd", "/file=/etc/passwd",
         "/gradio_api/file=http://127.0.0.1/", "/gradio_api/proxy=http://127.0.0.1/", "/samples/..%2f..%2fNOTICE",
-        "/samples/pairs.json", "/pictures/x/..%2f..%2fREADME.md", "/gradio_api/runs",
+        "/samples/pairs.json", "/pictures/x/..%2f..%2fREADME.md", "/gradio_api/runs", "/gradio_api/info",
+        "/gradio_api/deep_link?session_hash=x", "/gradio_api/custom_component/a/client/component/b",
+        "/gradio_api/stream/x/0/1/playlist-file", "/gradio_api/openapi.json",
     ):  # fmt: skip
         assert server.status(path) in (403, 404), path
-    assert server.status("/gradio_api/upload", "POST") == 404
+    for path in ("upload", "component_server", "vibe-starter-queries/", "process_recording", "reset", "queue/join/x"):
+        assert server.status(f"/gradio_api/{path}", "POST") == 404, path
 
 
 def test_clicks_are_answered_quickly(visitor, record_property):
-    """Medians; the issue's bar is 100 ms on two free cores, looser here because other work may run beside."""
+    """Medians; the bar is 100 ms on two free cores (docs/app.md), far looser here: other work may run beside."""
     in_browser, on_server = [], []
     for i in range(25):
         visitor.click(i % 3, 0.2 + 0.02 * i, 0.5)
@@ -331,32 +344,55 @@ def test_clicks_are_answered_quickly(visitor, record_property):
         f"{medians['browser']:.0f} ms from the click to the drawing"
     )
     record_property("medians", medians)
-    assert medians["server"] < 300
+    assert medians["server"] < 1000
 
 
-@pytest.mark.parametrize("width, height, device", [(1280, 900, "desktop"), (390, 844, "phone")])
-def test_every_tab_fits_the_screen(browser, server, width, height, device):
-    visitor = Visitor(browser, server, width, height, device_scale_factor=2, color_scheme="light")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_every_tab_fits_the_screen(browser, server, device, scheme):
+    width, height = dict(desktop=(1280, 900), phone=(390, 844))[device]
+    options = dict(has_touch=True, is_mobile=True) if device == "phone" else {}
+    visitor = Visitor(browser, server, width, height, device_scale_factor=2, color_scheme=scheme, **options)
     folder = os.environ.get("APP_SCREENSHOTS")
-    for name, tab in (("Match", "match"), ("Maps", "maps"), ("Clean against noisy", "compare")):
+    for name, tab in TABS:
         visitor.open(name, tab)
         wide = visitor.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, f"{name} is {wide} pixels wide on a screen of {width}"
+        ground, ink = visitor.page.evaluate(
+            "(tab) => [document.body, document.querySelector(`#${tab} pre`)].map((one, n) =>"
+            " getComputedStyle(one)[n ? 'color' : 'backgroundColor'].match(/[0-9]+/g).slice(0, 3).map(Number))",
+            tab,
+        )
+        assert (sum(ground) < sum(ink)) == (scheme == "dark"), (ground, ink)
         if folder:
             time.sleep(0.5)
-            visitor.page.screenshot(path=Path(folder, f"{tab}_{device}.png"), full_page=True)
+            visitor.page.screenshot(path=Path(folder, f"{tab}_{device}_{scheme}.png"), full_page=True)
     visitor.leave()
 
 
-def test_space_is_the_same_page(browser, tmp_path):
+def test_space_is_the_same_page_whose_server_loads_long_and_then_is_gone(browser, tmp_path):
     """The folder for a Hugging Face Space: its header names the script, which serves the page."""
     header = (ROOT / "space" / "README.md").read_text().split("---")[1]
     entries = dict(line.split(": ", 1) for line in header.strip().splitlines())
     assert entries["sdk"] == "gradio" and (ROOT / "space" / entries["app_file"]).is_file()
-    server = Server(tmp_path, f"space/{entries['app_file']}")
+    script, lost = f"space/{entries['app_file']}", "Connection to the server was lost"
+    server = Server(tmp_path, script, hold=["load"])
     try:
-        visitor = Visitor(browser, server)
+        visitor = Visitor(browser, server, wait=False)
+        visitor.settled("match", state="busy")
+        playwright.expect(visitor.page.locator("#match .busy")).to_contain_text("cleandift_tiny: loading")
+        visitor.page.locator("#match .stop").click()  # a model that loads is left at once
+        visitor.settled("match", state="empty")
+        assert "Stopped." in visitor.notice()
+        server.release("load")
         visitor.click(0, *EYE)
-        visitor.leave()
+        server.stop()
+        visitor.view(0).click()
+        playwright.expect(visitor.page.get_by_text(lost)).to_be_visible()
+        server = Server(tmp_path, script, port=server.port)  # when there is one again, the page loads itself
+        playwright.expect(visitor.page.get_by_text(lost)).to_have_count(0)
+        visitor.settled("match")
+        visitor.click(0, *EYE)
+        visitor.leave(problems=True)
     finally:
         server.stop()

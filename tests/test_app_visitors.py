@@ -10,9 +10,10 @@ import pytest
 from picture_bytes import encoded
 from PIL import Image
 
-from cleandift_backbones.app.answers import Answers, Progress
+from cleandift_backbones.app.answers import Answers, Job, Progress
 from cleandift_backbones.app.extracting import Features
 from cleandift_backbones.app.sessions import MOST_PICTURES, MOST_POINTS, Session, Sessions, Settings
+from cleandift_backbones.extractor import ModelError
 
 
 def photo(shade=0, size=(80, 80)):
@@ -37,6 +38,8 @@ def test_a_session_takes_what_fits_and_says_what_does_not():
     )
     assert session.add_upload(photo(1), "me.png") and session.add_upload(photo(2), "C:\\me.png")
     assert [p.name for p in session.pictures[-2:]] == ["me.png", "me_2.png"]
+    long = f"{'x' * 200}.png"
+    assert session.add_upload(photo(3), long) and session.pictures[-1].name == f"{'x' * 80}.png"
     assert not session.add_upload(photo(2), "other.png") and "already here" in session.take_notice()[0]
     while len(session.pictures) < MOST_PICTURES:
         session.add_upload(photo(len(session.pictures)), "more.png")
@@ -53,8 +56,12 @@ def test_points_follow_their_pictures():
     session.select_point(1)
     session.remove_picture(second)
     assert session.numbered_points() == [(0, 0.19, 0.17), (1, 0.1, 0.2)] and session.selected == 1
+    session.add_point(third, 0.5, 0.6)
+    session.select_point(1)
     session.remove_point(0)
-    assert session.points == [(third, 0.1, 0.2)] and session.selected == 0
+    assert session.points == [(third, 0.1, 0.2), (third, 0.5, 0.6)] and session.selected == 0  # still the same one
+    session.remove_point(0)
+    assert session.points == [(third, 0.5, 0.6)] and session.selected == 0
 
 
 def test_visitors_have_their_own_and_leave_nothing(features):
@@ -90,7 +97,7 @@ def test_answers_come_at_once_after_work(features):
     assert result.show == "segments" and answers.get(session) is result
     session.settings = Settings("match")
     assert answers.get(session).found.shape == (1, 3, 2)
-    assert set(session.results) == {"maps", "match"} and session.work is None
+    assert session.result.function == "match" and session.work is None
     features.store.forget(session.token)
 
 
@@ -112,7 +119,7 @@ class SlowFeatures(Features):
     def compute(self, spec, pictures, owner=None, watch=None):
         self.begun.append(spec)
         while not self.go.wait(0.01):
-            watch(0.5)
+            watch(0.5, "computing features")
         return super().compute(spec, pictures, owner, watch)
 
 
@@ -127,6 +134,9 @@ def test_work_shows_progress_and_can_be_stopped():
     assert finish(answers, session) is None and session.work is None
     assert session.take_notice() == ("Stopped. Change anything, or click, to go on.", False)
     assert answers.get(session) is None and len(slow.begun) == 1  # asking alone does not begin again
+    session.given_up = None
+    session.stop()  # too late, or once more: there is nothing to stop, and nothing begins
+    assert answers.get(session, begin=False) is None and session.work is None and not session.take_notice()[1]
     session.begin_action()
     slow.go.set()
     assert finish(answers, session) is not None
@@ -148,6 +158,36 @@ def test_what_changes_while_busy_is_what_comes():
     assert [spec.model for spec in slow.begun] == ["cleandift_tiny", "dift_tiny"]
 
 
+def test_work_ends_when_what_is_wanted_now_cannot_be_had():
+    slow = SlowFeatures()
+    answers, session = Answers(slow), Session()
+    answers.get(session)
+    work = session.work
+    with session.lock:
+        session.settings = Settings("compare", "dift_tiny")  # which has no noisy twin
+        with pytest.raises(ModelError, match="no noisy twin"):
+            answers.get(session)
+    work.join(60)
+    assert not work.is_alive() and session.work is None and not slow.go.is_set()
+
+
+def test_maps_that_take_long_are_drawn_by_the_work(features, monkeypatch):
+    """Whether few, at once, or many, with progress and Stop: the result is the same."""
+    shown = []
+    for limit in (dict(), dict(QUICK_PRODUCTS=1), dict(QUICK_MAPS=1)):
+        for name, value in limit.items():
+            monkeypatch.setattr(f"cleandift_backbones.app.answers.{name}", value)
+        for tab in ("maps", "compare"):
+            answers, session = Answers(features), Session()
+            session.settings = Settings(tab, maps=("us6", "us9"), timestep=50, ensemble_size=1)
+            result = finish(answers, session)
+            assert answers.get(session) is result or tab == "compare"
+            assert session.remembers(tab, Job(session.settings, tuple(session.pictures)).key)
+            shown.append(result.encoded(".png"))
+            features.store.forget(session.token)
+    assert len(set(shown[::2])) == len(set(shown[1::2])) == 1
+
+
 def test_an_unforeseen_error_is_told_and_logged(caplog, monkeypatch):
     answers, session = Answers(Features()), Session()
     monkeypatch.setattr(answers.features, "compute", lambda *args: 1 / 0)
@@ -166,6 +206,8 @@ def test_closing_a_page_stops_its_work_and_leaves_no_features():
     slow.go.set()
     work.join(60)
     assert not work.is_alive() and len(slow.store) == 0
+    assert answers.get(session) is None and session.work is None  # a click that came in late
+    assert not session.add_upload(photo(), "late.png")
 
 
 # --- the page's handlers ---------------------------------------------------------------------------------------------
@@ -212,9 +254,22 @@ def test_page_answers_clicks(page):
     assert all(panel["heat"].startswith("data:image/webp") and len(panel["marks"]) == 2 for panel in others)
 
 
+def test_a_page_that_is_gone_comes_back_by_an_action_not_by_asking(page):
+    """A poll on its way when the page closes leaves no visitor behind; a telephone that wakes goes on by a click."""
+    act(page, "gone", dict(kind="load"))
+    page.close(SimpleNamespace(session_hash="gone"))
+    count = len(page.sessions)
+    for kind in ("poll", "stop"):
+        _, view = act(page, "gone", dict(kind=kind))
+        assert "was away for long" in view["notice"] and "recipe" not in view and len(page.sessions) == count
+    _, view = act(page, "gone", dict(kind="clear"))
+    assert "was away for long" in view["notice"] and view["recipe"] and len(page.sessions) == count + 1
+
+
 @pytest.mark.parametrize(
     "data",
     ["text", 5, [1], dict(kind="point"), dict(kind="point", picture=None, x="a", y={}), dict(kind="select", number="x"),
+     dict(kind="select", number=float("inf")), dict(kind="point", picture="x", x=10**400, y=0),
      dict(kind="tab", tab="../x"), dict(kind="sample", name="../../NOTICE"), dict(kind="point", picture="x", x=9, y=9)],
 )  # fmt: skip
 def test_page_takes_anything_from_a_browser(page, data):
@@ -226,12 +281,19 @@ def test_page_says_what_cannot_be_had(page, hub, offline):
     offline()
     _, view = act(page, "w", model="cleandift_sd21")
     assert view["error"] and "tools/convert.py cleandift_sd21 --out" in view["notice"] and "recipe" not in view
+    assert "start it with --download" in view["notice"]
     _, view = act(page, "w", model="pixels", prompt="cat")
     assert view["error"] and "takes no prompts" in view["notice"]
     _, view = act(page, "w", dict(kind="tab", tab="compare"), model="dift_tiny")
     assert view["error"] and "choose a cleandift_* model" in view["notice"]
+    _, view = act(page, "w", dict(kind="tab", tab="maps"), maps=[])
+    assert view["error"] and "No map is chosen" in view["notice"]
+    act(page, "w", dict(kind="tab", tab="compare"))
     _, view = act(page, "w", prompt="x" * 400)
     assert view["error"] and "too long" in view["notice"]
+    for odd in (dict(timestep=None), dict(clusters="many"), dict(maps=None), dict(prompt=5), dict(ensemble_size=1e400)):
+        _, view = act(page, "w", **odd)
+        assert view["error"] and view["notice"] == "That was not understood; load the page again."
     _, view = act(page, "w")
     assert not view["error"] and [side["title"] for side in view["sides"]] == ["Clean", "Noisy"]
 
@@ -244,18 +306,24 @@ def test_addresses_give_out_only_what_belongs_to_the_visitor(page):
 
     tray, view = act(page, "a", dict(kind="load"))
     client = TestClient(Starlette(routes=routes(page.sessions)))
-    assert client.post(f"/uploads/{tray['token']}?name=mine.png", content=photo(7)).json() == {}
+    for shade in (6, 7):
+        assert client.post(f"/uploads/{tray['token']}?name=mine ä.jpg", content=photo(shade)).json() == {}
     tray, view = act(page, "a")
     mine = tray["pictures"][-1]
-    assert mine["name"] == "mine.png" and client.get("/" + mine["url"]).headers["content-type"] == "image/jpeg"
+    assert mine["name"] == "mine ä_2.jpg" and "'mine ä_2.jpg'" in view["recipe"]
+    saved = client.get("/" + mine["file"]).headers["content-disposition"]
+    assert saved == "attachment; filename*=UTF-8''mine%20%C3%A4_2.jpg"  # the name that the lines of Python give it
+    assert client.get("/" + mine["url"]).headers["content-type"] == "image/jpeg"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(client.get("/" + mine["file"]).content))),
                           np.asarray(Image.open(io.BytesIO(photo(7)))))  # fmt: skip
     for kind, address in view["files"].items():
         answer = client.get("/" + address)
-        assert f'filename="match.{kind}"' in answer.headers["content-disposition"]
+        assert f"filename*=UTF-8''match.{kind}" in answer.headers["content-disposition"]
     other = act(page, "b", dict(kind="load"))[0]["token"]
     for path in (f"pictures/{other}/{mine['key']}.png", f"results/{other}x/match.png", "samples/pairs.json",
                  f"pictures/{other}/%2e%2e%2f%2e%2e%2fNOTICE", "gradio_api/file=/etc/passwd", "gradio_api/upload",
+                 "gradio_api/deep_link", "gradio_api/component_server", "gradio_api/custom_component/a/b/c/d",
+                 "gradio_api/vibe-starter-queries/", "gradio_api/stream/a/0/1/playlist-file", "gradio_api/info",
                  f"results/{tray['token']}/maps.png", f"pictures/{tray['token']}/{mine['key']}.svg"):  # fmt: skip
         assert client.get(path).status_code == 404, path
     assert client.post("/uploads/unknown", content=photo()).json()["error"].startswith("This page was closed")

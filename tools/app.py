@@ -3,7 +3,9 @@
 
     python tools/app.py                                     the small model and sample pictures, offline
     python tools/app.py --models cleandift_sd21 dift_sd21   Stable Diffusion's, if their weights are on this machine
-    python tools/app.py --models resnet50 local-dir:sd21    any timm model, any folder of weights
+    python tools/app.py --models local-dir:runs/mine/native weights of yours: a folder that tools/finetune.py left, or
+                                                            that tools/convert.py made of a file
+    python tools/app.py --models resnet50 hf-hub:USER/REPO  any timm model, any repository
 
 Needs the extra: pip install "cleandift_backbones[demo]". Nothing is sent anywhere, and nothing is fetched from another
 host; only --download lets weights be fetched from the Hub. Uploaded pictures stay in memory, and go when their page

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cleandift_backbones.app.extracting import TIMESTEP, matched_map, own_size, shown_maps, twin
+from cleandift_backbones.app.extracting import TIMESTEP
+from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
 from cleandift_backbones.app.pictures import SAMPLES, open_picture
 from cleandift_backbones.arguments import map_item
 from cleandift_backbones.evaluation import correspondence, figures
@@ -166,7 +167,7 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     size = args.size or own_size(args.model)
     torch.manual_seed(0)
     clean = load_extractor(args.model, wanted, pretrained, device, size)
-    noisy_name = twin(args.model)
+    noisy_name = None if ":" in args.model else twin(args.model)  # a folder's twin may lie nowhere here
     noisy = None
     if noisy_name:
         noisy = load_extractor(noisy_name, wanted, pretrained, device, size, timestep=TIMESTEP, ensemble_size=1)

@@ -6,7 +6,8 @@
 
 results: what a result can do. matching, mapping, comparing: the three kinds, each a function that takes pictures
 (files, or names of the samples that come with the package). pictures: reading them. extracting, store: features,
-computed once and kept within a bounded memory. sessions, views, routes, page: the page; it needs the extra `[demo]`.
+computed once and kept within a bounded memory. naming: what a model's name stands for. sessions, answers, views,
+routes, page: the page; it needs the extra `[demo]`.
 """
 
 from importlib import import_module

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from .sessions import Session, Settings
 from .store import Entry
 
 _logger = logging.getLogger(__name__)
+QUICK_MAPS, QUICK_PRODUCTS = 12, 2e8  # maps, and products for their main directions, of a tenth of a second
 PROBLEMS = (ModelError, ImageError, ValueError)
 
 
@@ -63,8 +65,11 @@ class Answers:
         self.features = features
         self.threads = torch.get_num_threads()
 
-    def get(self, session: Session) -> Result | Progress | None:
+    def get(self, session: Session, begin: bool = True) -> Result | Progress | None:
         """What the session's tab shows. Call with the session's lock.
+
+        Args:
+            begin: whether work that is not there yet is begun.
 
         Returns:
             The result, if everything that takes long is there; otherwise how far the work is, which is begun if need
@@ -73,32 +78,40 @@ class Answers:
         Raises:
             ImageError, ModelError, ValueError: something that cannot be had.
         """
+        if session.closed:
+            return None
         job = Job(session.settings, tuple(session.pictures))
         key = job.key
         ready = session.ready[1] if session.ready and session.ready[0] == key else None
         session.ready = None
         entries = ready or [self.features.kept(spec, job.pictures, session.token) for spec in job.specs]
-        clustered = job.settings.tab != "maps" or job.settings.show != "segments" or session.remembers("maps", key)
-        if None not in entries and clustered:
-            session.results[job.settings.tab] = result = self._result(session, job, entries)
+        if None not in entries and (_is_quick(job, entries) or session.remembers(job.settings.tab, key)):
+            result = self.features.stamp(self._result(session, job, entries))
+            session.result = result
             return result
-        if session.given_up == key:
+        if session.given_up == key or (session.work is None and not begin):
             return None
         if session.work is None:
             session.work = Work(self, session, job)
         return session.work.progress
 
-    def _result(self, session: Session, job: Job, entries: list[list[Entry]], watch: Watch | None = None) -> Result:
+    def _result(self, session: Session, job: Job, entries: list[list[Entry]]) -> Result:
         s, pictures = job.settings, job.pictures
         if s.tab == "match":
             points = session.numbered_points()
             return match_entries(pictures, entries[0], job.specs[0].settled(), s.map, points, s.mutual_only)
+        drawn = self._drawn(session, job, entries)
+        if s.tab == "maps":
+            return drawn
+        return compare_entries(pictures, *entries, job.specs, s.map, session.numbered_points(), drawn)
+
+    def _drawn(self, session: Session, job: Job, entries: list[list[Entry]], watch: Watch | None = None) -> Any:
+        """Of maps all, of a comparison its main directions: made once, as they may take long."""
+        s, pictures = job.settings, job.pictures
         if s.tab == "maps":
             given = (pictures, entries[0], job.specs[0].settled(), s.maps, s.show, s.shared, s.clusters, watch)
             return session.remember("maps", job.key, lambda: map_entries(*given))
-        given = (pictures, *entries, job.specs, s.map)
-        directions = session.remember("directions", job.key, lambda: main_directions(*given))
-        return compare_entries(*given, session.numbered_points(), directions)
+        return session.remember("compare", job.key, lambda: main_directions(pictures, *entries, job.specs, s.map))
 
 
 class Work(threading.Thread):
@@ -107,7 +120,7 @@ class Work(threading.Thread):
     def __init__(self, answers: Answers, session: Session, job: Job):
         super().__init__(daemon=True)
         self.answers, self.session, self.job = answers, session, job
-        self.progress = Progress(0.0, f"loading {job.settings.model}")
+        self.progress = Progress(0.0, f"{job.settings.model}: loading")
         session.cancelled.clear()
         self.start()
 
@@ -121,12 +134,15 @@ class Work(threading.Thread):
             except Exception as caught:  # told to the visitor below
                 error = caught
             with session.lock:
-                if not session.closed and not session.cancelled.is_set() and not self._wanted():
+                wanted = self._wanted()
+                if wanted is False and not session.closed and not session.cancelled.is_set():
                     self.job = Job(session.settings, tuple(session.pictures))
                     continue
                 session.work = None
                 if session.closed:
                     self.answers.features.store.forget(session.token)
+                elif wanted is None:
+                    pass
                 elif error is None:
                     session.ready = (self.job.key, entries)
                 else:
@@ -138,31 +154,32 @@ class Work(threading.Thread):
         entries = []
         for number, spec in enumerate(specs):
 
-            def watch(share: float, number: int = number, model: str = spec.model) -> None:
+            def watch(share: float, doing: str, number: int = number, model: str = spec.model) -> None:
                 self._check()
-                share = (number + share) / len(specs)
-                self.progress = Progress(share, f"{model}: computing features" + _clock(started))
+                self.progress = Progress((number + share) / len(specs), f"{model}: {doing}" + _clock(started))
 
             entries.append(self.answers.features.compute(spec, pictures, self.session.token, watch))
-        if self.job.settings.tab == "maps":
+        if not _is_quick(self.job, entries):
 
-            def drawing(share: float) -> None:
+            def drawing(share: float, doing: str) -> None:
                 self._check()
-                self.progress = Progress(share, "drawing maps" + _clock(started))
+                self.progress = Progress(share, doing + _clock(started))
 
-            self.answers._result(self.session, self.job, entries, drawing)
+            drawing(0.0, "drawing maps")
+            self.answers._drawn(self.session, self.job, entries, drawing)
         return entries
 
     def _check(self) -> None:
         if self.session.cancelled.is_set() or not self._wanted():
             raise Cancelled
 
-    def _wanted(self) -> bool:
+    def _wanted(self) -> bool | None:
+        """Whether the session still wants this job. None if what it wants now cannot be had: whoever asked was told."""
         wanted = Job(self.session.settings, tuple(self.session.pictures))
         try:
             return wanted.key == self.job.key
-        except PROBLEMS:  # what is wanted now cannot be had: whoever asked was told
-            return False
+        except PROBLEMS:
+            return None
 
     def _give_up(self, error: Exception) -> None:
         with contextlib.suppress(*PROBLEMS):
@@ -176,6 +193,18 @@ class Work(threading.Thread):
             _logger.error("computing features failed", exc_info=error)
 
 
+def _is_quick(job: Job, entries: list[list[Entry]]) -> bool:
+    """Whether the result takes no time worth speaking of, now that the features are there."""
+    s = job.settings
+    if s.tab == "match":
+        return True
+    names = s.maps if s.tab == "maps" else (s.map,)
+    maps = [entry.maps[name] for side in entries for entry in side for name in names if name in entry.maps]
+    products = sum(x.shape[0] * x.numel() for x in maps)  # C x C for each place
+    clustered = s.tab == "maps" and s.show == "segments"
+    return not clustered and len(maps) <= QUICK_MAPS and products <= QUICK_PRODUCTS
+
+
 def _clock(started: float) -> str:
     seconds = time.perf_counter() - started
     return f", {seconds:.0f} s" if seconds >= 2 else ""
@@ -183,4 +212,10 @@ def _clock(started: float) -> str:
 
 def explain(error: Exception) -> str:
     """One of PROBLEMS in words for a visitor."""
-    return how_to_get(error) if isinstance(error, ModelError) else str(error)
+    told = how_to_get(error) if isinstance(error, ModelError) else str(error)
+    if " cannot be loaded, because of" in told:
+        told += (
+            "\nFor this page: start it with --download where there is a network, or with the folder: --models "
+            "local-dir:FOLDER"
+        )
+    return told

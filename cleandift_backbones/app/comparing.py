@@ -12,9 +12,10 @@ from PIL import Image
 from ..evaluation import figures
 from ..evaluation.figures import Panel
 from ..extractor import ModelError
-from .extracting import ENSEMBLE, TIMESTEP, Features, Spec, twin
+from .extracting import ENSEMBLE, TIMESTEP, Features, Spec
 from .matching import Match, Point, map_of, match_entries, title
-from .pictures import Picture, open_picture
+from .naming import twin
+from .pictures import Picture, open_pictures
 from .results import Result, one_thread
 from .store import Entry
 
@@ -83,23 +84,24 @@ def compare(
     timestep: int = TIMESTEP,
     ensemble_size: int = ENSEMBLE,
     prompt: str = "",
+    device: str = "cpu",
     features: Features | None = None,
 ) -> Comparison:
     """Runs pictures through a cleandift_* model and through the dift_* model with the same parts.
 
     Args:
-        pictures, points, map, prompt, features: see `match`.
+        pictures, points, map, prompt, device, features: see `match`.
         model: a cleandift_* model.
         timestep, ensemble_size: of the noisy one: 0..999, and the number of noises averaged.
 
     Raises:
         ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: a point outside its picture.
     """
-    opened = [open_picture(picture) for picture in pictures]
+    opened = open_pictures(pictures)
     specs = two_specs(model, prompt, timestep, ensemble_size)
-    features = features or Features()
+    features = features or Features(device=device)
     clean, noisy = (features.compute(spec, opened) for spec in specs)
-    return compare_entries(opened, clean, noisy, specs, map, points)
+    return features.stamp(compare_entries(opened, clean, noisy, specs, map, points))
 
 
 def two_specs(model: str, prompt: str, timestep: int, ensemble_size: int) -> tuple[Spec, Spec]:
@@ -107,7 +109,7 @@ def two_specs(model: str, prompt: str, timestep: int, ensemble_size: int) -> tup
     noisy = twin(model)
     if noisy is None:
         raise ModelError(f"{model} has no noisy twin to be compared with; choose a cleandift_* model")
-    return Spec(model, prompt), Spec(noisy, prompt, timestep, ensemble_size)
+    return Spec(model, prompt), Spec(noisy, prompt, timestep, ensemble_size).settled()
 
 
 @one_thread()

@@ -6,21 +6,25 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-import timm
 import torch
 
-from ..extractor import PIXELS, Extractor, ModelError, extract, list_maps, load_extractor, resolve_device
+from ..extractor import Extractor, ModelError, extract, load_extractor, resolve_device
+from .naming import is_noisy, map_names, own_size
 from .pictures import Picture
 from .store import Entry, FeatureStore
 
 TIMESTEP, ENSEMBLE = 261, 8  # of noisy features: DIFT's own choice
+LOOK_INSIDE = 0.02  # seconds between two looks at whether a pass is still wanted: they cost time
+LOOK = 0.2  # seconds between two looks at whether work is still wanted
 MODELS_KEPT = 2  # a clean one and its noisy twin; Stable Diffusion's take 3 GB each
-DEFAULT_SIDE = 224  # of models that do not say
 
-Watch = Callable[[float], None]
+T = TypeVar("T")
+Watch = Callable[[float, str], None]
 
 
 class Cancelled(Exception):
@@ -41,45 +45,29 @@ class Spec:
         return is_noisy(self.model)
 
     def settled(self) -> Spec:
-        """With the noise that is used if none is named; none for models that take none."""
+        """With the noise that is used if none is named; none for models that take none.
+
+        Raises:
+            ValueError: a timestep outside 0..999, or fewer than one noise.
+        """
         if not self.noisy:
             return Spec(self.model, self.prompt)
         timestep = TIMESTEP if self.timestep is None else self.timestep
-        return Spec(self.model, self.prompt, timestep, self.ensemble_size or ENSEMBLE)
-
-
-def is_noisy(model: str) -> bool:
-    return model.startswith("dift_")
-
-
-def twin(model: str) -> str | None:
-    """The noisy model with the same parts as a clean one, or None."""
-    name = model.replace("cleandift_", "dift_", 1)
-    return name if model.startswith("cleandift_") and timm.is_model(name) else None
-
-
-def own_size(model: str) -> int:
-    """The side in pixels that a model wants its pictures in."""
-    config = None if model == PIXELS or ":" in model else timm.get_pretrained_cfg(model)
-    return config.input_size[-1] if config and config.input_size else DEFAULT_SIDE
-
-
-def shown_maps(names: Sequence[str]) -> list[str]:
-    """Up to three of a model's maps, coarse to fine where the paper's block outputs are among them."""
-    if {"us3", "us6", "us9"} <= set(names):
-        return ["us3", "us6", "us9"]
-    return list(names[:: -max(1, len(names) // 3)][:3][::-1])
-
-
-def matched_map(shown: Sequence[str]) -> str:
-    """The map to match points on: us6, or the middle one."""
-    return "us6" if "us6" in shown else shown[len(shown) // 2]
+        count = ENSEMBLE if self.ensemble_size is None else self.ensemble_size
+        if not (0 <= timestep <= 999 and int(timestep) == timestep):
+            raise ValueError(f"timestep {timestep} is none of the model's; give a whole number from 0 to 999")
+        if not (count >= 1 and int(count) == count):
+            raise ValueError(f"ensemble_size {count} is no number of noises; give 1 or more")
+        return Spec(self.model, self.prompt, int(timestep), int(count))
 
 
 @dataclass
 class _Loaded:
+    """A model, held by one picture at a time, and at which shares of its last pass's time its layers began."""
+
     extractor: Extractor
     lock: threading.Lock = field(default_factory=threading.Lock)
+    shares: list[float] = field(default_factory=list)
 
 
 class Features:
@@ -97,10 +85,6 @@ class Features:
         self._models: OrderedDict[str, _Loaded] = OrderedDict()
         self._loading = threading.Lock()
 
-    def map_names(self, model: str) -> list[str]:
-        """Names of a model's maps, fine to coarse. Raises ModelError for a model that does not exist."""
-        return [info["name"] for info in list_maps(model)]
-
     def kept(self, spec: Spec, pictures: Sequence[Picture], owner: Hashable) -> list[Entry] | None:
         """The pictures' entries, if all of them are there."""
         entries = [self.store.get(key, owner) for key in _keys(spec.settled(), pictures)]
@@ -114,42 +98,58 @@ class Features:
         The i-th picture gets the noise of seed i, so that no two pictures share theirs, as in DIFT.
 
         Args:
-            watch: called again and again with the share of the work that is done, 0..1; may raise, which ends it.
+            watch: called again and again with the share of the work that is done, 0..1, and what is being done; may
+                raise, which ends it, or at once leaves what cannot be interrupted, like the loading of a model.
 
         Raises:
             ModelError: a model, its weights or a prompt that cannot be had; out of memory. And what `watch` raises.
         """
-        spec, watch = spec.settled(), watch or (lambda share: None)
+        spec, watch = spec.settled(), watch or (lambda share, doing: None)
         keys = _keys(spec, pictures)
         entries = [self.store.get(key, owner) for key in keys]
         missing = [i for i, entry in enumerate(entries) if entry is None]
+        if missing:
+            loaded = self._load(spec, lambda: watch(0.0, "loading"))
+            if spec.prompt:  # the text encoder is loaded for a text that is new
+                told = lambda: loaded.extractor.set_prompts([spec.prompt])  # noqa: E731
+                _aside(loaded.lock, told, lambda: watch(0.0, "reading the prompt"))
         for number, i in enumerate(missing):
-            done = number / len(missing)
-            watch(done)
-            loaded = self._load(spec)
-            with _held(loaded.lock, lambda done=done: watch(done)):
+
+            def inside(share: float, number: int = number) -> None:
+                watch((number + share) / len(missing), "computing features")
+
+            inside(0.0)
+            with _held(loaded.lock, lambda: inside(0.0)):
                 entries[i] = self.store.get(keys[i], owner)  # another visitor may have wanted the same
                 if entries[i] is None:
-                    part = 1 / len(missing)
-                    inside = lambda share, done=done, part=part: watch(done + part * share)  # noqa: E731
-                    entries[i] = _forward(loaded.extractor, spec, pictures[i], i, inside)
+                    entries[i] = _forward(loaded, spec, pictures[i], i, inside)
                     self.store.put(keys[i], entries[i], owner)
-        watch(1.0)
+        watch(1.0, "")
         return entries
 
-    def _load(self, spec: Spec) -> _Loaded:
-        with self._loading:
-            if spec.model not in self._models:
-                while len(self._models) >= MODELS_KEPT:
-                    self._models.popitem(last=False)
+    def stamp(self, result: T) -> T:
+        """A result of these features, which now says where they were computed."""
+        result.device = str(self.device)
+        return result
+
+    def _load(self, spec: Spec, waiting: Callable[[], None]) -> _Loaded:
+        def load() -> _Loaded:
+            if spec.model not in self._models:  # another visitor may have wanted the same
                 noise = dict(timestep=spec.timestep, ensemble_size=spec.ensemble_size) if spec.noisy else {}
                 extractor = load_extractor(
-                    spec.model, None, self.pretrained, self.device, own_size(spec.model), **noise
+                    spec.model, map_names(spec.model), self.pretrained, self.device, own_size(spec.model), **noise
                 )
-                _warm_up(extractor)
-                self._models[spec.model] = _Loaded(extractor)
-            self._models.move_to_end(spec.model)
+                loaded = _Loaded(extractor)
+                _warm_up(loaded)
+                while len(self._models) >= MODELS_KEPT:  # only now: weights that are missing cost nobody a model
+                    self._models.popitem(last=False)
+                self._models[spec.model] = loaded
             return self._models[spec.model]
+
+        loaded = self._models.get(spec.model) or _aside(self._loading, load, waiting)
+        with suppress(KeyError):  # dropped meanwhile for another one
+            self._models.move_to_end(spec.model)
+        return loaded
 
 
 def _keys(spec: Spec, pictures: Sequence[Picture]) -> list[Hashable]:
@@ -157,28 +157,55 @@ def _keys(spec: Spec, pictures: Sequence[Picture]) -> list[Hashable]:
 
 
 @torch.inference_mode()
-def _warm_up(extractor: Extractor) -> None:
+def _warm_up(loaded: _Loaded) -> None:
     """The first pass through a model takes longer than any later one, which would make times unfair."""
+    extractor = loaded.extractor
     if hasattr(getattr(extractor.model, "model", None), "unet"):
-        extractor.model(torch.zeros(1, 3, 64, 64, device=extractor.device))
+        with _watched(loaded, lambda share: None):
+            extractor.model(torch.zeros(1, 3, 64, 64, device=extractor.device))
 
 
-def _forward(extractor: Extractor, spec: Spec, picture: Picture, seed: int, watch: Watch) -> Entry:
+def _forward(loaded: _Loaded, spec: Spec, picture: Picture, seed: int, watch: Callable[[float], None]) -> Entry:
+    extractor = loaded.extractor
     if spec.prompt or extractor.takes_prompts:
         extractor.set_prompts([spec.prompt] if spec.prompt else [])
     if spec.noisy:
         extractor.model.model.set_noise(spec.timestep, spec.ensemble_size, seed)
-    with _watched(extractor.model, watch):
+    with _watched(loaded, watch):
         started = time.perf_counter()
         maps = extract(extractor, [picture.image], 1, progress=False, store="cpu")
         seconds = time.perf_counter() - started
     return Entry({name: m[0].float().clone() for name, m in maps.items()}, seconds)
 
 
+def _aside(lock: threading.Lock, function: Callable[[], T], waiting: Callable[[], None]) -> T:
+    """What a function returns that cannot be interrupted; `waiting` is called meanwhile, and may raise.
+
+    The function then runs on to its end, in a thread of its own; the lock is held until then.
+    """
+    while not lock.acquire(timeout=LOOK):
+        waiting()
+    done, threads = Future(), torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(threads)
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+        finally:
+            lock.release()
+
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([done], LOOK).done:
+        waiting()
+    return done.result()
+
+
 @contextmanager
 def _held(lock: threading.Lock, waiting: Callable[[], None]) -> Iterator[None]:
     """Holds a lock; while it cannot be had, `waiting` is called, which may raise."""
-    while not lock.acquire(timeout=0.2):
+    while not lock.acquire(timeout=LOOK):
         waiting()
     try:
         yield
@@ -187,19 +214,26 @@ def _held(lock: threading.Lock, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: torch.nn.Module, watch: Watch) -> Iterator[None]:
-    """Calls `watch` with the share of a model's layers that have run."""
-    layers = [module for module in model.modules() if not any(module.children())]
-    done = 0
+def _watched(loaded: _Loaded, watch: Callable[[float], None]) -> Iterator[None]:
+    """Calls `watch` between layers with the share of a pass that is over: of its time, if one was timed before."""
+    layers = [module for module in loaded.extractor.model.modules() if not any(module.children())]
+    times: list[float] = []
+    looked = 0.0
 
     def before(*_) -> None:
-        nonlocal done
-        done += 1
-        watch(min(1.0, done / len(layers)))
+        nonlocal looked
+        number, now = len(times), time.perf_counter()
+        times.append(now)
+        if now - looked < LOOK_INSIDE:
+            return
+        looked = now
+        watch(min(1.0, loaded.shares[number] if number < len(loaded.shares) else number / len(layers)))
 
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
     try:
         yield
+        whole = time.perf_counter() - times[0] if times else 1.0
+        loaded.shares = [(moment - times[0]) / whole for moment in times]
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ..evaluation import figures
 from ..evaluation.figures import Panel
 from .extracting import Features, Spec, Watch
 from .matching import map_of, title
-from .pictures import Picture, open_picture
+from .pictures import Picture, open_pictures
 from .results import Result, model_arguments, one_thread
 from .store import Entry
 
@@ -88,6 +89,7 @@ def maps(
     prompt: str = "",
     timestep: int | None = None,
     ensemble_size: int | None = None,
+    device: str = "cpu",
     features: Features | None = None,
 ) -> Maps:
     """Makes maps visible. Vectors are normalised to length 1 first.
@@ -99,14 +101,16 @@ def maps(
             the first component lies on the side that the picture's border does not, split in two by Otsu's criterion.
         shared: one basis (or one set of clusters) for all pictures; otherwise one each.
         clusters: for "segments", 2 to 12.
-        prompt, timestep, ensemble_size, features: see `match`.
+        prompt, timestep, ensemble_size, device, features: see `match`.
 
     Raises:
         ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: show or clusters unknown.
     """
-    opened = [open_picture(picture) for picture in pictures]
+    opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
-    return map_entries(opened, (features or Features()).compute(spec, opened), spec, maps, show, shared, clusters)
+    features = features or Features(device=device)
+    entries = features.compute(spec, opened)
+    return features.stamp(map_entries(opened, entries, spec, maps, show, shared, clusters))
 
 
 @one_thread()
@@ -122,7 +126,7 @@ def map_entries(
     values, images, before = {}, {}, None
     for number, name in enumerate(maps):
         if watch:
-            watch(number / len(maps))
+            watch(number / len(maps), f"drawing {name}")
         own = [map_of(entry, name, spec) for entry in entries]
         values[name] = []
         for group in [own] if shared else [[m] for m in own]:
@@ -157,11 +161,13 @@ def _split(values: torch.Tensor, maps: Sequence[torch.Tensor]) -> list[torch.Ten
 def segments(maps: Sequence[torch.Tensor], clusters: int) -> list[torch.Tensor]:
     """k-means over the unit vectors of some maps C x h x w, seeded: labels h x w, uint8, 0 the most frequent."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     vectors = _unit(maps).numpy()
     count = min(clusters, len(np.unique(vectors, axis=0)))
-    with threadpool_limits(1):  # sums in another order could turn a close decision
+    with threadpool_limits(1), warnings.catch_warnings():  # sums in another order could turn a close decision
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer clusters than asked for, in a plain picture
         labels = KMeans(count, n_init=2, random_state=0).fit(vectors).labels_
     order = np.argsort(-np.bincount(labels, minlength=count), kind="stable")
     return _split(torch.from_numpy(np.argsort(order)[labels].astype(np.uint8)), maps)

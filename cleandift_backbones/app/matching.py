@@ -12,7 +12,7 @@ from PIL import Image
 from ..evaluation import correspondence, figures
 from ..evaluation.figures import Mark, Panel
 from .extracting import Features, Spec
-from .pictures import Picture, open_picture
+from .pictures import Picture, open_pictures
 from .results import Result, model_arguments, one_thread
 from .store import Entry
 
@@ -68,8 +68,11 @@ class Match(Result):
         return marks
 
     def heat(self, point: int, picture: int) -> torch.Tensor:
-        """Similarity to a point, H x W, stretched to 0..1."""
-        return correspondence.contrast(self.similarity[picture][point])
+        """Similarity to a point, H x W, stretched to 0..1 over all pictures but the point's own: a picture that has
+        nothing like it stays cold."""
+        others = [s[point] for n, s in enumerate(self.similarity) if n != self.points[point][0]]
+        low, high = min(s.amin() for s in others), max(s.amax() for s in others)
+        return ((self.similarity[picture][point] - low) / (high - low).clamp_min(correspondence.EPS)).clamp(0, 1)
 
     def heat_panel(self, point: int, picture: int, caption: str = "") -> Panel:
         image = self.pictures[picture].image
@@ -107,6 +110,7 @@ def match(
     timestep: int | None = None,
     ensemble_size: int | None = None,
     mutual_only: bool = False,
+    device: str = "cpu",
     features: Features | None = None,
 ) -> Match:
     """Finds points of pictures in all the others.
@@ -121,14 +125,17 @@ def match(
         prompt: text that all pictures are conditioned on.
         timestep, ensemble_size: of dift_* models.
         mutual_only: figures show only mutual nearest neighbours.
-        features: where features come from, and stay; None: computed for this call.
+        device: where to compute: cpu, cuda, ... or auto.
+        features: where features come from, and stay; None: computed for this call, on `device`.
 
     Raises:
         ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: a point outside its picture.
     """
-    opened = [open_picture(picture) for picture in pictures]
+    opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
-    return match_entries(opened, (features or Features()).compute(spec, opened), spec, map, points, mutual_only)
+    features = features or Features(device=device)
+    entries = features.compute(spec, opened)
+    return features.stamp(match_entries(opened, entries, spec, map, points, mutual_only))
 
 
 @one_thread()
@@ -149,7 +156,7 @@ def match_entries(
     def search(source: int, target: int, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         vectors = correspondence.read_points(maps[source][None], pixels[None], sizes[source])
         there = correspondence.score_maps(vectors, maps[target][None], sizes[target], norms[target])[0]
-        return correspondence.peaks(there), there
+        return correspondence.peaks(there), there.clamp(-1, 1)  # rounding may go beyond
 
     for source in sorted({point[0] for point in points}):
         rows = [p for p, point in enumerate(points) if point[0] == source]

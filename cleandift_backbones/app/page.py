@@ -15,14 +15,16 @@ import gradio as gr
 
 from ..extractor import ModelError
 from .answers import PROBLEMS, Answers, explain
-from .extracting import ENSEMBLE, TIMESTEP, Features, matched_map, shown_maps
+from .extracting import ENSEMBLE, TIMESTEP, Features
 from .mapping import MOST_CLUSTERS, SHOWS
+from .naming import map_names, matched_map, shown_maps
 from .routes import routes
 from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings
 from .views import stage_view, tray_view
 
 HERE = Path(__file__).parent
 MODELS = ("cleandift_tiny", "dift_tiny", "cleandift_sd21", "cleandift_sd15", "dift_sd21", "dift_sd15")
+NOT_UNDERSTOOD = "That was not understood; load the page again."
 TITLE = "What diffusion features see"
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -42,7 +44,7 @@ class Page:
 
     def __init__(self, models: Sequence[str] = MODELS, memory: int = 1 << 30, device: str = "cpu"):
         self.features = Features(memory, device)
-        self.maps = {model: self.features.map_names(model) for model in models}
+        self.maps = {model: map_names(model) for model in models}
         self.answers = Answers(self.features)
         self.sessions = Sessions(lambda session: self.features.store.forget(session.token))
         self.blocks = self._build()
@@ -55,12 +57,14 @@ class Page:
     ) -> list:  # fmt: skip
         """One action of a visitor, answered at once: by the result, or by how far the work for it is."""
         started = time.perf_counter()
-        session, action = self.sessions.of(request.session_hash), _action(event)
+        action = _action(event)
+        asking = action.get("kind") in ("poll", "stop")  # neither begins anything
+        session = self.sessions.of(request.session_hash, begin=not asking)
         with session.lock:
             opening = action.get("kind") == "load" or action.get("tab") == TABS[0]  # in whichever order they come
             if not session.version and not opening:
                 session.tell("This page was away for long, and what was added to it is gone.")
-            if action.get("kind") != "poll":
+            if not asking:
                 session.begin_action()
             answer = None
             try:
@@ -69,18 +73,20 @@ class Page:
                     session.tab, model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size
                 )
                 if session.pictures:
-                    answer = self.answers.get(session)
+                    answer = self.answers.get(session, begin=not asking)
             except PROBLEMS as error:
                 session.tell(explain(error), True)
             view = stage_view(session, answer, time.perf_counter() - started)
             tray = gr.skip() if action.get("kind") in ("poll", "point", "select") else tray_view(session)
             return [tray, *(view if tab == session.settings.tab else gr.skip() for tab in TABS)]
 
-    def change_model(self, model: str) -> list:
-        """Which maps there are to choose from."""
+    def change_model(self, model: str, map: str, maps: list[str]) -> list:
+        """Which maps there are to choose from; what was chosen stays, if the new model has it."""
         names = self.maps[model]
         shown = shown_maps(names)
-        return [gr.Dropdown(names, value=matched_map(shown)), gr.CheckboxGroup(names, value=shown)]
+        kept = [name for name in maps if name in names]
+        return [gr.Dropdown(names, value=map if map in names else matched_map(shown)),
+                gr.CheckboxGroup(names, value=kept or shown)]  # fmt: skip
 
     def close(self, request: gr.Request) -> None:
         """The page was closed."""
@@ -90,13 +96,19 @@ class Page:
                   shared: bool, clusters: float, timestep: float, ensemble_size: float) -> Settings:  # fmt: skip
         if model not in self.maps:
             raise ModelError(f"{model!r} is not among the models of this page")
+        try:
+            clusters, timestep, ensemble_size = int(clusters), int(timestep), int(ensemble_size)
+            maps, prompt = [*maps], prompt.strip()
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(NOT_UNDERSTOOD) from error
+        if tab == "maps" and not maps:
+            raise ValueError("No map is chosen: tick one or more.")
         names = self.maps[model]
         if map not in names:  # the model was changed a moment ago
             map = matched_map(shown_maps(names))
         chosen = tuple(name for name in names[::-1] if name in maps) or tuple(shown_maps(names))
         return Settings(
-            tab, model, map, (prompt or "").strip(), bool(mutual_only), chosen, show, bool(shared), int(clusters),
-            int(timestep), int(ensemble_size),
+            tab, model, map, prompt, bool(mutual_only), chosen, show, bool(shared), clusters, timestep, ensemble_size
         )  # fmt: skip
 
     # --- how it looks -----------------------------------------------------------------------------------------------
@@ -160,7 +172,12 @@ class Page:
             )  # fmt: skip
             blocks.load(**at_once)
             model.input(
-                self.change_model, model, [map, maps], queue=False, show_progress="hidden", api_visibility="private"
+                self.change_model,
+                [model, map, maps],
+                [map, maps],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
             ).then(**at_once)
             for drawn in (tray, *stages):
                 drawn.act(**at_once)
@@ -170,8 +187,8 @@ class Page:
             )  # fmt: skip
             for control in (map, mutual_only, maps, show, shared):
                 control.input(**at_once)
-            for slider in (clusters, timestep, ensemble_size):
-                slider.release(**at_once)
+            for slider in (clusters, timestep, ensemble_size):  # by hand, by keys, by a number
+                slider.input(**at_once | dict(trigger_mode="always_last"))
             gr.on([prompt.submit, prompt.blur], **at_once)
             for tab in (match_tab, maps_tab, compare_tab):
                 tab.select(**at_once)
@@ -186,7 +203,8 @@ class Page:
             port: None: GRADIO_SERVER_PORT, or the first free one from 7860 on.
             **kwargs: for `gradio.Blocks.launch`.
         """
-        head = f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>"
+        scripts = ((HERE / name).read_text(encoding="utf-8") for name in ("page.js", "tray.js"))
+        head = "".join(f"<script>{script}</script>" for script in scripts)
         theme = gr.themes.Default(
             primary_hue="indigo", neutral_hue="zinc", font=FONTS, font_mono=MONO, radius_size="md"
         )  # system fonts: nothing is fetched from another host
@@ -235,6 +253,6 @@ def _apply(session: Session, action: dict) -> None:
             case "remove":
                 session.remove_picture(str(action["picture"]))
             case "stop":
-                session.cancelled.set()
-    except (KeyError, TypeError, ValueError):
-        session.tell("That was not understood; load the page again.", True)
+                session.stop()
+    except (KeyError, TypeError, ValueError, OverflowError):
+        session.tell(NOT_UNDERSTOOD, True)

@@ -6,7 +6,9 @@ import hashlib
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -55,9 +57,16 @@ class Picture:
         return (pixels + 0.5) / torch.tensor([width, height])
 
 
-def sample_names() -> list[str]:
+@lru_cache(1)
+def sample_names() -> tuple[str, ...]:
     """File names of the pictures that come with the package."""
-    return sorted(path.name for path in SAMPLES.iterdir() if path.suffix in (".png", ".jpg"))
+    return tuple(sorted(path.name for path in SAMPLES.iterdir() if path.suffix in (".png", ".jpg")))
+
+
+@lru_cache(64)
+def open_sample(name: str) -> Picture:
+    """A sample by its name, read once."""
+    return open_picture(SAMPLES / name)
 
 
 def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None = None) -> Picture:
@@ -75,8 +84,9 @@ def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None =
         source, name = path, name or path.name
     with warnings.catch_warnings():  # Pillow warns of large pictures, which are made smaller here
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = read_image(source, BACKGROUND, name=name)
-    note = _note(source, image)
+        formats = _plain_formats() if isinstance(source, bytes) else None
+        image = read_image(source, BACKGROUND, name=name, formats=formats)
+        note = _note(source, image, formats)
     image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     if min(image.size) < SMALLEST:
         raise ImageError(f"{name}: too long and narrow; cut a part out of it")
@@ -84,18 +94,41 @@ def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None =
     return Picture(name or "picture", image, note, digest)
 
 
-def _note(source: Path | bytes, image: Image.Image) -> str:
+def open_pictures(sources: Sequence[str | os.PathLike | bytes | Picture]) -> list[Picture]:
+    """Reads pictures. Raises ImageError for one that cannot be used, and if there is none."""
+    if not len(sources):
+        raise ImageError("no pictures to look at; give at least one")
+    return [open_picture(source) for source in sources]
+
+
+@lru_cache(1)
+def _plain_formats() -> list[str]:
+    """What is read of bytes that somebody sent: plain pictures, none of the formats that run another program."""
+    Image.init()
+    plain = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+    return [name for name in plain if name in Image.OPEN]
+
+
+def _note(source: Path | bytes, image: Image.Image, formats: list[str] | None) -> str:
     notes = []
     if max(image.size) > LARGEST:
         scale = LARGEST / max(image.size)
         small = f"{round(image.width * scale)} x {round(image.height * scale)}"
         megapixels = image.width * image.height / 1e6
         notes.append(f"scaled down from {image.width} x {image.height} ({megapixels:.0f} megapixels) to {small}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            if getattr(opened, "is_animated", False):
-                notes.append("animated: its first frame")
-            if opened.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in opened.info:
-                notes.append("transparent: drawn on grey")
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
+        if getattr(opened, "is_animated", False):
+            moves = opened.format in ("GIF", "PNG", "WEBP", "AVIF")
+            notes.append("animated: its first frame" if moves else f"the first of its {opened.n_frames} pictures")
+        if _see_through(opened):
+            notes.append("transparent: drawn on grey")
     return "; ".join(notes)
+
+
+def _see_through(opened: Image.Image) -> bool:
+    """Whether any pixel of a picture is less than opaque."""
+    if opened.mode == "RGBA":
+        return opened.getchannel("A").getextrema()[0] < 255
+    if opened.mode in ("LA", "PA", "La", "RGBa") or "transparency" in opened.info:
+        return opened.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    return False

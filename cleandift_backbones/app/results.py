@@ -36,6 +36,7 @@ class Result:
     """The base of Match, Maps and Comparison, which hold what was asked and what was found."""
 
     function: ClassVar[str]  # of cleandift_backbones.app, that makes such a result
+    device = "cpu"  # that the features were computed on
     pictures: Sequence[Picture]
 
     def arguments(self) -> dict:
@@ -53,8 +54,12 @@ class Result:
     def recipe(self) -> str:
         """Three lines of Python that make this result again, where the pictures lie in the working folder."""
         names = [picture.name for picture in self.pictures]
-        given = ", ".join([repr(names), *(f"{name}={value!r}" for name, value in self.arguments().items())])
-        saved = ", ".join(f'result.save("{self.function}{suffix}")' for suffix in SUFFIXES)
+        asked = self.arguments() | (dict(device=self.device) if self.device != "cpu" else {})
+        given = ", ".join([repr(names), *(f"{name}={value!r}" for name, value in asked.items())])
+        stem = self.function
+        while {f"{stem}{suffix}" for suffix in SUFFIXES} & {name.lower() for name in names}:
+            stem += "_again"  # a picture of the visitor's has that name: it is not to be written over
+        saved = ", ".join(f'result.save("{stem}{suffix}")' for suffix in SUFFIXES)
         return f"from cleandift_backbones.app import {self.function}\nresult = {self.function}({given})\n{saved}\n"
 
     def encoded(self, suffix: str) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -16,15 +19,27 @@ from .sessions import Sessions
 LARGEST_UPLOAD = 64 << 20  # bytes
 SHOWN_SIDE = 640  # longer side of pictures as they are shown
 _TYPES = {".png": "image/png", ".safetensors": "application/octet-stream"}
-#: Gradio's own ways to files, to other hosts and into the source; nothing here uses them.
-_CLOSED = (
-    "file={path:path}", "file/{path:path}", "proxy={path:path}", "upload", "upload_progress", "process_recording",
-    "vibe-edit", "vibe-edit/", "vibe-code", "vibe-code/", "undo-vibe-edit", "undo-vibe-edit/",
-)  # fmt: skip
+
+
+class _NotOurs(Convertor[str]):
+    """All of Gradio's own addresses but those that the page calls: the rest leads to files, to other hosts, into the
+    source, or writes what visitors say to the disk."""
+
+    regex = r"(?!(?:queue/join|queue/data|run/[^/]+|heartbeat/[^/]+|startup-events|app_id|theme\.css)/?$).*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("not_ours", _NotOurs())
 
 
 def routes(sessions: Sessions) -> list[Route]:
     """For the server that the page runs in, before its own."""
+    decoding = asyncio.Semaphore(1)  # pictures at a time: one of 179 megapixels takes gigabytes meanwhile
 
     async def upload(request: Request) -> Response:
         session = sessions.with_token(request.path_params["token"])
@@ -36,11 +51,8 @@ def routes(sessions: Sessions) -> list[Route]:
             if len(content) > LARGEST_UPLOAD:
                 return JSONResponse(dict(error=f"larger than {LARGEST_UPLOAD >> 20} MB; shrink it first"))
 
-        def read() -> None:
-            with session.lock:
-                session.add_upload(bytes(content), request.query_params.get("name", ""))
-
-        await run_in_threadpool(read)
+        async with decoding:
+            await run_in_threadpool(session.add_upload, bytes(content), request.query_params.get("name", ""))
         return JSONResponse({})  # what there is to say of the picture, the next view says
 
     def picture(request: Request) -> Response:
@@ -52,7 +64,7 @@ def routes(sessions: Sessions) -> list[Route]:
         buffer = io.BytesIO()
         if suffix == "png":
             found.image.save(buffer, format="PNG", compress_level=5)
-            return _attachment(buffer.getvalue(), "image/png", f"{found.name.rpartition('.')[0] or found.name}.png")
+            return _attachment(buffer.getvalue(), "image/png", found.name)  # the name in the three lines of Python
         image = found.image.copy()
         image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         image.save(buffer, format="JPEG", quality=92, subsampling=0)
@@ -62,9 +74,8 @@ def routes(sessions: Sessions) -> list[Route]:
         session = sessions.with_token(request.path_params["token"])
         name = request.path_params["file"]
         suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
-        made = list(session.results.values()) if session else []
-        found = next((r for r in made if f"{r.function}{suffix}" == name), None)
-        if found is None:
+        found = session.result if session else None
+        if found is None or f"{found.function}{suffix}" != name:
             return _nothing()
         return _attachment(found.encoded(suffix), _TYPES[suffix], name)
 
@@ -84,7 +95,7 @@ def routes(sessions: Sessions) -> list[Route]:
         Route("/pictures/{token}/{file}", picture),
         Route("/results/{token}/{file}", result),
         Route("/samples/{name}", sample),
-        *(Route(f"/gradio_api/{path}", closed, methods=["GET", "HEAD", "POST"]) for path in _CLOSED),
+        Route("/gradio_api/{path:not_ours}", closed, methods=["GET", "HEAD", "POST", "PUT", "DELETE"]),
     ]
 
 
@@ -93,6 +104,5 @@ def _nothing() -> Response:
 
 
 def _attachment(content: bytes, kind: str, name: str) -> Response:
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_. ()") else "_" for c in name)
-    headers = {"Content-Disposition": f'attachment; filename="{plain}"', "Cache-Control": "no-store"}
-    return Response(content, media_type=kind, headers=headers)
+    named = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
+    return Response(content, media_type=kind, headers={"Content-Disposition": named, "Cache-Control": "no-store"})

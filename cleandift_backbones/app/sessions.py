@@ -12,10 +12,10 @@ from typing import Any
 from ..images import ImageError
 from .extracting import ENSEMBLE, TIMESTEP
 from .mapping import SHOWS
-from .pictures import Picture, open_picture, sample_names
+from .pictures import Picture, open_picture, open_sample, sample_names
 from .results import Result
 
-MOST_PICTURES, MOST_POINTS, MOST_SESSIONS, LONGEST_PROMPT = 8, 8, 200, 300
+MOST_PICTURES, MOST_POINTS, MOST_SESSIONS, LONGEST_PROMPT, LONGEST_NAME = 8, 8, 50, 300, 80
 TABS = ("match", "maps", "compare")
 FIRST_PICTURES = ("cat-face_noto.png", "cat-face_fluentflat.png", "tiger-face_fluent3d.png")
 FIRST_POINT = (0.19, 0.17)  # the first picture's left ear
@@ -52,7 +52,7 @@ class Session:
         pictures: each only once. points: (key of the picture, x, y) as fractions. selected: number of a point.
         tab: the one that is open. settings: what the controls last said.
         notice: what to tell, and whether it is an error. shown: whether it was told.
-        results: the last result of each tab, for downloads.
+        result: the last one, for downloads.
         work: the thread that computes features, if there is one. cancelled: set when the visitor wants that no longer.
         ready: what the work was, and what came of it. given_up: work that was stopped or failed.
         version: counts the views sent, so that the browser can drop one that was overtaken.
@@ -61,14 +61,14 @@ class Session:
 
     def __init__(self):
         self.token = secrets.token_urlsafe(18)
-        self.pictures: list[Picture] = [open_picture(name) for name in FIRST_PICTURES]
+        self.pictures: list[Picture] = [open_sample(name) for name in FIRST_PICTURES]
         self.points: list[tuple[str, float, float]] = [(self.pictures[0].key, *FIRST_POINT)]
         self.selected = 0
         self.tab = TABS[0]
         self.settings = Settings()
         self.notice: tuple[str, bool] = ("", False)
         self.shown = False
-        self.results: dict[str, Result] = {}
+        self.result: Result | None = None
         self.closed = False
         self.work: Any = None
         self.ready: tuple[Hashable, Any] | None = None
@@ -114,6 +114,7 @@ class Session:
     def remove_point(self, number: int) -> None:
         if 0 <= number < len(self.points):
             del self.points[number]
+            self.selected -= number < self.selected  # the same point stays selected
             self.selected = max(0, min(self.selected, len(self.points) - 1))
 
     def clear_points(self) -> None:
@@ -122,7 +123,7 @@ class Session:
     def add_sample(self, name: str) -> None:
         if name not in sample_names():  # a name from a browser opens nothing else
             return self.tell("There is no such sample.", True)
-        self.add_picture(open_picture(name))
+        self.add_picture(open_sample(name))
 
     def add_picture(self, picture: Picture) -> bool:
         """Whether there was room for it, and it is new."""
@@ -136,23 +137,34 @@ class Session:
         return True
 
     def add_upload(self, content: bytes, name: str) -> bool:
-        """Reads a picture that was sent, and adds it."""
-        name = "".join(c for c in name.replace("\\", "/").split("/")[-1] if c.isprintable())[:80] or "picture.png"
+        """Reads a picture that was sent, which takes a while, and adds it. Call without the session's lock."""
+        name = "".join(c for c in name.replace("\\", "/").split("/")[-1] if c.isprintable())
+        stem, dot, suffix = name.rpartition(".") if len(name.rpartition(".")[2]) < 8 else (name, "", "")
+        name = f"{stem[:LONGEST_NAME]}{dot}{suffix}".strip(". ") or "picture.png"
         try:
-            picture = open_picture(content, name)
+            picture, wrong = open_picture(content, name), ""
         except ImageError as error:
-            self.tell(str(error), True)
-            return False
-        added = self.add_picture(picture)
-        if added and picture.note:
-            self.tell(f"{name}: {picture.note}.")
-        return added
+            picture, wrong = None, str(error)
+        with self.lock:
+            if self.closed:
+                return False
+            if wrong:
+                self.tell(wrong, True)
+            added = not wrong and self.add_picture(picture)
+            if added and picture.note:
+                self.tell(f"{name}: {picture.note}.")
+            return added
 
     def remove_picture(self, key: str) -> None:
         self.pictures = [p for p in self.pictures if p.key != key]
         chosen = self.points[self.selected : self.selected + 1]
         self.points = [point for point in self.points if point[0] != key]
         self.selected = self.points.index(chosen[0]) if chosen and chosen[0] in self.points else 0
+
+    def stop(self) -> None:
+        """The work, if there is any, is not wanted any more."""
+        if self.work is not None:
+            self.cancelled.set()
 
     def tell(self, text: str, error: bool = False) -> None:
         """A line for the visitor; it joins those that were not shown yet."""
@@ -195,11 +207,15 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._by_page)
 
-    def of(self, page: str) -> Session:
-        """The page's session, a new one if there is none."""
+    def of(self, page: str, begin: bool = True) -> Session:
+        """The page's session, a new one if there is none. Unless `begin`, that is a closed one, which nobody keeps."""
         with self._lock:
             if page not in self._by_page:
-                self._by_page[page] = Session()
+                session = Session()
+                if not begin:
+                    session.closed = True
+                    return session
+                self._by_page[page] = session
             self._by_page.move_to_end(page)
             crowd: Sequence[str] = list(self._by_page)[: max(0, len(self._by_page) - MOST_SESSIONS)]
             session = self._by_page[page]
@@ -216,6 +232,7 @@ class Sessions:
         with self._lock:
             session = self._by_page.pop(page, None)
         if session is not None:
-            session.closed = True
             session.cancelled.set()
-            self.on_close(session)
+            with session.lock:  # an answer that is being made keeps nothing after this
+                session.closed = True
+                self.on_close(session)
