@@ -251,7 +251,7 @@ window.lookAtFeatures = (() => {
         const pairs = keep(`pairs ${name}`, () => make("div", { class: "pairs" }));
         text(model, side.model);
         cost.replaceChildren(make("b", {}, seconds(side.seconds)),
-          ` for ${side.count} picture${side.count === 1 ? "" : "s"}: ${side.passes}`);
+          ` a picture: ${side.passes}`);
         fill(pairs, view.pictures.map((picture) => {
           const panel = side.panels[picture.key] || nothing;
           return fill(keep(`pair ${name} ${picture.key}`, () => make("div", { class: "pair" })),

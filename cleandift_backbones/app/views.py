@@ -110,15 +110,15 @@ def _maps(session: Session, result: Maps) -> dict:
 
 
 def _side(session: Session, name: str, side: Side) -> dict:
-    spec, count = side.match.spec, len(side.match.pictures)
-    passes = "one pass each" if spec.timestep is None else f"{spec.ensemble_size} noises each, t = {spec.timestep}"
+    spec = side.match.spec
+    passes = "one pass" if spec.timestep is None else f"{spec.ensemble_size} noises, t = {spec.timestep}"
     if spec.ensemble_size == 1:
-        passes = f"one noise each, t = {spec.timestep}"
+        passes = f"one noise, t = {spec.timestep}"
     images = session.remember(
         f"images {name}", side.directions, lambda: [_uri(image) for image in side.directions.images]
     )
     return dict(
-        title=name.capitalize(), model=spec.model, passes=passes, seconds=round(side.seconds, 3), count=count,
+        title=name.capitalize(), model=spec.model, passes=passes, seconds=round(side.seconds, 3),
         panels=_match_panels(side.match, session.selected),
         pca={picture.key: uri for picture, uri in zip(side.match.pictures, images)},
     )  # fmt: skip
