@@ -4,7 +4,11 @@ import io
 import json
 import os
 import pickle
+import sys
+import tarfile
 import time
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -271,3 +275,35 @@ def test_many_row_groups(tmp_path, format, monkeypatch):
     assert shard.rows() == rows
     for number in (8, 0, 3, 4, 7):
         assert torch.equal(shard.get(rows[number], "m"), maps[number])
+
+
+@pytest.fixture
+def opened():
+    """How often each file was opened for reading; events of the interpreter, so whichever library opens it."""
+    found, on = Counter(), [True]
+
+    def hook(event, arguments):
+        if on[0] and event == "open" and isinstance(arguments[0], str) and not str(arguments[1] or "r").startswith("w"):
+            found[arguments[0]] += 1
+
+    sys.addaudithook(hook)  # stays until the process ends, hence the switch
+    yield found
+    on[0] = False
+
+
+def test_files_are_read_once(tmp_path, opened):
+    """A picture's file is opened once, a tar once to list it and once for each picture, a finished picture's never."""
+    folder = make_pictures(tmp_path / "photos", 6)
+    pictures = [str(path) for path in folder.rglob("*.png")]
+    options = ["--map", "mid"]
+    extract(folder, tmp_path / "out", *options)
+    assert [opened[path] for path in pictures] == [1] * 6
+    opened.clear()
+    extract(folder, tmp_path / "out", *options)
+    assert not any(opened[path] for path in pictures)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for path in pictures:
+            tar.add(path, Path(path).name)
+    opened.clear()
+    extract(tmp_path / "all.tar", tmp_path / "shards", *options)
+    assert opened[str(tmp_path / "all.tar")] == 1 + 6
