@@ -145,6 +145,15 @@ def test_captions_of_a_folder(tmp_path):
     assert [(p.source.name, p.caption) for p in list_pictures(tmp_path)] == [("b.png", "imagefolder")]
 
 
+def test_linked_folders_are_trained_on(tmp_path):
+    """As extraction reads folders: links are followed, files whose names begin with a dot are not taken."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "elsewhere.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/set").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "data/._a.png").write_bytes(b"of another system")
+    assert [p.source.name for p in list_pictures(tmp_path / "data")] == ["elsewhere.png"]
+
+
 def test_pictures_are_resized_and_cut_never_squashed(tmp_path):
     """A circle stays a circle."""
     image = Image.new("RGB", (300, 150))

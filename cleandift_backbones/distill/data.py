@@ -17,11 +17,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..images import ImageError, read_image, to_tensor
+from ..images import ENDINGS, ImageError, find_pictures, read_image, to_tensor
 from .compose import Compositor, compose_plain
 from .trainer import batch_indices, step_generator
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 SPARE = 10  # pictures tried where none of a batch can be read
 
 
@@ -73,8 +72,8 @@ def list_pictures(folder: str | Path, without: str | Path | None = None) -> list
     """The pictures of a folder with their captions.
 
     By metadata.jsonl (Hugging Face imagefolder: file_name, and text or caption), else every picture below the folder,
-    sorted, with the caption of its side-car .txt or .json; without one the caption is "". What lies below `without`,
-    a run's own folder, is left out.
+    sorted (`images.find_pictures`), with the caption of its side-car .txt or .json; without one the caption is "". What
+    lies below `without`, a run's own folder, is left out.
 
     Raises:
         ValueError: no pictures there, a line of metadata.jsonl without file_name, a caption that is no string.
@@ -91,8 +90,8 @@ def list_pictures(folder: str | Path, without: str | Path | None = None) -> list
         else:
             found = []
             own = Path(without).resolve() if without else None
-            paths = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-            for path in sorted(p for p in paths if own is None or own not in p.resolve().parents):
+            paths = find_pictures(folder) if folder.is_dir() else []
+            for path in (p for p in paths if own is None or own not in p.resolve().parents):
                 where, caption = path.with_suffix(".txt"), ""
                 if where.is_file():
                     caption = where.read_text(encoding="utf-8").strip()
@@ -103,7 +102,7 @@ def list_pictures(folder: str | Path, without: str | Path | None = None) -> list
         raise ValueError(f"{where}: {error}") from error
     if not found:
         raise ValueError(
-            f"no pictures in {folder}: give data.path a folder of {', '.join(sorted(SUFFIXES))} files, or .tar shards"
+            f"no pictures in {folder}: give data.path a folder of {', '.join(ENDINGS)} files, or .tar shards"
         )
     return [Picture(str(path), path, caption) for path, caption in found]
 
