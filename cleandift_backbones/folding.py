@@ -62,12 +62,9 @@ class FixedText(nn.Module):
 
     def __init__(self, attention: Attention, text: Tensor):
         super().__init__()
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2).contiguous()  # N x heads x L x d
-
-        self.register_buffer("key", heads(attention.to_k(text)))
-        self.register_buffer("value", heads(attention.to_v(text)))
+        # N x L x C: of four dimensions channels_last would reorder them, and fused attention refuse them.
+        self.register_buffer("key", attention.to_k(text))
+        self.register_buffer("value", attention.to_v(text))
 
     @staticmethod
     def fits(attention: nn.Module) -> bool:
@@ -85,8 +82,9 @@ class FixedText(nn.Module):
 
     def forward(self, attention: Attention, x: Tensor, **_: Any) -> Tensor:
         """x: B x tokens x channels, where B is a multiple of N (DIFT runs several noises of an image)."""
-        query = attention.to_q(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        key, value = self.key, self.value
+        query, key, value = (
+            y.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for y in (attention.to_q(x), self.key, self.value)
+        )  # B or N x heads x tokens or L x d
         if len(key) == 1:
             key, value = (t.expand(x.shape[0], -1, -1, -1) for t in (key, value))
         elif len(key) != x.shape[0]:

@@ -51,7 +51,7 @@ class _Optimized:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not traced:
             self._check_constants()
-            if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+            if torch.is_grad_enabled() and (x.requires_grad or self._learns()):
                 raise self._refusal("a gradient of its weights or images")
         height, width = x.shape[-2:]
         with torch.no_grad():
@@ -77,6 +77,10 @@ class _Optimized:
         reductions = {info.name: info.stride * stride for info in self.unet.infos}
         reductions |= {name: reduction for name, (_, reduction) in self.vae.map_infos.items()}
         return {n: y[..., : -(-height // reductions[n]), : -(-width // reductions[n])] for n, y in maps.items()}
+
+    def _learns(self) -> bool:
+        """Whether somebody wants gradients of what computes the maps (a classifier's are given)."""
+        return any(p.requires_grad for module in (self.unet, self.vae) for p in module.parameters())
 
     def _remember(self) -> None:
         """Notes the folded constants: which tensors they are, how often these were written to, and their values."""

@@ -21,6 +21,14 @@ _G = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  
 _A = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
 
+def _rounds_products() -> bool:
+    """Whether oneDNN may round float32's products on a CPU, as torch.set_float32_matmul_precision allows it."""
+    own = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
+    if own is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return own.fp32_precision in ("bf16", "tf32")
+
+
 class WinogradConv(nn.Module):
     """Stands in for a `Conv2d` with 3 x 3 kernels, stride 1 and padding 1; its weight is 36 x in x out.
 
@@ -74,7 +82,7 @@ class WinogradConv(nn.Module):
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled("cpu")
-            or torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32")
+            or _rounds_products()
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from optimized import ALL, apart, build, gflop, held, images
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -19,21 +21,22 @@ from cleandift_backbones.hub import save_folder
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, views left out."""
+    """Counts what is dispatched by name, views left out."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.calls = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not any(output.alias_info for output in function._schema.returns) or str(function)[-1] == "_"
+        if not any(output.alias_info for output in function._schema.returns) or str(function)[-1] == "_":
+            self.calls[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
 
 def operations(model, x):
     with torch.no_grad(), Operations() as counted:
         model(x)
-    return counted.count
+    return counted.calls
 
 
 @pytest.mark.parametrize("name", ["test_cleandift", "cleandift_tiny", "dift_tiny", "cleandift_tiny_pyramid"])
@@ -98,6 +101,7 @@ def test_what_is_over_is_refused():
         lambda: model.load_state_dict(build(num_classes=3).state_dict(), strict=False),
         lambda: model(x.clone().requires_grad_()),  # gradients would be lost without a word
         lambda: nn.Sequential(model).requires_grad_(True)(x),
+        lambda: model.unet.down_blocks.requires_grad_(True) and model(x),  # a part of it
     ):
         with pytest.raises(RuntimeError, match="optimised for inference.*before cleandift_backbones.optimize"):
             forbidden()
@@ -350,9 +354,18 @@ def test_what_was_folded_is_gone():
 def test_fewer_operations():
     """Kernels, not seconds: what a pass dispatches, views apart."""
     model, x = build("cleandift_tiny"), images(1, 3, 128, 128)
-    before = operations(model, x)
-    after = operations(optimize(copy.deepcopy(model), winograd=False, channels_last=False), x)
+    before = operations(model, x).total()
+    after = operations(optimize(copy.deepcopy(model), winograd=False, channels_last=False), x).total()
     assert after <= 0.75 * before, (before, after)
+
+
+def test_attention_stays_fused():
+    """Every attention runs in one fused kernel, whatever memory format the weights took."""
+    for model in (build("cleandift_tiny"), optimize(build("cleandift_tiny")), optimize(build("dift_tiny"))):
+        calls = operations(model.to(memory_format=torch.channels_last), images(1, 3, 128, 128))
+        layers = [module for module in model.modules() if isinstance(module, Attention)]
+        assert calls["_scaled_dot_product_flash_attention_for_cpu"] == len(layers) > 4
+        assert not calls["_safe_softmax"] and not calls["_softmax"]
 
 
 # GFLOP of one image of 512 x 512 down to each map, by torch's counter, attention included, in order of execution: mid,

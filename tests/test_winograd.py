@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,17 @@ def test_where_products_are_rounded_it_is_the_plain_convolution(precision):
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.kernel(), conv.bias, padding=1), rtol=0, atol=0)
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_before_torch_had_a_precision_of_its_own_for_cpus(monkeypatch):
+    """torch below 2.9 has one setting for all products."""
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    monkeypatch.setattr(F, "conv2d", lambda *_, **__: "plain")
+    for precision, expected in (("highest", False), ("medium", True)):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        with torch.no_grad():
+            assert isinstance(WinogradConv(conv)(images(1, 4, 8, 8)), str) == expected
 
 
 def test_on_another_device_it_is_the_plain_convolution():
