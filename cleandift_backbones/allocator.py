@@ -1,7 +1,7 @@
 """glibc's allocator: whether tensors' memory goes back to the kernel after each pass, and comes back as new pages.
 
 By default every large block does. One pass of sd21 at 512 px then takes a million page faults, each of which zeroes a
-page on one core while the others wait: a third of the time on two cores (docs/performance.md).
+page on one core while the others wait: a fifth to a quarter of the time on two cores (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _glibc() -> ctypes.CDLL | None:
 def keep_freed_memory() -> bool:
     """From now on the process keeps what it frees for what it allocates next, as torch does on a GPU.
 
-    Concerns the whole process: it stays as large as its largest pass was. `return_freed_memory` gives back what is free
-    at that moment.
+    Large blocks of other threads still come from the kernel each time, which is glibc's way. The process stays as large
+    as its largest pass was; `return_freed_memory` gives back what is free at that moment.
 
     Returns:
-        Whether that is so now: only glibc (most of Linux) is told.
+        Whether that is so now: only glibc (most of Linux) is told; an allocator loaded in its place does not hear it.
     """
     library = _glibc()
     return library is not None and bool(library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))

@@ -245,15 +245,15 @@ def optimize(
             prompt open to `set_prompt`; with False, and winograd=False, state dicts stay the native ones. One prompt
             per image, set before, is held as such: batches must then have as many images.
         channels_last: memory format of the convolutions' weights, exact. Default: on a CPU, and on a GPU in 16 bit.
-        winograd: exact to rounding (1e-5 of a map). Most 3 x 3 convolutions by Winograd's algorithm, two to three times
-            faster on a CPU, with four times the memory for their weights; True takes all of them (sd21, us6: 8.5 GB of
+        winograd: exact to rounding (2e-5 of a map). Most 3 x 3 convolutions by Winograd's algorithm, two to three times
+            faster on a CPU, with four times the memory for their weights; True takes all of them (sd21, us6: 8.5 GiB of
             weights, not 2.9). Default: where it pays, on a CPU in float32 without `compile`. Moved to another dtype or
             device, under autocast and when traced, these layers are plain convolutions again.
         dtype: approximate. torch.bfloat16 or torch.float16 halve memory; maps stay at a cosine similarity of at
             least 0.999 to float32's. Default: as it is.
-        compile: approximate in the last digits. True compiles once for any image size (and once for batches of one),
-            on the first call, for minutes; "reduce-overhead" also replays CUDA graphs, one for each image size; a dict
-            holds arguments of torch.compile.
+        compile: approximate in the last digits. True compiles once for any image size (and once for batches of one,
+            each number of prompts, each seed of noise), on the first call, for minutes; "reduce-overhead" also replays
+            CUDA graphs, one for each image size; a dict holds arguments of torch.compile.
         keep_memory: exact, and for the whole process: memory that a pass frees is kept for the next one, as torch does
             on a GPU, in place of new pages from the kernel (`allocator.keep_freed_memory`). Default: on a CPU.
 

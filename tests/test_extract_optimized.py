@@ -48,7 +48,7 @@ def test_models_are_optimised(folder, tmp_path, capsys, seen):
         assert words in capsys.readouterr().err
 
 
-def test_optimised_with_prompts(folder, tmp_path, seen):
+def test_optimised_with_prompts(folder, tmp_path, seen, capsys):
     """One prompt for all is folded in; one per picture leaves that open, and each gets its own."""
     paths = sorted(folder.rglob("*.png"))[:3]
     lines = [json.dumps({"path": str(p), "prompt": text}) for p, text in zip(paths, ("a cat", "", "a dog"))]
@@ -63,6 +63,9 @@ def test_optimised_with_prompts(folder, tmp_path, seen):
             made.append(Features(out).stack())
         torch.testing.assert_close(*made, atol=2e-4, rtol=1e-3)
         assert seen[-2].core.unet.fixed_text == (source == "txt")
+    with pytest.raises(SystemExit):
+        extract(tmp_path / "list.jsonl", tmp_path / "none", *options, "--compile", model=TINY)
+    assert "--compile is for one prompt for all pictures" in capsys.readouterr().err
 
 
 def test_other_models_and_noisy_ones_beside_the_option(folder, tmp_path, capsys):
@@ -91,5 +94,5 @@ def test_compiled(folder, tmp_path, monkeypatch, traced):
     extract(folder, tmp_path / "compiled", *options, "--compile")
     extract(folder, tmp_path / "plain", *options, "--no-optimize")
     same(tmp_path / "compiled", tmp_path / "plain", 2e-4, 1e-3)
-    assert calls == [dict(fullgraph=True, dynamic=True)]
+    assert calls and all(given == dict(fullgraph=True, dynamic=True) for given in calls)
     assert Features(tmp_path / "compiled").meta["settings"]["optimize"] == "compile"

@@ -18,6 +18,15 @@ from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.winograd import WinogradConv
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """Another test may have let products be rounded, as training does: then layers are plain convolutions."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def winograd_layers(model):
     return [name for name, module in model.named_modules() if isinstance(module, WinogradConv)]
 
@@ -71,11 +80,8 @@ def test_where_products_are_rounded_it_is_the_plain_convolution(precision):
     """CPUs with bfloat16 instructions round float32 products after torch.set_float32_matmul_precision."""
     conv, x = nn.Conv2d(128, 64, 3, padding=1).requires_grad_(False), images(1, 128, 16, 16)
     layer = WinogradConv(conv)
-    try:
-        torch.set_float32_matmul_precision(precision)
-        torch.testing.assert_close(layer(x), F.conv2d(x, layer.kernel(), conv.bias, padding=1), rtol=0, atol=0)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.kernel(), conv.bias, padding=1), rtol=0, atol=0)
 
 
 def test_before_torch_had_a_precision_of_its_own_for_cpus(monkeypatch):

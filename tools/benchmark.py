@@ -18,7 +18,9 @@
   optimized      the same after cleandift_backbones.optimize
   direct         the same without Winograd's algorithm
   light          optimized, with the light latent encoder (latent_encoder="tiny")
-  bf16, fp16     optimized in 16 bit;  compile, graphs: optimized and compiled, with dynamic sizes or with CUDA graphs
+  bf16, fp16, light-bf16        optimized in 16 bit
+  compile, compile-bf16         optimized and compiled, one graph for all sizes
+  graphs-bf16                   optimized and compiled, with CUDA graphs
 It tells latency, images/s, peak memory, bytes of weights, GFLOP (torch's counter, on what really runs), GFLOP/s and
 their share of a matrix product's speed at that moment, and how far the map is from the first way's. With --clock cpu a
 busy machine does no harm: seconds are those that one thread of the processor worked (give --threads 1 too). Several
@@ -60,7 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--file", help="loading: native file of the model (default: a random one)")
     parser.add_argument("--temporary", help="loading: folder for the random file")
     parser.add_argument("--map", default="us6", help="inference: the map to compute (default: us6)")
-    parser.add_argument("--ways", nargs="+", choices=inference.WAYS, help="inference: (default: those without compile)")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=inference.WAYS,
+        help="inference: (default: all on a GPU, else what a CPU does well)",
+    )
     parser.add_argument("--threads", type=int, help="inference, matching: CPU threads (default: torch's)")
     parser.add_argument("--pairs", type=int, default=matching.PAIRS, help="matching: (default: %(default)s)")
     parser.add_argument(

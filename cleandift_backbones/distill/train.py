@@ -77,7 +77,8 @@ class Training:
         check_folder(recipe.output_dir)
         self.recipe, self.out = recipe, Path(recipe.output_dir)
         self.accelerator = accelerator = make_accelerator(recipe)
-        torch.set_float32_matmul_precision("high")
+        if accelerator.device.type == "cuda":  # TF32 in what stays float32; a setting of the whole process
+            torch.set_float32_matmul_precision("high")
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -203,6 +203,8 @@ def extract_all(args: argparse.Namespace) -> Report:
     entries = entries[: args.limit]
     extractor, resize = load(args, device)
     prompt = _prompt(args, extractor, entries)
+    if args.compile and prompt is not None:
+        raise ValueError("--compile is for one prompt for all pictures: each number of prompts would be compiled anew")
     if args.optimize:
         extractor.optimize(prompt is None, args.compile)
     settings = dict(

@@ -149,7 +149,9 @@ def first_pass(run: Callable, x: Tensor, device: torch.device, compiled: bool) -
 
 # --- telling ------------------------------------------------------------------------------------------------------
 
-HEAD = "way|side|batch|seconds|spread|images/s|times {}|peak, GB|weights, GB|GFLOP|GFLOP/s|of the product|apart|cosine"
+HEAD = (
+    "way|side|batch|seconds|spread|images/s|times {}|peak, GiB|weights, GiB|GFLOP|GFLOP/s|of the product|apart|cosine"
+)
 
 
 def inference_table(found: dict, options: argparse.Namespace) -> str:
