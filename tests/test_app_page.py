@@ -270,6 +270,24 @@ def test_what_is_done_while_busy_is_answered_when_the_work_is_done(visitor, serv
     assert len(visitor.sources("#compare .side .view > img.ground")) == 2 * 4 * 2
 
 
+def test_an_answer_that_was_lost_on_the_way_is_asked_for_again(visitor, server):
+    lost = []
+
+    def lose(route):
+        if '"poll"' not in route.request.post_data or lost:
+            return route.continue_()
+        lost.append(route.request.url)
+        route.fulfill(status=502)
+
+    visitor.page.route("**/run/predict", lose)
+    with server.hold("forward"):
+        visitor.page.get_by_role("tab", name="Clean against noisy").click()
+        visitor.slide("timestep", 77)
+        until(lambda: visitor.page.wait_for_timeout(50) or lost, "a poll")
+    visitor.settled("compare")
+    visitor.problems[:] = [p for p in visitor.problems if "502" not in p]
+
+
 def test_visitors_do_not_see_each_other_and_uploads_go_with_the_page(browser, server, tmp_path):
     Image.new("RGB", (90, 90), "purple").save(tmp_path / "secret.png")
     one, two = Visitor(browser, server), Visitor(browser, server)

@@ -291,11 +291,21 @@ def test_page_says_what_cannot_be_had(page, hub, offline):
     act(page, "w", dict(kind="tab", tab="compare"))
     _, view = act(page, "w", prompt="x" * 400)
     assert view["error"] and "too long" in view["notice"]
-    for odd in (dict(timestep=None), dict(clusters="many"), dict(maps=None), dict(prompt=5), dict(ensemble_size=1e400)):
+    for odd in (dict(timestep="x"), dict(clusters="many"), dict(maps=5), dict(prompt=5), dict(ensemble_size=1e400)):
         _, view = act(page, "w", **odd)
         assert view["error"] and view["notice"] == "That was not understood; load the page again."
     _, view = act(page, "w")
     assert not view["error"] and [side["title"] for side in view["sides"]] == ["Clean", "Noisy"]
+
+
+def test_a_control_that_says_nothing_has_its_last_value(page):
+    """One that the browser has not drawn yet, as the prompt when the page opens, or a number that was emptied."""
+    nothing = dict.fromkeys(CONTROLS)
+    _, view = act(page, "n", dict(kind="load"), **nothing)
+    assert not view["error"] and view["recipe"] and "prompt" not in view["recipe"]
+    act(page, "n", dict(kind="tab", tab="maps"), maps=["us3"], show="segments", clusters=4)
+    _, view = act(page, "n", **nothing)
+    assert [column["name"] for column in view["columns"]] == ["us3"] and "4 clusters" in view["caption"]
 
 
 def test_addresses_give_out_only_what_belongs_to_the_visitor(page):

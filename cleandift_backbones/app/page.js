@@ -328,7 +328,11 @@ window.lookAtFeatures = (() => {
       drawn.dataset.state = view.busy ? "busy" : has ? "done" : "empty";
       if (has) drawn.dataset.milliseconds = Math.round(performance.now() - asked); // from the click to here
       clearTimeout(timer);
-      if (view.busy) timer = setTimeout(() => act({ kind: "poll" }), 200);
+      if (view.busy) timer = setTimeout(ask, 200);
+    };
+    const ask = () => {
+      act({ kind: "poll" });
+      timer = setTimeout(ask, 5000); // an answer that the network lost ends nothing
     };
     watch("value", draw);
     draw();

@@ -70,8 +70,10 @@ class Page:
             try:
                 _apply(session, action)
                 session.settings = self._settings(
-                    session.tab, model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size
-                )
+                    session.settings, tab=session.tab, model=model, map=map, prompt=prompt, mutual_only=mutual_only,
+                    maps=maps, show=show, shared=shared, clusters=clusters, timestep=timestep,
+                    ensemble_size=ensemble_size,
+                )  # fmt: skip
                 if session.pictures:
                     answer = self.answers.get(session, begin=not asking)
             except PROBLEMS as error:
@@ -92,24 +94,24 @@ class Page:
         """The page was closed."""
         self.sessions.close(request.session_hash)
 
-    def _settings(self, tab: str, model: str, map: str, prompt: str, mutual_only: bool, maps: list[str], show: str,
-                  shared: bool, clusters: float, timestep: float, ensemble_size: float) -> Settings:  # fmt: skip
-        if model not in self.maps:
-            raise ModelError(f"{model!r} is not among the models of this page")
+    def _settings(self, before: Settings, **said: Any) -> Settings:
+        """What the controls say. One that says nothing, as it is not drawn yet or was emptied, has its last value."""
+        said = vars(before) | {name: value for name, value in said.items() if value is not None}
+        if said["model"] not in self.maps:
+            raise ModelError(f"{said['model']!r} is not among the models of this page")
         try:
-            clusters, timestep, ensemble_size = int(clusters), int(timestep), int(ensemble_size)
-            maps, prompt = [*maps], prompt.strip()
+            said |= {name: int(said[name]) for name in ("clusters", "timestep", "ensemble_size")}
+            said |= dict(maps=[*said["maps"]], prompt=said["prompt"].strip())
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(NOT_UNDERSTOOD) from error
-        if tab == "maps" and not maps:
+        if said["tab"] == "maps" and not said["maps"]:
             raise ValueError("No map is chosen: tick one or more.")
-        names = self.maps[model]
-        if map not in names:  # the model was changed a moment ago
-            map = matched_map(shown_maps(names))
-        chosen = tuple(name for name in names[::-1] if name in maps) or tuple(shown_maps(names))
-        return Settings(
-            tab, model, map, prompt, bool(mutual_only), chosen, show, bool(shared), clusters, timestep, ensemble_size
-        )  # fmt: skip
+        names = self.maps[said["model"]]
+        shown = shown_maps(names)
+        if said["map"] not in names:  # the model was changed a moment ago
+            said["map"] = matched_map(shown)
+        said["maps"] = tuple(name for name in names[::-1] if name in said["maps"]) or tuple(shown)
+        return Settings(**said | {name: bool(said[name]) for name in ("mutual_only", "shared")})
 
     # --- how it looks -----------------------------------------------------------------------------------------------
 
@@ -131,7 +133,7 @@ class Page:
                         model = gr.Dropdown(list(self.maps), value=first, label="Model", scale=3, min_width=160)
                         map = gr.Dropdown(names, value=matched_map(shown), label="Map", scale=2, min_width=100)
                     prompt = gr.Textbox(
-                        label="Prompt", placeholder="none, or what the pictures show: cat face", max_lines=1,
+                        "", label="Prompt", placeholder="none, or what the pictures show: cat face", max_lines=1,
                         max_length=LONGEST_PROMPT,
                     )  # fmt: skip
             with gr.Tabs():
