@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_a_noisy_first_way_is_no_reference(capsys, tmp_path):
     rows = {row["way"]: row for row in json.loads((tmp_path / "inference.json").read_text())["rows"]}
     assert "apart" not in rows["dift"] and rows["timm"]["apart"] == 0 and 0 < rows["optimized"]["apart"] < 1e-4
     assert "freed memory is returned" in capsys.readouterr().out
+
+
+def test_compiled_ways(monkeypatch, tmp_path):
+    """Traced as ever, but run by torch's own operations: compiling them for the processor takes many minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    command = "inference --model test_cleandift --size 64 --repeat 1 --ways whole whole-compile direct compile --out"
+    benchmark.main([*command.split(), str(tmp_path)])
+    rows = {row["way"]: row for row in json.loads((tmp_path / "inference.json").read_text())["rows"]}
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert rows["whole-compile"]["gflop"] == rows["whole"]["gflop"] > rows["compile"]["gflop"] > 0
+    assert rows["compile"]["gflop"] == rows["direct"]["gflop"]
+    assert rows["whole-compile"]["apart"] < 1e-5 and rows["compile"]["apart"] < 1e-4
 
 
 def test_ways_share_weights():

@@ -74,23 +74,19 @@ class Weights:
 
 def whole(weights: Weights, compiled: bool = False) -> Callable[[Tensor], Tensor]:
     """The whole UNet, the map read by a hook."""
-    unet, found = weights.unet, {}
-    module = unet.get_submodule(weights.module)
+    unet, found = with_new_parameters(weights.unet), {}  # with a hook of its own
 
     def hook(_module, _arguments, output):
         found["map"] = output if torch.is_tensor(output) else output[0]
 
+    unet.get_submodule(weights.module).register_forward_hook(hook)
     unet_call = torch.compile(unet.forward) if compiled else unet
     scaling = weights.cfg["vae"].get("scaling_factor", 0.18215)
 
     def run(x: Tensor) -> Tensor:
-        handle = None if compiled else module.register_forward_hook(hook)
         latents = weights.vae.encode(x).latent_dist.mean * scaling
         text = weights.prompt.expand(len(x), -1, -1)
-        output = unet_call(latents, torch.full((len(x),), 261, device=x.device), text, return_dict=False)
-        if handle is None:
-            return output[0]  # a compiled UNet gives no map, hooks would break its graph: only its time counts
-        handle.remove()
+        unet_call(latents, torch.full((len(x),), 261, device=x.device), text, return_dict=False)
         return found.pop("map")
 
     run.weights = (unet, weights.vae)
@@ -172,7 +168,7 @@ class Way(NamedTuple):
 
 WAYS = {
     "whole": Way(whole),
-    "whole-compile": Way(partial(whole, compiled=True), same_map=False, compiled=True),
+    "whole-compile": Way(partial(whole, compiled=True), compiled=True),
     "dift": Way(dift, same_map=False),
     "timm": Way(ours),
     "optimized": Way(partial(ours, fold=True)),
