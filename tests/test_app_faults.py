@@ -42,11 +42,11 @@ def test_an_answer_that_is_overtaken_changes_nothing(visitor):
     samples = visitor.page.locator("#tray .samples")
     samples.get_by_title("bus, noto", exact=True).click()
     until(lambda: visitor.page.wait_for_timeout(50) or len(held) == 2, "the first answer")
-    visitor.after("match", samples.get_by_title("bus, twemoji", exact=True).click)
-    assert visitor.pictures()[3:] == ["bus, noto", "bus, twemoji"]
+    visitor.after("match", samples.get_by_title("bus, fluentflat", exact=True).click)
+    assert visitor.pictures()[3:] == ["bus, noto", "bus, fluentflat"]
     held[0].fulfill(response=held[1])
     visitor.page.wait_for_timeout(1000)
-    assert visitor.pictures()[3:] == ["bus, noto", "bus, twemoji"]
+    assert visitor.pictures()[3:] == ["bus, noto", "bus, fluentflat"]
 
 
 def test_each_of_many_uploads_is_told_of(visitor, tmp_path):
