@@ -18,7 +18,8 @@ test-app: $(VENV)/.ready-dev $(VENV)/.ready-app
 	    { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 	    { echo "test-app needs Chromium: apt-get install chromium, as root" >&2; exit 1; }
 	$(BIN)/python -c "import gradio, playwright"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_app.py tests/test_app_visitors.py tests/test_app_page.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_app.py tests/test_app_visitors.py tests/test_app_page.py \
+	    tests/test_app_faults.py
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

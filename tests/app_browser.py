@@ -1,6 +1,8 @@
-"""The page served in a process of its own, and visitors to it in a browser. Used by tests/test_app_page.py."""
+"""The page served in a process of its own, and visitors to it in a browser. Used by tests/test_app_page.py and
+tests/test_app_faults.py, which are skipped where there is no browser."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
-from playwright.sync_api import expect
+import pytest
+
+pytest.importorskip("gradio", reason='gradio is missing: pip install "cleandift_backbones[demo]"')
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+expect = playwright.expect
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no Chromium: apt-get install chromium (make test-app does)", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 WAIT = 240_000  # ms: other work may hold the processor
@@ -222,3 +231,33 @@ class Visitor:
         foreign = [url for url in self.requests if not url.startswith((self.server.url, "data:", "blob:"))]
         assert self.requests and not foreign, foreign
         assert problems or not self.problems, self.problems
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+    outside = {
+        h for h in server.hosts.read_text().split() if h not in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
+    }
+    assert not outside, f"the server asked for {outside}"
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visitor(browser, server):
+    visitor = Visitor(browser, server)
+    yield visitor
+    visitor.leave()

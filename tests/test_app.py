@@ -2,6 +2,7 @@
 
 import io
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_animated_and_transparent_pictures_are_said_to_be():
     clear = open_picture(encoded(Image.new("RGBA", (80, 80), (0, 0, 0, 0))), "clear.png")
     assert clear.note == "transparent: drawn on grey" and clear.image.getpixel((9, 9)) == (224, 224, 224)
     assert open_picture(encoded(Image.new("RGBA", (80, 80), (9, 9, 9, 255))), "screenshot.png").note == ""
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_damage_behind_the_first_picture_does_no_harm(kind):
+    frames = [Image.effect_noise((64, 64), sigma) for sigma in (20, 60)]
+    whole = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    opened = 0
+    for place in range(len(whole) // 2, len(whole)):
+        for damaged in (whole[:place], whole[:place] + bytes(8) + whole[place + 8 :]):
+            with suppress(ImageError):
+                opened += open_picture(damaged, "mine").image.size == (64, 64)
+    assert opened > len(whole) // 2
 
 
 @pytest.mark.parametrize(

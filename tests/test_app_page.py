@@ -5,7 +5,6 @@ Set APP_SCREENSHOTS to a folder to have every tab photographed at desktop and ph
 
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -14,50 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from app_browser import ROOT, Server, Visitor, expect
 from PIL import Image
 
-pytest.importorskip("gradio", reason='gradio is missing: pip install "cleandift_backbones[demo]"')
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("no Chromium: apt-get install chromium (make test-app does)", allow_module_level=True)
-
-from app_browser import Server, Visitor, until  # noqa: E402  needs playwright
-
+pytest_plugins = ["app_browser"]  # its fixtures
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
 TABS = (("Match", "match"), ("Maps", "maps"), ("Clean against noisy", "compare"))
 EYE, ITS_PAIR = (0.3, 0.41), (0.321, 0.39)  # 1F913's left eyes in noto and twemoji, evaluation/emoji_eyes.json
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.stop()
-    outside = {
-        h for h in server.hosts.read_text().split() if h not in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
-    }
-    assert not outside, f"the server asked for {outside}"
-    assert "Traceback" not in server.log.read_text(), server.log.read_text()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"],
-        )
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visitor(browser, server):
-    visitor = Visitor(browser, server)
-    yield visitor
-    visitor.leave()
 
 
 def test_page_opens_with_a_match_and_nothing_from_elsewhere(visitor):
@@ -92,19 +54,6 @@ def test_points_keep_their_colours_and_can_be_chosen_and_removed(visitor):
     assert chips.count() == 0 and not visitor.marks(0)
 
 
-def test_clicks_outside_set_no_point_and_the_keyboard_does(visitor):
-    visitor.page.locator("#match figcaption").first.click()
-    visitor.page.locator("#match .points").click(position=dict(x=600, y=5))
-    time.sleep(0.5)
-    assert visitor.page.locator("#match .chip").count() == 1
-    visitor.view(0).focus()
-    for key in ("ArrowLeft", "ArrowUp", "ArrowUp"):
-        visitor.page.keyboard.press(key)
-    visitor.after("match", lambda: visitor.page.keyboard.press("Enter"))
-    assert visitor.marks(0)[2] == pytest.approx((0.46, 0.42), abs=0.01)
-    assert visitor.view(0).evaluate("view => view === document.activeElement")  # the next one needs no search
-
-
 def test_only_mutual_neighbours(visitor):
     visitor.only("nerd face, noto", "nerd face, twemoji", "cat face, noto")
     visitor.click(0, 0.5, 0.66)
@@ -115,7 +64,7 @@ def test_only_mutual_neighbours(visitor):
 
 def test_model_map_and_prompt_change_the_answer(visitor):
     def heat(words):
-        playwright.expect(visitor.page.locator("#match pre")).to_contain_text(words)  # leaving a field answers, too
+        expect(visitor.page.locator("#match pre")).to_contain_text(words)  # leaving a field answers, too
         return visitor.sources("#match .view.heated .heat")
 
     def choose(label, value):
@@ -231,8 +180,8 @@ def test_long_work_shows_progress_and_stops(visitor, server):
         visitor.page.get_by_role("tab", name="Clean against noisy").click()
         visitor.slide("ensemble", 16)
         visitor.settled("compare", state="busy")
-        playwright.expect(compare.locator(".busy")).to_contain_text("dift_tiny: computing features, ")  # and seconds
-        playwright.expect(compare.get_by_role("progressbar")).to_have_attribute("aria-valuenow", re.compile("[1-9]"))
+        expect(compare.locator(".busy")).to_contain_text("dift_tiny: computing features, ")  # and seconds
+        expect(compare.get_by_role("progressbar")).to_have_attribute("aria-valuenow", re.compile("[1-9]"))
         # The button stays while answers come, also under a finger.
         compare.locator(".stop").hover()
         visitor.page.mouse.down()
@@ -257,7 +206,7 @@ def test_what_is_done_while_busy_is_answered_when_the_work_is_done(visitor, serv
             visitor.view(0, "compare").click(position=dict(x=x * box["width"], y=0.5 * box["height"]))
         visitor.page.get_by_role("button", name="Samples").click()  # and a picture that has no features yet
         visitor.page.locator("#tray .samples").get_by_title("bus, noto", exact=True).click()
-        playwright.expect(visitor.page.locator("#compare .side[data-side=noisy] .pair")).to_have_count(4)
+        expect(visitor.page.locator("#compare .side[data-side=noisy] .pair")).to_have_count(4)
         visitor.page.get_by_role("tab", name="Match").click()
         visitor.settled("match", state="busy")
         version = visitor.version("match")
@@ -265,58 +214,9 @@ def test_what_is_done_while_busy_is_answered_when_the_work_is_done(visitor, serv
         visitor.settled("compare", version, "busy")
         version = visitor.version("compare")
     visitor.settled("compare", version)
-    playwright.expect(visitor.page.locator("#compare .chip")).to_have_count(3)
+    expect(visitor.page.locator("#compare .chip")).to_have_count(3)
     assert set(visitor.marks(2, "compare")) == {1, 2, 3} and heat.evaluate("one => one.isConnected")
     assert len(visitor.sources("#compare .side .view > img.ground")) == 2 * 4 * 2
-
-
-def test_an_answer_that_was_lost_on_the_way_is_asked_for_again(visitor, server):
-    lost = []
-
-    def lose(route):
-        if '"poll"' not in route.request.post_data or lost:
-            return route.continue_()
-        lost.append(route.request.url)
-        route.fulfill(status=502)
-
-    visitor.page.route("**/run/predict", lose)
-    with server.hold("forward"):
-        visitor.page.get_by_role("tab", name="Clean against noisy").click()
-        visitor.slide("timestep", 77)
-        until(lambda: visitor.page.wait_for_timeout(50) or lost, "a poll")
-    visitor.settled("compare")
-    visitor.problems[:] = [p for p in visitor.problems if "502" not in p]
-
-
-def test_visitors_do_not_see_each_other_and_uploads_go_with_the_page(browser, server, tmp_path):
-    Image.new("RGB", (90, 90), "purple").save(tmp_path / "secret.png")
-    one, two = Visitor(browser, server), Visitor(browser, server)
-    one.upload(tmp_path / "secret.png")
-    one.click(0, 0.5, 0.5)
-    two.click(1, 0.2, 0.2)
-    assert one.pictures()[-1] == "secret.png" and len(two.pictures()) == 3
-    assert one.page.locator("#match .chip").count() == two.page.locator("#match .chip").count() == 2
-    assert one.marks(0)[2] != two.marks(0)[2]
-    address = one.page.locator("#tray .strip .thumb .save").last.get_attribute("href")
-    (_, token, key), other = (
-        address.split("/"),
-        two.page.locator("#tray .save").last.get_attribute("href").split("/")[1],
-    )
-    assert server.answers("/" + address) and token != other and server.status(f"/pictures/{other}/{key}") == 404
-    assert not [p for p in server.log.parent.joinpath("temp").rglob("*") if p.is_file()]  # nothing went to the disk
-    one.leave()
-    until(lambda: server.status("/" + address) == 404, "the upload to be gone")
-    two.click(1, 0.3, 0.3)  # the other visitor stays
-    two.leave()
-
-
-def test_missing_weights_say_how_to_get_them(visitor):
-    visitor.page.get_by_label("Model", exact=True).click()
-    visitor.page.get_by_role("option", name="cleandift_sd21", exact=True).click()
-    visitor.page.wait_for_selector("#match .notice.error:not([hidden])")
-    assert "python tools/convert.py cleandift_sd21 --out FOLDER" in visitor.notice()
-    visitor.page.get_by_label("Model", exact=True).click()
-    visitor.after("match", visitor.page.get_by_role("option", name="cleandift_tiny", exact=True).click)
 
 
 def test_downloads_are_what_the_three_lines_make(visitor, tmp_path):
@@ -334,19 +234,6 @@ def test_downloads_are_what_the_three_lines_make(visitor, tmp_path):
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
     subprocess.run([sys.executable, "-c", "\n".join(recipes)], cwd=tmp_path, env=environment, check=True)
     assert saved == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-
-def test_nothing_of_the_file_system_can_be_read(server):
-    for path in (
-        f"/gradio_api/file={ROOT}/README.md", "/gradio_api/file=/etc/passwd", "/file=/etc/passwd",
-        "/gradio_api/file=http://127.0.0.1/", "/gradio_api/proxy=http://127.0.0.1/", "/samples/..%2f..%2fNOTICE",
-        "/samples/pairs.json", "/pictures/x/..%2f..%2fREADME.md", "/gradio_api/runs", "/gradio_api/info",
-        "/gradio_api/deep_link?session_hash=x", "/gradio_api/custom_component/a/client/component/b",
-        "/gradio_api/stream/x/0/1/playlist-file", "/gradio_api/openapi.json",
-    ):  # fmt: skip
-        assert server.status(path) in (403, 404), path
-    for path in ("upload", "component_server", "vibe-starter-queries/", "process_recording", "reset", "queue/join/x"):
-        assert server.status(f"/gradio_api/{path}", "POST") == 404, path
 
 
 def test_clicks_are_answered_quickly(visitor, record_property):
@@ -398,7 +285,7 @@ def test_space_is_the_same_page_whose_server_loads_long_and_then_is_gone(browser
     try:
         visitor = Visitor(browser, server, wait=False)
         visitor.settled("match", state="busy")
-        playwright.expect(visitor.page.locator("#match .busy")).to_contain_text("cleandift_tiny: loading")
+        expect(visitor.page.locator("#match .busy")).to_contain_text("cleandift_tiny: loading")
         visitor.page.locator("#match .stop").click()  # a model that loads is left at once
         visitor.settled("match", state="empty")
         assert "Stopped." in visitor.notice()
@@ -406,9 +293,9 @@ def test_space_is_the_same_page_whose_server_loads_long_and_then_is_gone(browser
         visitor.click(0, *EYE)
         server.stop()
         visitor.view(0).click()
-        playwright.expect(visitor.page.get_by_text(lost)).to_be_visible()
+        expect(visitor.page.get_by_text(lost)).to_be_visible()
         server = Server(tmp_path, script, port=server.port)  # when there is one again, the page loads itself
-        playwright.expect(visitor.page.get_by_text(lost)).to_have_count(0)
+        expect(visitor.page.get_by_text(lost)).to_have_count(0)
         visitor.settled("match")
         visitor.click(0, *EYE)
         visitor.leave(problems=True)

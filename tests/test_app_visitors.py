@@ -41,9 +41,13 @@ def test_a_session_takes_what_fits_and_says_what_does_not():
     long = f"{'x' * 200}.png"
     assert session.add_upload(photo(3), long) and session.pictures[-1].name == f"{'x' * 80}.png"
     assert not session.add_upload(photo(2), "other.png") and "already here" in session.take_notice()[0]
+    assert session.add_upload(photo(4), "10.30\u202fAM\u202e\n.png")  # as macOS names its screenshots
+    assert session.pictures[-1].name == "10.30\u202fAM.png"
     while len(session.pictures) < MOST_PICTURES:
         session.add_upload(photo(len(session.pictures)), "more.png")
-    assert not session.add_upload(photo(99), "more.png") and "remove one first" in session.take_notice()[0]
+    for shade in (99, 98, 97):
+        assert not session.add_upload(photo(shade), "more.png")
+    assert session.take_notice()[0].count("remove one first") == 1
     session.remove_picture(key)
     assert session.points == [] and session.selected == 0
 
@@ -261,8 +265,10 @@ def test_a_page_that_is_gone_comes_back_by_an_action_not_by_asking(page):
     count = len(page.sessions)
     for kind in ("poll", "stop"):
         _, view = act(page, "gone", dict(kind=kind))
+        assert view["pictures"] == []  # no address would lead to them
         assert "was away for long" in view["notice"] and "recipe" not in view and len(page.sessions) == count
-    _, view = act(page, "gone", dict(kind="clear"))
+    tray, view = act(page, "gone", dict(kind="point", picture=Session().pictures[0].key, x=0.5, y=0.5))
+    assert tray["token"] == view["token"] and len(tray["pictures"]) == len(view["pictures"]) == 3
     assert "was away for long" in view["notice"] and view["recipe"] and len(page.sessions) == count + 1
 
 
@@ -336,6 +342,7 @@ def test_addresses_give_out_only_what_belongs_to_the_visitor(page):
                  "gradio_api/vibe-starter-queries/", "gradio_api/stream/a/0/1/playlist-file", "gradio_api/info",
                  f"results/{tray['token']}/maps.png", f"pictures/{tray['token']}/{mine['key']}.svg"):  # fmt: skip
         assert client.get(path).status_code == 404, path
+    assert client.get("/pictures/ä/x.png").status_code == client.get("/results/%FF/match.png").status_code == 404
     assert client.post("/uploads/unknown", content=photo()).json()["error"].startswith("This page was closed")
     assert "larger than 64 MB" in client.post(f"/uploads/{other}", content=b"0" * (65 << 20)).json()["error"]
     page.close(SimpleNamespace(session_hash="a"))

@@ -192,7 +192,9 @@ window.lookAtFeatures = (() => {
         text(copy, "Selected: press Ctrl+C");
       }
     } }, "Copy"));
-    if (code.textContent !== view.recipe) text(copy, "Copy");
+    if (code.textContent !== view.recipe) {
+      for (const [button, name] of [[copy, "Copy"], [png, "PNG"], [tensors, "safetensors"]]) text(button, name);
+    }
     text(code, view.recipe);
     [png.href, tensors.href] = [view.files.png, view.files.safetensors];
     return keep("take", () => make("section", { class: "take" },

@@ -61,8 +61,9 @@ class Page:
         asking = action.get("kind") in ("poll", "stop")  # neither begins anything
         session = self.sessions.of(request.session_hash, begin=not asking)
         with session.lock:
+            new = not session.version
             opening = action.get("kind") == "load" or action.get("tab") == TABS[0]  # in whichever order they come
-            if not session.version and not opening:
+            if new and not opening:
                 session.tell("This page was away for long, and what was added to it is gone.")
             if not asking:
                 session.begin_action()
@@ -79,7 +80,8 @@ class Page:
             except PROBLEMS as error:
                 session.tell(explain(error), True)
             view = stage_view(session, answer, time.perf_counter() - started)
-            tray = gr.skip() if action.get("kind") in ("poll", "point", "select") else tray_view(session)
+            same = asking or (action.get("kind") in ("point", "select") and not new)
+            tray = gr.skip() if same else tray_view(session)
             return [tray, *(view if tab == session.settings.tab else gr.skip() for tab in TABS)]
 
     def change_model(self, model: str, map: str, maps: list[str]) -> list:
@@ -148,23 +150,15 @@ class Page:
                             [("PCA colours", SHOWS[0]), ("Segments", SHOWS[1]), ("Foreground", SHOWS[2])],
                             value=SHOWS[0], label="Show", min_width=260,
                         )  # fmt: skip
-                        clusters = gr.Slider(
-                            2, MOST_CLUSTERS, 6, step=1, label="Segments (k-means)", min_width=180, buttons=[],
-                            visible=False, elem_id="clusters",
-                        )  # fmt: skip
+                        with gr.Column(min_width=180, visible=False) as clustering:
+                            clusters = _slider(2, MOST_CLUSTERS, 6, label="Segments (k-means)", elem_id="clusters")
                     maps = gr.CheckboxGroup(names, value=shown, label="Maps, fine to coarse", elem_id="which-maps")
                     shared = gr.Checkbox(True, label="One basis for all pictures", elem_classes="flat", container=False)
                     maps_stage = _drawn("maps")
                 with gr.Tab("Clean against noisy", id=TABS[2]) as compare_tab:
                     with gr.Row(elem_classes="controls"):
-                        timestep = gr.Slider(
-                            0, 999, TIMESTEP, step=1, label="Noise: timestep t", min_width=220, buttons=[],
-                            elem_id="timestep",
-                        )  # fmt: skip
-                        ensemble_size = gr.Slider(
-                            1, 16, ENSEMBLE, step=1, label="Noises averaged", min_width=220, buttons=[],
-                            elem_id="ensemble",
-                        )  # fmt: skip
+                        timestep = _slider(0, 999, TIMESTEP, label="Noise: timestep t", elem_id="timestep")
+                        ensemble_size = _slider(1, 16, ENSEMBLE, label="Noises averaged", elem_id="ensemble")
                     compare_stage = _drawn("compare")
             stages = [match_stage, maps_stage, compare_stage]
             controls = [model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size]
@@ -184,7 +178,7 @@ class Page:
             for drawn in (tray, *stages):
                 drawn.act(**at_once)
             show.change(
-                lambda chosen: gr.Slider(visible=chosen == "segments"), show, clusters, queue=False,
+                lambda chosen: gr.Column(visible=chosen == "segments"), show, clustering, queue=False,
                 show_progress="hidden", api_visibility="private",
             )  # fmt: skip
             for control in (map, mutual_only, maps, show, shared):
@@ -216,6 +210,13 @@ class Page:
             head=head, css_paths=HERE / "page.css", app_kwargs=dict(routes=routes(self.sessions)), **kwargs,
         )  # fmt: skip
         return address
+
+
+def _slider(low: int, high: int, value: int, **kwargs: Any) -> gr.Slider:
+    """One whose box may be typed into: each digit is sent, and "12" begins with a 1, which may be less than `low`."""
+    slider = gr.Slider(low, high, value, step=1, min_width=220, buttons=[], **kwargs)
+    slider.preprocess = lambda said: None if said is None else min(max(said, low), high)
+    return slider
 
 
 def _drawn(kind: str) -> gr.HTML:

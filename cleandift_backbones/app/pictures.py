@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -116,7 +117,9 @@ def _note(source: Path | bytes, image: Image.Image, formats: list[str] | None) -
         small = f"{round(image.width * scale)} x {round(image.height * scale)}"
         megapixels = image.width * image.height / 1e6
         notes.append(f"scaled down from {image.width} x {image.height} ({megapixels:.0f} megapixels) to {small}")
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    # What comes after the first picture, which was read, may be damaged in any way.
+    with suppress(Exception), Image.open(file, formats=formats) as opened:
         if getattr(opened, "is_animated", False):
             moves = opened.format in ("GIF", "PNG", "WEBP", "AVIF")
             notes.append("animated: its first frame" if moves else f"the first of its {opened.n_frames} pictures")

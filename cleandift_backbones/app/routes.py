@@ -44,7 +44,7 @@ def routes(sessions: Sessions) -> list[Route]:
     async def upload(request: Request) -> Response:
         session = sessions.with_token(request.path_params["token"])
         if session is None:
-            return JSONResponse(dict(error="This page was closed; load it again."))
+            return JSONResponse(dict(error="This page was closed meanwhile; send it again."))
         content = bytearray()
         async for chunk in request.stream():
             content += chunk

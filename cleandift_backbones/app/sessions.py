@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,8 @@ class Session:
 
     def add_upload(self, content: bytes, name: str) -> bool:
         """Reads a picture that was sent, which takes a while, and adds it. Call without the session's lock."""
-        name = "".join(c for c in name.replace("\\", "/").split("/")[-1] if c.isprintable())
+        name = name.replace("\\", "/").split("/")[-1]  # spaces of all kinds stay: macOS's screenshots have a narrow one
+        name = "".join(c for c in name if c.isprintable() or unicodedata.category(c) == "Zs")
         stem, dot, suffix = name.rpartition(".") if len(name.rpartition(".")[2]) < 8 else (name, "", "")
         name = f"{stem[:LONGEST_NAME]}{dot}{suffix}".strip(". ") or "picture.png"
         try:
@@ -152,7 +154,7 @@ class Session:
                 self.tell(wrong, True)
             added = not wrong and self.add_picture(picture)
             if added and picture.note:
-                self.tell(f"{name}: {picture.note}.")
+                self.tell(f"{self.pictures[-1].name}: {picture.note}.")
             return added
 
     def remove_picture(self, key: str) -> None:
@@ -167,9 +169,11 @@ class Session:
             self.cancelled.set()
 
     def tell(self, text: str, error: bool = False) -> None:
-        """A line for the visitor; it joins those that were not shown yet."""
+        """A line for the visitor, below those that were not shown yet."""
         before, wrong = ("", False) if self.shown else self.notice
-        self.notice, self.shown = (f"{before} {text}".strip(), wrong or error), False
+        again = f"\n{text}\n" in f"\n{before}\n"  # of many files the same may be said
+        told = before if again else f"{before}\n{text}".strip()
+        self.notice, self.shown = (told, wrong or error), False
 
     def take_notice(self) -> tuple[str, bool]:
         """What there is to tell. It stays until there is something else, or the visitor does something else."""
@@ -213,7 +217,7 @@ class Sessions:
             if page not in self._by_page:
                 session = Session()
                 if not begin:
-                    session.closed = True
+                    session.closed, session.pictures, session.points = True, [], []  # no address leads to them
                     return session
                 self._by_page[page] = session
             self._by_page.move_to_end(page)
@@ -224,8 +228,9 @@ class Sessions:
         return session
 
     def with_token(self, token: str) -> Session | None:
+        said = token.encode(errors="replace")  # whatever stands in an address
         with self._lock:
-            return next((s for s in self._by_page.values() if secrets.compare_digest(s.token, token)), None)
+            return next((s for s in self._by_page.values() if secrets.compare_digest(s.token.encode(), said)), None)
 
     def close(self, page: str) -> None:
         """Forgets a page, its pictures and its results."""

@@ -29,7 +29,7 @@ lookAtFeatures.tray = (() => {
 
   return (element, props, watch, act) => {
     let open = false; // whether the samples are shown
-    let token = ""; // this page's secret, in the address of uploads
+    let view = null; // the last one that was drawn
     const keep = keeper();
     const status = make("span", { class: "status", role: "status" });
 
@@ -39,16 +39,18 @@ lookAtFeatures.tray = (() => {
     };
 
     const send = async (files) => {
+      const wrong = [];
       for (const file of files) {
         say(`Reading ${file.name} ...`);
         try {
           const name = encodeURIComponent(file.name || "pasted.png");
-          const answer = await (await fetch(`uploads/${token}?name=${name}`, { method: "POST", body: file })).json();
-          say(answer.error ? `${file.name}: ${answer.error}` : "", true);
+          const answer = await (await fetch(`uploads/${view.token}?name=${name}`, { method: "POST", body: file })).json();
+          if (answer.error) wrong.push(`${file.name}: ${answer.error}`);
         } catch {
-          say(`${file.name} did not arrive; is the server still running?`, true);
+          wrong.push(`${file.name} did not arrive; is the server still running?`);
         }
       }
+      say(wrong.join("\n"), true);
       act({ kind: "uploaded" });
     };
 
@@ -56,7 +58,13 @@ lookAtFeatures.tray = (() => {
       onchange: (event) => { send([...event.target.files]); event.target.value = ""; } });
 
     const upload = make("button", { type: "button", class: "main", onclick: () => chooser.click() }, "Upload");
-    const photograph = async () => say(await cameraDialog(send), true);
+    let asking = false; // whether the browser asks if it may use the camera
+    const photograph = async () => {
+      if (asking) return;
+      asking = true;
+      say(await cameraDialog(send), true);
+      asking = false;
+    };
     const camera = make("button", { type: "button", onclick: photograph }, "Camera");
     const more = make("button", { type: "button", onclick: () => { open = !open; draw(); } });
     const strip = make("div", { class: "strip" });
@@ -76,10 +84,10 @@ lookAtFeatures.tray = (() => {
     };
 
     const draw = () => {
-      const view = props.value;
+      const now = props.value;
       const drawn = element.querySelector(".drawn");
-      if (!view || !drawn) return;
-      token = view.token;
+      if (!now || !drawn) return;
+      if (!view || now.token !== view.token || now.version >= view.version) view = now; // else it was overtaken
       const full = view.pictures.length >= view.most;
       upload.disabled = camera.disabled = full;
       more.setAttribute("aria-expanded", String(open));

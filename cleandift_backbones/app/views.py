@@ -22,10 +22,12 @@ HEAT_SIDE = 128  # longer side of heat maps, which the browser stretches
 
 
 def tray_view(session: Session) -> dict:
-    """Pictures, and samples that may be added."""
+    """Pictures, and samples that may be added. Call with the session's lock."""
     names = [picture.name for picture in session.pictures]
     samples = [dict(name=n, title=_title(n), url=f"samples/{n}", used=n in names) for n in sample_names()]
-    return dict(token=session.token, pictures=_pictures(session), most=MOST_PICTURES, samples=samples)
+    return dict(
+        token=session.token, version=session.version, pictures=_pictures(session), most=MOST_PICTURES, samples=samples
+    )  # fmt: skip
 
 
 @one_thread()
