@@ -108,9 +108,12 @@ class Extractor:
             compile: also compile it, once for all sizes, on the first pass.
 
         Raises:
-            ModelError: a model that cannot be optimised; `compile` with one of another package.
+            ModelError: a model that cannot be optimised, or not any more; `compile` with one of another package.
         """
-        if not hasattr(getattr(self.core, "vae", None), "map_infos"):
+        vae = getattr(self.core, "vae", None)
+        if isinstance(vae, RememberedLatents):
+            raise ModelError(f"{self.name} remembers latents already: optimize it before")
+        if not hasattr(vae, "map_infos"):
             if compile:
                 raise ModelError(f"{self.name} is no model of this package: only these are compiled")
             return

@@ -171,7 +171,8 @@ class OptimizedDIFT(_Optimized, DIFT):
 
 
 def _backbone_of(model: nn.Module) -> CleanDIFT:
-    found = [module for module in model.modules() if isinstance(module, CleanDIFT)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, CleanDIFT)]
     if len(found) != 1:
         raise TypeError(f"expected a model with one backbone of this package, found {len(found)} in {type(model)}")
     if isinstance(found[0], _Optimized):

@@ -173,9 +173,15 @@ default_cfgs = generate_default_cfgs(
 
 
 def architecture_of(model: str) -> dict:
-    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift")."""
-    (arch,) = (part for part in model.split("_") if part in ARCHITECTURES)
-    return ARCHITECTURES[arch]
+    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift").
+
+    Raises:
+        ValueError: no model of this package.
+    """
+    found = [part for part in model.split("_") if part in ARCHITECTURES]
+    if len(found) != 1:
+        raise ValueError(f"{model!r} is no model of this package, such as cleandift_sd21")
+    return ARCHITECTURES[found[0]]
 
 
 def with_encoder(cfg: dict, latent_encoder: str) -> dict:

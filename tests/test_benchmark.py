@@ -72,11 +72,32 @@ def test_ways_share_weights():
     assert mine <= theirs
 
 
-@pytest.mark.parametrize("wrong", ["--map us11", "--clock cpu", "--size 0", "--ways fastest"])
-def test_wrong_arguments(wrong):
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("--map us11", "--map us11: there are mid, us1"),
+        ("--clock cpu", "give --threads 1 with it"),
+        ("--size 0", "must be at least 1"),
+        ("--size 32", "--size 32: the models take pictures of 64 pixels or more"),
+        ("--threads 0", "--threads must be at least 1"),
+        ("--ways fastest", "invalid choice: 'fastest'"),
+        ("--model resnet18", "--model resnet18: 'resnet18' is no model of this package, such as"),
+        ("--model dift_tiny", "--model dift_tiny: give cleandift_tiny"),
+        ("--model cleandift_tiny_pyramid", "--model cleandift_tiny_pyramid: give cleandift_tiny"),
+        (f"--out {__file__}", "is a file, not a folder"),
+    ],
+)
+def test_wrong_arguments(wrong, message, monkeypatch, capsys):
+    monkeypatch.setattr(ways, "optimize", None)  # told before anything is built
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["inference", "--model", "test_cleandift", *wrong.split()])
-    assert stop.value.code not in (0, None)
+    assert stop.value.code not in (0, None) and message in capsys.readouterr().err + str(stop.value.code)
+
+
+def test_what_is_given_twice_is_measured_once(tmp_path):
+    command = "inference --model test_cleandift --size 64 64 --batch-size 1 1 --repeat 1 --ways timm timm --out"
+    benchmark.main([*command.split(), str(tmp_path)])
+    assert len(json.loads((tmp_path / "inference.json").read_text())["rows"]) == 1
 
 
 def test_training_takes_one_size():

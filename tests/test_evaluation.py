@@ -274,4 +274,6 @@ def test_noise_can_be_reseeded_and_latents_remembered():
     for _ in range(2):
         assert torch.allclose(extract(noisy, picture, progress=False)["mid"], second, atol=1e-4)
     assert len(memory) == 2
+    with pytest.raises(ModelError, match="dift_tiny remembers latents already: optimize it before"):
+        noisy.optimize()
     assert not load_extractor("pixels").reseed(1)

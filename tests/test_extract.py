@@ -279,6 +279,8 @@ def test_ahead_brings_errors_and_stops():
         (["--device", "nowhere"], "'nowhere' cannot be used"),
         (["--out", "/proc/features"], "nothing can be written"),
         (["--model-arg", "colour"], "expected KEY=VALUE"),
+        (["--model-arg", "device=cpu"], "'device=cpu': that is for options of this command"),
+        (["--model-arg", "features_only=True"], "'features_only=True': that is for options of this command"),
         (["--part", "2/2"], "expected I/N"),
     ],
 )

@@ -88,6 +88,25 @@ def test_keys_of_a_list(tmp_path):
     assert [entry.key for entry in entries] == ["a.png", "b.png", "c.png", "0", "7"]
 
 
+@pytest.mark.parametrize("name", ["meta.json", "index.jsonl"])
+def test_damaged_notes_are_named(tmp_path, folder, capsys, name):
+    extract(folder, tmp_path / "out", "--limit", "1")
+    for text in ("{bad\n", *(("{}", "[1]") if name == "meta.json" else ())):
+        (tmp_path / "out" / name).write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            extract(folder, tmp_path / "out", "--limit", "1")
+        assert stop.value.code == 2 and f"{name} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line, ending", [("{}", "txt"), ('{{"path": "{}"}}', "jsonl")])
+def test_a_list_as_windows_writes_it(tmp_path, line, ending):
+    """With a byte order mark in front, and two characters at the end of a line."""
+    text = "".join(line.format(name) + "\r\n" for name in ("a.png", "b.png"))
+    (tmp_path / f"list.{ending}").write_bytes(text.encode("utf-8-sig"))
+    entries, _ = list_entries(str(tmp_path / f"list.{ending}"))
+    assert [(entry.key, Path(entry.path).parent) for entry in entries] == [("a.png", tmp_path), ("b.png", tmp_path)]
+
+
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     data, other = tmp_path / "data", tmp_path / "other"
     make_pictures(data, 2)

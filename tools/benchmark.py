@@ -48,11 +48,26 @@ import json
 import sys
 from pathlib import Path
 
+from cleandift_backbones.backbone import MIN_SIDE
 from cleandift_backbones.files import write_text
+from cleandift_backbones.images import check_folder
+from cleandift_backbones.models import architecture_of
 
 sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
 
 from benchmarks import inference, loading, matching, training
+
+
+def check_inference(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Finds what `inference` cannot measure, and leaves out what is given twice."""
+    plain = options.model.replace("dift_", "cleandift_") if options.model.startswith("dift_") else options.model
+    plain = plain.removesuffix("_pyramid")
+    if plain != options.model:
+        parser.error(f"--model {options.model}: give {plain}; --ways dift is the noisy baseline, --map takes its maps")
+    if min(options.size) < MIN_SIDE:
+        parser.error(f"--size {min(options.size)}: the models take pictures of {MIN_SIDE} pixels or more")
+    for name in ("size", "batch_size", "ways"):
+        setattr(options, name, list(dict.fromkeys(getattr(options, name) or [])))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,6 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
         options.size, options.batch_size = options.size[0], options.batch_size[0]
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu counts one thread's work: give --threads 1 with it")
+    if options.threads is not None and options.threads < 1:
+        parser.error("--threads must be at least 1")
+    try:
+        if options.out:
+            check_folder(options.out)
+        if options.what != "matching":
+            architecture_of(options.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {error}" if isinstance(error, OSError) else f"--model {options.model}: {error}")
+    if options.what == "inference":
+        check_inference(parser, options)
     room = dict(inference=inference, loading=loading, training=training, matching=matching)[options.what]
     found = getattr(room, options.what)(options)
     text = getattr(room, f"{options.what}_table")(found, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import inspect
 import logging
 import os
 import platform
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
-from ..extractor import Extractor, ModelError, list_maps, resolve_device
+from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..images import check_folder
 from ..version import __version__
 from .formats import DTYPES, FORMATS
@@ -39,10 +40,17 @@ ABOUT = """Features of many pictures, once, into a folder of shards.
 Started again, the same command goes on where it stopped, with any number of processes. docs/extract.md tells more."""
 
 
+# What `load` gives the model itself.
+_OWN = {*inspect.signature(load_model).parameters, *inspect.signature(load_extractor).parameters}
+_OWN |= {"features_only", "out_indices"}
+
+
 def _model_arg(text: str) -> tuple[str, object]:
     key, sign, value = text.partition("=")
     if not sign or not key.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE")
+    if key in _OWN:
+        raise argparse.ArgumentTypeError(f"{text!r}: that is for options of this command, see --help")
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

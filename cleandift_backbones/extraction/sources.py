@@ -108,7 +108,7 @@ def _folder(root: Path) -> tuple[list[Entry], list[str]]:
 def _list(path: Path) -> list[Entry]:
     entries = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not (line := line.strip()):
                 continue
             told = json.loads(line) if path.suffix == ".jsonl" else {"path": line}

@@ -31,7 +31,10 @@ class StoreError(ValueError):
 def read_meta(folder: Path) -> dict:
     """What the features of a folder were made with. Raises StoreError if there is nothing of that kind."""
     try:
-        return json.loads((folder / META).read_text(encoding="utf-8"))
+        found = json.loads((folder / META).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or "settings" not in found:
+            raise ValueError("no settings")
+        return found
     except FileNotFoundError:
         raise StoreError(f"{folder} holds no features ({META} is missing); make some with tools/extract.py") from None
     except ValueError as error:
@@ -67,6 +70,8 @@ def _read_lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}); remove it") from None
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
