@@ -5,9 +5,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import pytest
 
-from hub_server import TOKEN, HubServer
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("app_browser")
+
+from hub_server import TOKEN, HubServer  # noqa: E402
 
 _server = HubServer()
 _home = tempfile.TemporaryDirectory(prefix="hf_home_")
@@ -22,7 +25,6 @@ os.environ.update(
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
 
-import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
 
