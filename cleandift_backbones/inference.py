@@ -24,6 +24,7 @@ from .folding import fold as fold_constants
 from .noisy import DIFT
 from .winograd import WinogradConv
 
+MOST_GRAPHS = 64  # of one compiled model
 #: torch.compile modes that replay CUDA graphs: their outputs live in memory that the next call writes over
 _GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -70,8 +71,12 @@ class _Optimized:
             graphs = x.is_cuda and self._compile.get("mode") in _GRAPHS
             if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            # Without this a first square image would bind height to width, and the next one would compile again.
-            with torch.fx.experimental._config.patch(use_duck_shape=False):
+            # Without the first a square image would bind height to width, and the next would compile again. On a CPU
+            # layers take another convolution for small single images: maybe more graphs than torch's limit of 8.
+            with (
+                torch.fx.experimental._config.patch(use_duck_shape=False),
+                torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS),
+            ):
                 maps = self._compiled(x, tuple(names))
             maps = {name: y.clone() for name, y in maps.items()} if graphs else maps
         reductions = {info.name: info.stride * stride for info in self.unet.infos}
@@ -252,9 +257,10 @@ def optimize(
             device, under autocast and when traced, these layers are plain convolutions again.
         dtype: approximate. torch.bfloat16 or torch.float16 halve memory; maps stay at a cosine similarity of at
             least 0.999 to float32's. Default: as it is.
-        compile: approximate in the last digits. True compiles once for any image size (and once for batches of one,
-            each number of prompts, each seed of noise), on the first call, for minutes; "reduce-overhead" also replays
-            CUDA graphs, one for each image size; a dict holds arguments of torch.compile.
+        compile: approximate in the last digits. True compiles once for any image size (and once for batches of one, on
+            a CPU for some ranges of their sizes; for each number of prompts, each seed of noise), on the first call,
+            for minutes; "reduce-overhead" also replays CUDA graphs, one for each image size; a dict holds arguments of
+            torch.compile.
         keep_memory: exact, and for the whole process: memory that a pass frees is kept for the next one, as torch does
             on a GPU, in place of new pages from the kernel (`allocator.keep_freed_memory`). Default: on a CPU.
 

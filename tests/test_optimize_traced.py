@@ -38,6 +38,19 @@ def test_replica_of_data_parallel(options):
         replica(x)
 
 
+@pytest.mark.slow
+def test_single_images_of_any_size_meet_no_limit_of_graphs():
+    """On a CPU a layer takes another convolution of single images above some size: each time one more graph."""
+    torch._dynamo.reset()
+    model = build(num_classes=0)
+    pictures = images(1, 3, 64, 64), images(1, 3, 96, 96)
+    expected = [model(x).detach() for x in pictures]
+    fast = optimize(model, compile=dict(dynamic=True, backend="eager"))
+    with torch._dynamo.config.patch(cache_size_limit=1):
+        for x, y in zip(pictures, expected):
+            torch.testing.assert_close(fast(x), y, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_pyramid_whose_final_map_is_not_of_the_pyramid():
     torch._dynamo.reset()
     model, x = build("cleandift_tiny_pyramid", final_map="us10", global_pool=""), images(1, 3, 70, 64)
