@@ -23,6 +23,7 @@ from tqdm import tqdm
 import cleandift_backbones
 
 from .images import to_tensor
+from .remembered import RememberedLatents, bytes_of
 
 PIXELS = "pixels"
 Pictures = Sequence[Image.Image | np.ndarray | torch.Tensor] | torch.Tensor
@@ -125,9 +126,18 @@ class Extractor:
         self.optimized = "compile" if compile else "exact"
 
     def remember_latents(self, memory: dict[bytes, torch.Tensor]) -> None:
-        """Shares encoded pictures with other runs through `memory`, if the model is one of this package's."""
-        if hasattr(getattr(self.core, "vae", None), "map_infos"):  # a LatentEncoder, whose module imports diffusers
-            self.core.vae = RememberedLatents(self.core.vae, memory)
+        """Shares encoded pictures with other runs through `memory`, if the model is one of this package's.
+
+        Raises:
+            ModelError: it remembers latents already, or is compiled, and so encodes within one graph.
+        """
+        vae = getattr(self.core, "vae", None)
+        if isinstance(vae, RememberedLatents):
+            raise ModelError(f"{self.name} remembers latents already")
+        if hasattr(vae, "map_infos"):  # a LatentEncoder, whose module imports diffusers
+            if self.optimized == "compile":
+                raise ModelError(f"{self.name} is compiled: what it encodes cannot be remembered; optimize without")
+            self.core.vae = RememberedLatents(vae, memory)
 
     @property
     def takes_prompts(self) -> bool:
@@ -160,45 +170,13 @@ class Extractor:
         return bool(noisy)
 
 
-class RememberedLatents(nn.Module):
-    """A model's image encoder that encodes no picture twice: a sweep over timesteps needs each latent once.
-
-    Args:
-        vae: `latents.LatentEncoder`.
-        memory: latents by content of picture and encoder; may be shared by models, also by models of different weights.
-    """
-
-    def __init__(self, vae: nn.Module, memory: dict[bytes, torch.Tensor]):
-        super().__init__()
-        self.vae, self.memory = vae, memory
-        self.digest = _digest(*vae.state_dict().values())
-
-    def forward(self, images: torch.Tensor, maps: Iterable[str] = ()) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if set(maps) & set(self.vae.map_infos):
-            return self.vae(images, maps)
-        keys = [self.digest + _digest(image) for image in images]
-        new = [i for i, key in enumerate(keys) if key not in self.memory]
-        if new:
-            latents, _ = self.vae(images[new])
-            self.memory.update(zip([keys[i] for i in new], latents, strict=True))
-        return torch.stack([self.memory[key] for key in keys]), {}
-
-
 def weights_digest(model: nn.Module) -> str:
     """Hash of all that a model computes with: its parameters and buffers, also those that checkpoints leave out."""
     state = hashlib.blake2b()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        state.update(bytes_of(tensor))
     return state.hexdigest()
-
-
-def _digest(*tensors: torch.Tensor) -> bytes:
-    state = hashlib.blake2b()
-    for tensor in tensors:
-        state.update(str(tuple(tensor.shape)).encode())
-        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return state.digest()
 
 
 @contextmanager

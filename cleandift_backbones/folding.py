@@ -111,7 +111,7 @@ def _with_bias(conv: nn.Conv2d, bias: Tensor) -> nn.Conv2d:
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=True
         ).eval()
     new.weight, new.bias = conv.weight, nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
-    return new
+    return _hooked(new, conv)
 
 
 def _timed(unet: FeatureUNet) -> dict[str, ResnetBlock2D]:
@@ -160,6 +160,18 @@ def lean(module: nn.Module) -> None:
             replace(module, name, LeanResnet(block))
 
 
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
 def replace(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Another module of the same inputs and outputs in the place of one, and under its hooks."""
     parent, _, child = name.rpartition(".")
-    root.get_submodule(parent)._modules[child] = new
+    siblings = root.get_submodule(parent)._modules
+    siblings[child] = _hooked(new, siblings[child])
+
+
+def _hooked(new: nn.Module, old: nn.Module) -> nn.Module:
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))  # the same dicts, from which their handles remove
+    return new

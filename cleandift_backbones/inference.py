@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from .allocator import keep_freed_memory
 from .backbone import CleanDIFT, lacks_bfloat16
+from .compiling import AnySizeConv, in_one_graph
 from .folding import check_foldable, lean, replace
 from .folding import fold as fold_constants
 from .noisy import DIFT
 from .winograd import WinogradConv
 
-MOST_GRAPHS = 64  # of one compiled model
+MOST_GRAPHS = 64  # of one compiled model: each choice of maps, number of prompts and seed of noise makes one
 #: torch.compile modes that replay CUDA graphs: their outputs live in memory that the next call writes over
 _GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -37,6 +38,13 @@ def _winograd(root: nn.Module, everywhere: bool) -> None:
         pays = size and min(size) >= 128 and size[0] * size[1] <= 1 << 20
         if size and not name.endswith("conv_in") and (everywhere or pays):
             replace(root, name, WinogradConv(conv))
+
+
+def _any_size(root: nn.Module) -> None:
+    """AnySizeConv in place of convolutions."""
+    for conv in root.modules():
+        if AnySizeConv.fits(conv):
+            conv.__class__ = AnySizeConv
 
 
 class _Optimized:
@@ -67,12 +75,12 @@ class _Optimized:
             bottom, right = -height % stride, -width % stride
             x = F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
             if self._compiled is None:
-                self._compiled = torch.compile(super()._maps, **self._compile)
+                self._compiled = torch.compile(self._for_all_sizes, **self._compile)
             graphs = x.is_cuda and self._compile.get("mode") in _GRAPHS
             if graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            # Without the first a square image would bind height to width, and the next would compile again. On a CPU
-            # layers take another convolution for small single images: maybe more graphs than torch's limit of 8.
+            # Without the first a square image would bind height to width, and the next would compile again; without
+            # the second the ninth graph would be an error.
             with (
                 torch.fx.experimental._config.patch(use_duck_shape=False),
                 torch._dynamo.config.patch(cache_size_limit=MOST_GRAPHS),
@@ -82,6 +90,9 @@ class _Optimized:
         reductions = {info.name: info.stride * stride for info in self.unet.infos}
         reductions |= {name: reduction for name, (_, reduction) in self.vae.map_infos.items()}
         return {n: y[..., : -(-height // reductions[n]), : -(-width // reductions[n])] for n, y in maps.items()}
+
+    def _for_all_sizes(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        return in_one_graph(super()._maps, x, names)
 
     def _learns(self) -> bool:
         """Whether somebody wants gradients of what computes the maps (a classifier's are given)."""
@@ -197,7 +208,12 @@ def slow_16bit(dtype: torch.dtype | None, device: torch.device) -> bool:
 
 
 def _rebuild(
-    backbone: CleanDIFT, fold: bool | str, dtype: torch.dtype, channels_last: bool, winograd: bool | str
+    backbone: CleanDIFT,
+    fold: bool | str,
+    dtype: torch.dtype,
+    channels_last: bool,
+    winograd: bool | str,
+    compiled: bool = False,
 ) -> None:
     """Other layers in place of the backbone's; `winograd`: True = everywhere, "where it pays", False."""
     if fold:
@@ -206,6 +222,8 @@ def _rebuild(
     backbone.to(dtype=dtype)
     if winograd:
         _winograd(backbone, everywhere=winograd is True)
+    if compiled:
+        _any_size(backbone)
     if channels_last:
         backbone.to(memory_format=torch.channels_last)
 
@@ -253,13 +271,13 @@ def optimize(
         channels_last: memory format of the convolutions' weights, exact. Default: on a CPU, and on a GPU in 16 bit.
         winograd: exact to rounding (2e-5 of a map). Most 3 x 3 convolutions by Winograd's algorithm, two to three times
             faster on a CPU, with four times the memory for their weights; True takes all of them (sd21, us6: 8.5 GiB of
-            weights, not 2.9). Default: where it pays, on a CPU in float32 without `compile`. Moved to another dtype or
-            device, under autocast and when traced, these layers are plain convolutions again.
+            weights, not 2.9). Default: where it pays, on a CPU in float32. Moved to another dtype or device, under
+            autocast, when exported or in a torch.compile that is not ours, these layers are plain convolutions again.
         dtype: approximate. torch.bfloat16 or torch.float16 halve memory; maps stay at a cosine similarity of at
             least 0.999 to float32's. Default: as it is.
-        compile: approximate in the last digits. True compiles once for any image size (and once for batches of one, on
-            a CPU for some ranges of their sizes; for each number of prompts, each seed of noise), on the first call,
-            for minutes; "reduce-overhead" also replays CUDA graphs, one for each image size; a dict holds arguments of
+        compile: approximate in the last digits. True compiles once for all image sizes above 64 px a side (and once for
+            batches of one, each choice of maps, number of prompts and seed of noise), on the first call, for minutes;
+            "reduce-overhead" also replays CUDA graphs, one for each image size; a dict holds arguments of
             torch.compile.
         keep_memory: exact, and for the whole process: memory that a pass frees is kept for the next one, as torch does
             on a GPU, in place of new pages from the kernel (`allocator.keep_freed_memory`). Default: on a CPU.
@@ -267,7 +285,7 @@ def optimize(
     Raises:
         TypeError: no backbone of this package, or several. ValueError: optimised already, on the meta device, unknown
             values, what torch.compile does not take, layers that cannot be folded, winograd elsewhere than in float32
-            on a CPU without `compile`. RuntimeError: the device has no bfloat16.
+            on a CPU. RuntimeError: the device has no bfloat16.
     """
     if not (isinstance(fold, bool) or fold == "timestep"):
         raise ValueError(f"fold must be True, False or 'timestep', got {fold!r}")
@@ -280,12 +298,9 @@ def optimize(
     backbone = _backbone_of(model)
     weight = backbone.unet.conv_in.weight
     device, dtype = weight.device, dtype or weight.dtype
-    fits = device.type == "cpu" and dtype == torch.float32 and compile_arguments is None
+    fits = device.type == "cpu" and dtype == torch.float32
     if winograd and not fits:
-        raise ValueError(
-            f"winograd=True is for float32 on a CPU without compile, got dtype={dtype} on {device} and "
-            f"compile={compile!r}"
-        )
+        raise ValueError(f"winograd=True is for float32 on a CPU, got dtype={dtype} on {device}")
     if fold:
         check_foldable(backbone.unet, text=fold is True)
     if dtype == torch.bfloat16 and lacks_bfloat16(device):
@@ -300,7 +315,8 @@ def optimize(
     # Nothing was changed so far: a refusal leaves the model as it was.
     backbone.eval().requires_grad_(False)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        _rebuild(backbone, fold, dtype, channels_last, winograd or (winograd is None and fits and "where it pays"))
+        winograd = winograd or (winograd is None and fits and "where it pays")
+        _rebuild(backbone, fold, dtype, channels_last, winograd, compiled=compile_arguments is not None)
     backbone._compile, backbone._compiled = compile_arguments, None
     backbone._folded = {True: ("timestep", "prompt_embeds"), "timestep": ("timestep",), False: ()}[fold]
     backbone.own_keys = bool(fold) or any(isinstance(module, WinogradConv) for module in backbone.modules())

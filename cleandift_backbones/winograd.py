@@ -6,7 +6,8 @@ tiles the 36 products are 36 matrix products, which is what a CPU does best. The
 differs from the direct convolution by some 3e-6 of its output's norm. Weights take four times the memory.
 
 In 16 bits it would be ten times as far off as the direct convolution, and traced it would be a loop without end: there
-a layer computes the direct one, on the kernels that its transformed weights came from.
+a layer computes the direct one, on the kernels that its transformed weights came from. In what `optimize` compiles it
+is one step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .compiling import convolve, is_step
 
 _B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
 _B += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
@@ -27,6 +30,53 @@ def _rounds_products() -> bool:
     if own is None:
         return torch.get_float32_matmul_precision() != "highest"
     return own.fp32_precision in ("bf16", "tf32")
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    """out x in x 3 x 3, from 36 x in x out: the convolution's own weight, to the last bits."""
+
+    def back(u: Tensor) -> Tensor:  # a left inverse of G, in sums alone: no autocast or TF32 rounds it
+        return torch.stack([4 * u[0], 3 * (u[2] - u[1]), u[5]]).transpose(0, 1)
+
+    return back(back(weight.unflatten(0, (6, 6)))).permute(3, 2, 0, 1)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
+    """B x in x H x W -> B x out x H x W, in channels_last; directly where products would be rounded."""
+    if _rounds_products():
+        return F.conv2d(x, _kernel(weight), bias, padding=1)
+    batch, channels, height, width = x.shape
+    outs = len(bias)
+    down, across = -(-height // 4), -(-width // 4)
+    padded = x.new_empty(batch, 4 * down + 2, 4 * across + 2, channels)
+    padded[:, 1 : height + 1, 1 : width + 1] = x.permute(0, 2, 3, 1)
+    for border in (padded[:, :1], padded[:, height + 1 :], padded[:, :, :1], padded[:, :, width + 1 :]):
+        border.zero_()
+    tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4)  # B x down x across x in x 6 x 6
+    y = x.new_empty(batch, down, 4, across, 4, outs)
+    # As many tiles at once as keep the products about square and their operands in the cache.
+    step = max(1, max(64, channels // 2) // (batch * across))
+    for start in range(0, down, step):
+        part = tiles[:, start : start + step]
+        rows = part.shape[1]
+        part = part.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
+        part = torch.bmm((into @ part).view(36, -1, channels), weight)
+        part = (out_of @ part.view(36, -1)).view(4, 4, batch, rows, across, outs)
+        torch.add(part.permute(2, 3, 0, 4, 1, 5), bias, out=y[:, start : start + step])
+    y = y.view(batch, 4 * down, 4 * across, outs)[:, :height, :width]
+    return y.contiguous().permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("cleandift_backbones::winograd", mutates_args=())
+def winograd(x: Tensor, weight: Tensor, bias: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
+    """The same as a step of a graph, which is in channels_last always."""
+    return _convolve(x, weight, bias, into, out_of).contiguous(memory_format=torch.channels_last)
+
+
+@winograd.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
+    batch, _, height, width = x.shape
+    return x.new_empty(batch, height, width, len(bias)).permute(0, 3, 1, 2)
 
 
 class WinogradConv(nn.Module):
@@ -59,13 +109,7 @@ class WinogradConv(nn.Module):
 
     def kernel(self) -> Tensor:
         """out x in x 3 x 3: the convolution's own weight, to the last bits."""
-        if self.weight.ndim == 4:
-            return self.weight
-
-        def back(u: Tensor) -> Tensor:  # a left inverse of G, in sums alone: no autocast or TF32 rounds it
-            return torch.stack([4 * u[0], 3 * (u[2] - u[1]), u[5]]).transpose(0, 1)
-
-        return back(back(self.weight.unflatten(0, (6, 6)))).permute(3, 2, 0, 1)
+        return self.weight if self.weight.ndim == 4 else _kernel(self.weight)
 
     def _apply(self, fn, recurse=True):
         moved = fn(self.bias)
@@ -75,36 +119,11 @@ class WinogradConv(nn.Module):
             self.into = self.out_of = None
         return super()._apply(fn, recurse)
 
-    def _direct(self) -> bool:
-        """Whether the products would be rounded to fewer bits than float32's, or the loop be traced."""
-        return (
-            self.weight.ndim == 4
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or torch.is_autocast_enabled("cpu")
-            or _rounds_products()
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """B x in x H x W -> B x out x H x W, in channels_last."""
-        if self._direct():
+        if self.weight.ndim == 4:
+            return convolve(x, self.weight, self.bias, padding=(1, 1))
+        step, traced = is_step(x), torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_autocast_enabled("cpu") or (traced and not step):
             return F.conv2d(x, self.kernel(), self.bias, padding=1)
-        batch, channels, height, width = x.shape
-        down, across = -(-height // 4), -(-width // 4)
-        padded = x.new_empty(batch, 4 * down + 2, 4 * across + 2, channels)
-        padded[:, 1 : height + 1, 1 : width + 1] = x.permute(0, 2, 3, 1)
-        for border in (padded[:, :1], padded[:, height + 1 :], padded[:, :, :1], padded[:, :, width + 1 :]):
-            border.zero_()
-        tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4)  # B x down x across x in x 6 x 6
-        y = x.new_empty(batch, down, 4, across, 4, self.out_channels)
-        # As many tiles at once as keep the products about square and their operands in the cache.
-        step = max(1, max(64, channels // 2) // (batch * across))
-        for start in range(0, down, step):
-            part = tiles[:, start : start + step]
-            rows = part.shape[1]
-            part = part.permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
-            part = torch.bmm((self.into @ part).view(36, -1, channels), self.weight)
-            part = (self.out_of @ part.view(36, -1)).view(4, 4, batch, rows, across, self.out_channels)
-            torch.add(part.permute(2, 3, 0, 4, 1, 5), self.bias, out=y[:, start : start + step])
-        y = y.view(batch, 4 * down, 4 * across, self.out_channels)[:, :height, :width]
-        return y.contiguous().permute(0, 3, 1, 2)
+        return (winograd if step else _convolve)(x, self.weight, self.bias, self.into, self.out_of)

@@ -84,6 +84,7 @@ def test_ways_share_weights():
         ("--model resnet18", "--model resnet18: 'resnet18' is no model of this package, such as"),
         ("--model dift_tiny", "--model dift_tiny: give cleandift_tiny"),
         ("--model cleandift_tiny_pyramid", "--model cleandift_tiny_pyramid: give cleandift_tiny"),
+        ("--file nowhere.safetensors", "--file nowhere.safetensors: no such file"),
         (f"--out {__file__}", "is a file, not a folder"),
     ],
 )

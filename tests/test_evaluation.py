@@ -276,4 +276,10 @@ def test_noise_can_be_reseeded_and_latents_remembered():
     assert len(memory) == 2
     with pytest.raises(ModelError, match="dift_tiny remembers latents already: optimize it before"):
         noisy.optimize()
+    with pytest.raises(ModelError, match="dift_tiny remembers latents already"):
+        noisy.remember_latents({})
+    compiled = load_extractor("test_cleandift", pretrained=False)
+    compiled.optimize(compile=True)
+    with pytest.raises(ModelError, match="is compiled: what it encodes cannot be remembered"):
+        compiled.remember_latents({})
     assert not load_extractor("pixels").reseed(1)

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cleandift_backbones import optimize
+from cleandift_backbones.compiling import in_one_graph
 from cleandift_backbones.inference import _rebuild
 from cleandift_backbones.models import ARCHITECTURES
 from cleandift_backbones.winograd import WinogradConv
@@ -95,6 +97,31 @@ def test_before_torch_had_a_precision_of_its_own_for_cpus(monkeypatch):
             assert isinstance(WinogradConv(conv)(images(1, 4, 8, 8)), str) == expected
 
 
+def test_as_one_step_of_a_compiled_graph():
+    """Shapes, strides and values are what torch.compile is told; in others' graphs it is a plain convolution."""
+    torch._dynamo.reset()
+    steps = []
+
+    def backend(graph, _):
+        steps.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    conv = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+    layer, step = WinogradConv(conv), torch.ops.cleandift_backbones.winograd.default
+    compiled = torch.compile(partial(in_one_graph, layer), fullgraph=True, dynamic=True, backend=backend)
+    for shape in ((1, 8, 9, 14), (1, 8, 33, 20)):
+        x = images(*shape)
+        torch.testing.assert_close(compiled(x), conv(x), rtol=1e-4, atol=1e-5)
+        tensors = layer.weight, layer.bias, layer.into, layer.out_of
+        for given in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.library.opcheck(step, (given, *tensors), test_utils=("test_schema", "test_faketensor"))
+    assert steps == [step]
+    assert step not in [node.target for node in torch.export.export(layer, (x,)).graph.nodes]
+    theirs = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    torch.testing.assert_close(theirs(x), conv(x), rtol=1e-4, atol=1e-5)
+    assert steps.count(step) == 1 and len(steps) > 1
+
+
 def test_on_another_device_it_is_the_plain_convolution():
     model = optimize(build(), winograd=True)
     assert len(winograd_layers(model)) > 40
@@ -139,7 +166,8 @@ def test_default_choice_of_a_model(monkeypatch):
     )
     assert 0 < len(winograd_layers(fast)) < len(winograd_layers(optimize(copy.deepcopy(model), winograd=True)))
     assert apart(fast(x), model(x)) < 1e-4
-    for options in (dict(winograd=False), dict(compile=True), dict(compile={}), dict(dtype=torch.bfloat16)):
+    assert winograd_layers(optimize(copy.deepcopy(model), compile=True)) == winograd_layers(fast)
+    for options in (dict(winograd=False), dict(dtype=torch.bfloat16)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of CPUs without 16-bit instructions
             assert not winograd_layers(optimize(copy.deepcopy(model), **options)), options

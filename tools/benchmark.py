@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
             architecture_of(options.model)
     except (OSError, ValueError) as error:
         parser.error(f"--out {error}" if isinstance(error, OSError) else f"--model {options.model}: {error}")
+    if options.file and not Path(options.file).is_file():
+        parser.error(f"--file {options.file}: no such file")
     if options.what == "inference":
         check_inference(parser, options)
     room = dict(inference=inference, loading=loading, training=training, matching=matching)[options.what]

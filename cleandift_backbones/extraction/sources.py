@@ -75,6 +75,8 @@ def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], lis
     elif path.is_file():
         if path.suffix.lower() in _ENDINGS:
             raise SourceError(f"{data} is a picture; give its folder, or a list of pictures")
+        if path.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):
+            raise SourceError(f"{data}: a list is a text file with a path per line, or .jsonl with an object per line")
         entries = _list(path)
     else:
         raise SourceError(f"{data}: no such folder, shards or list")
