@@ -52,16 +52,11 @@ class AnySizeConv(nn.Conv2d):
         return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-@torch.library.custom_op("cleandift_backbones::convolution", mutates_args=())
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+_SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+
+
+@torch.library.custom_op("cleandift_backbones::convolution", mutates_args=(), schema=_SCHEMA)
+def convolution(x, weight, bias, stride, padding, dilation, groups) -> Tensor:
     """torch.nn.functional.conv2d with outputs in channels_last."""
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous(memory_format=torch.channels_last)
 

@@ -25,7 +25,7 @@ from .folding import fold as fold_constants
 from .noisy import DIFT
 from .winograd import WinogradConv
 
-MOST_GRAPHS = 64  # of one compiled model: each choice of maps, number of prompts and seed of noise makes one
+MOST_GRAPHS = 64  # of all compiled models: each kind, choice of maps, number of prompts and seed of noise makes one
 #: torch.compile modes that replay CUDA graphs: their outputs live in memory that the next call writes over
 _GRAPHS = ("reduce-overhead", "max-autotune")
 

@@ -67,7 +67,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, into: Tensor, out_of: Ten
     return y.contiguous().permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("cleandift_backbones::winograd", mutates_args=())
+_SCHEMA = "(Tensor x, Tensor weight, Tensor bias, Tensor into, Tensor out_of) -> Tensor"
+
+
+@torch.library.custom_op("cleandift_backbones::winograd", mutates_args=(), schema=_SCHEMA)
 def winograd(x: Tensor, weight: Tensor, bias: Tensor, into: Tensor, out_of: Tensor) -> Tensor:
     """The same as a step of a graph, which is in channels_last always."""
     return _convolve(x, weight, bias, into, out_of).contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,5 @@
 """Convolutions of graphs that hold for all image sizes, as torch's own compiler builds them."""
 
-import copy
 import shutil
 
 import pytest
@@ -29,7 +28,7 @@ def small_model(any_size: bool) -> nn.Sequential:
     return model.to(memory_format=torch.channels_last)
 
 
-def compiled(model: nn.Module, backend: str):
+def compiled(model: nn.Module, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -69,29 +68,36 @@ def test_plain_convolutions_need_several():
 def test_the_steps_shapes_and_strides():
     for layer in small_model(any_size=True):
         if isinstance(layer, AnySizeConv):
-            x = images(1, layer.in_channels, 9, 14)
             sizes = list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
-            for given in (x, x.contiguous(memory_format=torch.channels_last)):
-                arguments = given, layer.weight, layer.bias, *sizes
-                torch.library.opcheck(convolution, arguments, test_utils=("test_schema", "test_faketensor"))
+            for shape in ((1, 9, 14), (2, 9, 14), (1, 5, 5)):
+                x = images(shape[0], layer.in_channels, *shape[1:])
+                for weight in (layer.weight, layer.weight.contiguous()):
+                    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+                        arguments = given, weight, layer.bias, *sizes
+                        torch.library.opcheck(convolution, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("state", ["autocast", "float64", "bfloat16 and back"])
-def test_elsewhere_layers_are_plain_convolutions(state):
+@pytest.mark.parametrize("state", ["float32", "bfloat16 and back", "float64", "autocast"])
+def test_steps_are_for_float32(state):
     plain, ours = small_model(any_size=False), small_model(any_size=True)
-    x, dtype = images(1, 1, 24, 24), torch.float32
+    x, steps = images(1, 1, 24, 24), []
     if state == "float64":
         plain, ours, x = plain.double(), ours.double(), x.double()
-    if state == "bfloat16 and back":
-        plain, ours = (copy.deepcopy(model).bfloat16().float() for model in (plain, ours))
-    fast = compiled(ours, "eager")
+    if state == "bfloat16 and back":  # where WinogradConv is a plain convolution from there on
+        plain, ours = plain.bfloat16().float(), ours.bfloat16().float()
+
+    def backend(graph, _):
+        steps.append([node.target for node in graph.graph.nodes if "cleandift" in str(node.target)])
+        return graph
+
+    fast = compiled(ours, backend)
     fast(x)
     with torch.autocast("cpu", torch.bfloat16, enabled=state == "autocast"):
         found, expected = fast(x), plain(x)
-        dtype = expected.dtype
-    loose = state == "autocast"
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, expected, rtol=0.1 if loose else 1e-4, atol=0.1 if loose else 1e-5)
+    assert [len(found) for found in steps] == {"float64": [0], "autocast": [5, 0]}.get(state, [5])
+    loose = 0.1 if state == "autocast" else 0
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-4 + loose, atol=1e-5 + loose)
 
 
 @pytest.mark.parametrize("strict", [False, True])
