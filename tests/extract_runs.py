@@ -38,11 +38,12 @@ def extract(data, out, *arguments, model=RANDOM, workers=0):
     return main([str(word) for word in given])
 
 
-def command(data, out, *arguments, launcher=(), model=RANDOM, workers=0, slow=0):
-    """tools/extract.py in a process of its own, started; `slow`: seconds more for each batch."""
+def command(data, out, *arguments, launcher=(), model=RANDOM, workers=0, slow=0, calls=""):
+    """tools/extract.py in a process of its own, started; `slow`: seconds more for each batch, counted in `calls`."""
     given = [*model, "--data", data, "--out", out, "--workers", workers, "--device", "cpu", *arguments]
     launcher = launcher or [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SLOW": str(slow)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"SLOW": str(slow), "CALLS": str(calls)}
     tool = ROOT / ("tests/slow_extract.py" if slow else "tools/extract.py")
     return subprocess.Popen(
         [*launcher, str(tool), *map(str, given)],

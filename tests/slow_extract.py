@@ -1,4 +1,7 @@
-"""tools/extract.py with a model that takes SLOW seconds more for each batch, to be killed in the middle."""
+"""tools/extract.py with a model that takes SLOW seconds more for each batch, to be killed in the middle.
+
+It adds a letter to the file CALLS, if given, as it begins with a batch.
+"""
 
 import os
 import time
@@ -10,6 +13,9 @@ call = Extractor.__call__
 
 
 def slowly(self, pictures):
+    if os.environ["CALLS"]:
+        with open(os.environ["CALLS"], "a") as file:
+            file.write("x")
     time.sleep(float(os.environ["SLOW"]))
     return call(self, pictures)
 

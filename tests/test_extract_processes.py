@@ -94,9 +94,11 @@ def _keys(shard):
 @pytest.mark.parametrize("stop, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_stores_what_it_has(data, whole, tmp_path, stop, code):
     out = tmp_path / "out"
-    process = command(data, out, *OPTIONS, "--shard-items", "20", workers=1, slow=SLOW)
-    when_shards(out, 1, process)
-    time.sleep(6 * SLOW)
+    calls = tmp_path / "calls"
+    process = command(data, out, *OPTIONS, "--shard-items", "20", workers=1, slow=SLOW, calls=calls)
+    while not calls.exists() or calls.stat().st_size < 14:  # of 10 batches a shard: some of the second are done
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.02)
     process.send_signal(stop)
     _, said = finished(process, code)
     assert "stopped; what was computed is stored" in said and not list(out.glob(".*.part"))
