@@ -70,7 +70,7 @@ def load_once(way: str, file: str, model: str) -> dict:
 
 def loading(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(dir=options.temporary) as folder:
-        file = Path(options.file or Path(folder, "model.safetensors"))
+        file = Path(options.file) if options.file else Path(folder, "model.safetensors")
         if not options.file:
             random_native(file, options.model)
         rows: dict[str, dict[str, list[dict]]] = {way: {"cold": [], "warm": []} for way in WAYS}
