@@ -11,6 +11,7 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .errors import InputError, InputTypeError, StateError
 from .heads import ProjectionHeads
 from .latents import build_latent_encoder, latent_maps, latent_stride
 from .prompts import embed
@@ -51,7 +52,7 @@ def take_indices(infos: Sequence[dict], indices: int | Sequence[int]) -> list[in
         return feature_take_indices(len(infos), plain)[0]
     except (AssertionError, ValueError, TypeError) as error:  # out of range, none at all, not numbers
         listed = ", ".join(f"{i} = {info['name']}" for i, info in enumerate(infos))
-        raise ValueError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
+        raise InputError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
 
 
 def held_features(cfg: dict, infos: Sequence[dict], held: str | None) -> list[int]:
@@ -62,7 +63,7 @@ def held_features(cfg: dict, infos: Sequence[dict], held: str | None) -> list[in
     """
     order = [info.name for info in map_infos(cfg["unet"])]
     if held is not None and held not in order:
-        raise ValueError(f"unknown map held={held!r}: this UNet has {', '.join(order)}")
+        raise InputError(f"unknown map held={held!r}: this UNet has {', '.join(order)}")
     last = order.index(held) if held else len(order)
     return [i for i, info in enumerate(infos) if info["name"] not in order or order.index(info["name"]) <= last]
 
@@ -75,7 +76,7 @@ def finest_map(infos: Sequence[dict], indices: Sequence[int]) -> str:
     """
     names = [infos[i]["name"] for i in sorted(indices) if infos[i]["module"].startswith("unet.")]
     if not names:
-        raise ValueError(f"features {list(indices)} are only maps of the VAE: ask for at least one map of the UNet")
+        raise InputError(f"features {list(indices)} are only maps of the VAE: ask for at least one map of the UNet")
     return names[0]
 
 
@@ -127,15 +128,15 @@ class CleanDIFT(nn.Module):
     ):
         super().__init__()
         if projected_timestep is not None and not 0 <= projected_timestep <= 999:
-            raise ValueError(f"projected_timestep must lie in 0..999, got {projected_timestep}")
+            raise InputError(f"projected_timestep must lie in 0..999, got {projected_timestep}")
         if timestep is not None and not 0 <= timestep <= 999:
-            raise ValueError(f"timestep must lie in 0..999, got {timestep}")
+            raise InputError(f"timestep must lie in 0..999, got {timestep}")
         if in_chans < 1 or num_classes < 0:
-            raise ValueError(
+            raise InputError(
                 f"in_chans must be at least 1 and num_classes at least 0, got {in_chans} and {num_classes}"
             )
         if num_classes and not global_pool:
-            raise ValueError("a classifier needs pooled features: give global_pool='avg', or num_classes=0 for the map")
+            raise InputError("a classifier needs pooled features: give global_pool='avg', or num_classes=0 for the map")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.text_encoder = text_encoder
@@ -170,11 +171,11 @@ class CleanDIFT(nn.Module):
         if not isinstance(prompt, Tensor):
             source = text_encoder or self.text_encoder
             if source is None:
-                raise ValueError(f"no text encoder is known for prompt {prompt!r}: pass text_encoder=FOLDER_OR_REPO")
+                raise InputError(f"no text encoder is known for prompt {prompt!r}: pass text_encoder=FOLDER_OR_REPO")
             prompt = embed(prompt, source, self.cache_dir)
         if prompt.ndim != 3 or prompt.shape[-1] != self.prompt_embeds.shape[-1]:
             width = self.prompt_embeds.shape[-1]
-            raise ValueError(f"prompt embeddings must be N x L x {width}, got {tuple(prompt.shape)}")
+            raise InputError(f"prompt embeddings must be N x L x {width}, got {tuple(prompt.shape)}")
         # While weights are awaited the buffer lies on the meta device; given embeddings stay real.
         device = None if self.prompt_embeds.is_meta else self.prompt_embeds.device
         self.prompt_embeds = prompt.to(device=device, dtype=self.prompt_embeds.dtype)
@@ -189,7 +190,7 @@ class CleanDIFT(nn.Module):
             self.timestep = timestep.to(self.timestep.device)
         weight = self.unet.conv_in.weight
         if weight.dtype == torch.bfloat16 and lacks_bfloat16(weight.device):
-            raise RuntimeError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
+            raise StateError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
         return self
 
     @torch.jit.ignore
@@ -238,11 +239,11 @@ class CleanDIFT(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"expected images B x {self.in_chans} x H x W, got a tensor of shape {tuple(x.shape)}")
+            raise InputError(f"expected images B x {self.in_chans} x H x W, got a tensor of shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"expected floating-point images normalised to [-1, 1], got {x.dtype}")
+            raise InputTypeError(f"expected floating-point images normalised to [-1, 1], got {x.dtype}")
         if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
-            raise ValueError(
+            raise InputError(
                 f"images must be at least {MIN_SIDE} x {MIN_SIDE}, got {x.shape[2]} x {x.shape[3]}: resize them"
             )
 
@@ -252,7 +253,7 @@ class CleanDIFT(nn.Module):
         latents, found = self.vae(x, names)
         prompts = self.prompt_embeds
         if prompts.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{prompts.shape[0]} prompts were set, but the batch has {x.shape[0]} images")
+            raise InputError(f"{prompts.shape[0]} prompts were set, but the batch has {x.shape[0]} images")
         return found | self._unet_maps(latents, prompts, [name for name in names if name not in found])
 
     def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
@@ -290,7 +291,7 @@ class CleanDIFT(nn.Module):
             ValueError: index out of range, map not held, wrong format, wrong images. TypeError: images not float.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not supported: maps are NCHW")
+            raise InputError(f"output_fmt {output_fmt!r} is not supported: maps are NCHW")
         wanted = [self.feature_info[i]["name"] for i in self._take(indices)]
         if intermediates_only or stop_early:
             # VAE maps alone end in front of the UNet; the final map is then the UNet's first.

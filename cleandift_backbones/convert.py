@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
 from .download import HubFile
+from .errors import InputError
 from .hub import CardInfo, model_card, timm_config
 from .latents import latent_stride
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
@@ -135,7 +136,7 @@ def to_native(
         ValueError: timestep out of range.
     """
     if timestep is not None and not 0 <= timestep <= 999:
-        raise ValueError(f"timestep must lie in 0..999, got {timestep}")
+        raise InputError(f"timestep must lie in 0..999, got {timestep}")
     if out.suffix != ".safetensors":
         checkpoints.check_replaceable(out)
     main, found = open_main(source)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import checkpoints
 from .checkpoints import NATIVE_NAME, CheckpointError
+from .errors import FileError, MissingFileError
 from .files import replacing
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def parse_source(source: str | Path | HubFile) -> Path | HubFile:
         return path
     match = re.fullmatch(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.+?))?/?", text)
     if isinstance(source, Path) or text.startswith(("/", "./", "../", "~")) or match is None:
-        raise FileNotFoundError(f"{text} is neither a file or folder here nor OWNER/NAME[@REVISION][/PATH] on the Hub")
+        raise MissingFileError(f"{text} is neither a file or folder here nor OWNER/NAME[@REVISION][/PATH] on the Hub")
     return HubFile(match[1], match[3] or "", unquote(match[2]) if match[2] else None)
 
 
@@ -99,7 +100,7 @@ def _explain(file: HubFile, error: Exception) -> str:
     return first_line
 
 
-class HubError(OSError):
+class HubError(FileError):
     """A file on the Hub cannot be had; the message says why in one line."""
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import checkpoints
 from .download import HubError
+from .errors import StateError
 from .latents import build_latent_encoder
 from .models import SOURCES, architecture_of, with_encoder
 from .pretrained import BESIDE, Sources, check_configs, missing_message, open_encoder
@@ -32,11 +33,11 @@ def load_latent_encoder(
     parts = Sources(model, SOURCES.get(model, {}), dict(vae=source) if source else {}, latent_encoder)
     place = parts.get("vae") or (parts.get("unet") if latent_encoder == "default" else None)
     if place is None:
-        raise RuntimeError(f"no weights of latent_encoder={latent_encoder!r} are known for {model}: give their source")
+        raise StateError(f"no weights of latent_encoder={latent_encoder!r} are known for {model}: give their source")
     try:
         weights = open_encoder(place, latent_encoder, cache_dir)
     except (HubError, FileNotFoundError) as error:
-        raise RuntimeError(missing_message(parts, [f"vae: {error}"])) from error
+        raise StateError(missing_message(parts, [f"vae: {error}"])) from error
     check_configs(weights, {"vae": config, "unet": {}})
     with torch.device("meta"):
         encoder = build_latent_encoder(config)

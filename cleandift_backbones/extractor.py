@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import cleandift_backbones
 
+from .errors import InputError
 from .images import to_tensor
 from .remembered import RememberedLatents, bytes_of
 
@@ -29,7 +30,7 @@ PIXELS = "pixels"
 Pictures = Sequence[Image.Image | np.ndarray | torch.Tensor] | torch.Tensor
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model, map or device that cannot be had; the message says what to give instead."""
 
 
@@ -351,7 +352,7 @@ def extract(
         ValueError: no pictures, or pictures of different sizes and an extractor without a size.
     """
     if len(pictures) == 0:
-        raise ValueError("no pictures to extract features from; give at least one")
+        raise InputError("no pictures to extract features from; give at least one")
     label = progress if isinstance(progress, str) else extractor.name
     collected: dict[str, list[torch.Tensor]] = {name: [] for name in extractor.maps}
     with tqdm(total=len(pictures), desc=label, unit="img", disable=not progress, leave=False) as bar:
@@ -374,5 +375,5 @@ def _stack(tensors: list[torch.Tensor], size: tuple[int, int] | None) -> torch.T
     shapes = {tuple(t.shape[-2:]) for t in tensors}
     if len(shapes) > 1:
         found = f"{sorted(shapes)[:3]}, ..."
-        raise ValueError(f"pictures of different sizes ({found}) in one batch; load the extractor with size=")
+        raise InputError(f"pictures of different sizes ({found}) in one batch; load the extractor with size=")
     return torch.stack(tensors)

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from .errors import InputError
 from .unet import FeatureUNet
 
 
@@ -128,7 +129,7 @@ def check_foldable(unet: FeatureUNet, text: bool) -> None:
     others = [name for name, block in _timed(unet).items() if not LeanResnet.fits(block)]
     others += [name for name, layer in _texted(unet).items() if text and not FixedText.fits(layer)]
     if others:
-        raise ValueError(
+        raise InputError(
             f"{others[0]} cannot be folded: it is not a plain Stable Diffusion layer, or has adapters or an attention "
             "processor of its own. Merge or remove these first, or pass fold=False"
         )

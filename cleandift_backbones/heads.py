@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .errors import InputError
+
 
 def rms_factor(x: Tensor, eps: float = 1e-6) -> Tensor:
     """1 / rms(x) over the last dimension, in float32."""
@@ -232,7 +234,7 @@ class ProjectionHeads(nn.Module):
     ):
         super().__init__()
         if conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
+            raise InputError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}")
         self.time_emb = FourierFeatures(width)
         self.time_in_proj = nn.Linear(width, width, bias=False)
         self.mapping = MappingNetwork(width, hidden, mapping_depth)

@@ -20,6 +20,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from . import checkpoints
 from .checkpoints import CheckpointError
 from .download import HubError, HubFile, explained
+from .errors import InputError, InputTypeError
 from .models import offered_maps
 from .version import __version__
 
@@ -63,7 +64,7 @@ def _backbone(model: nn.Module) -> nn.Module:
     """The CleanDIFT inside a features_only model, or the model itself."""
     inner = getattr(model, "model", model)
     if not hasattr(inner, "unet") or not hasattr(inner, "pretrained_cfg"):
-        raise TypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
+        raise InputTypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
     return inner
 
 
@@ -198,7 +199,7 @@ def save_folder(
         TypeError: not a model of this package. ValueError: an optimised one. OSError: it could not be written.
     """
     if getattr(_backbone(model), "own_keys", False):
-        raise ValueError("this model is optimised for inference: save it before cleandift_backbones.optimize")
+        raise InputError("this model is optimised for inference: save it before cleandift_backbones.optimize")
     config = timm_config(model)
     meta = {"model": config["architecture"], **(metadata or {})}
     text = model_card(config, card)
@@ -242,21 +243,21 @@ def _check_repository(
     except hub_errors.RevisionNotFoundError:  # a branch to be created, from main
         revision, files = None, api.list_repo_files(repo_id)
     if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public: change that on its page first, or push without private")
+        raise InputError(f"{repo_id} exists and is public: change that on its page first, or push without private")
     if "config.json" in files:
         with tempfile.TemporaryDirectory() as cache:
             path = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
             held = json.loads(Path(path).read_text()).get("architecture", "no timm model")
         if held != name:
-            raise ValueError(
+            raise InputError(
                 f"{repo_id} holds {held}, not {name}: push to another repository, or delete that one first"
             )
     elif any(file.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth")) for file in files):
-        raise ValueError(
+        raise InputError(
             f"{repo_id} holds weights without a config.json, of something else: push to another repository"
         )
     if tag and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
-        raise ValueError(f"{repo_id} has a tag {tag!r} already: take another, or delete that one first")
+        raise InputError(f"{repo_id} has a tag {tag!r} already: take another, or delete that one first")
 
 
 def _operations(folder: Path, repo_id: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
@@ -283,7 +284,7 @@ def check_push(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository's name, expected USER/REPO: {error}") from error
+        raise InputError(f"{repo_id!r} is no repository's name, expected USER/REPO: {error}") from error
     if get_token() is None:
         raise HubError(f"nobody is logged in to push to {repo_id}: run `hf auth login`, or set HF_TOKEN")
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from .errors import FileError, InputError
+
 MIN_SIDE = 64
 LARGE = 2**20  # pixels; larger pictures are resized in strips
 STRIP = 128  # rows
@@ -23,7 +25,7 @@ MODES = ("squash", "pad", "crop", "keep")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # of pictures in folders
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """A picture that cannot be used; the message names the file and what to do about it."""
 
 
@@ -126,9 +128,9 @@ def check_folder(path: str | os.PathLike) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise NotADirectoryError(f"{path}: {folder} is a file, not a folder; give another folder")
+        raise FileError(f"{path}: {folder} is a file, not a folder; give another folder")
     if not os.access(folder, os.W_OK | os.X_OK) or str(folder).startswith(("/proc", "/sys")):
-        raise PermissionError(f"{path}: nothing can be written to {folder}; give another folder")
+        raise FileError(f"{path}: nothing can be written to {folder}; give another folder")
 
 
 def _to_rgb(image: Image.Image, path: Path, background: Sequence[int]) -> Image.Image:
@@ -215,7 +217,7 @@ def to_input(
         ValueError: an unknown mode, or a size that is missing or not positive.
     """
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+        raise InputError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     large = isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height > LARGE
     pixels = None if large and mode != "keep" else to_tensor(image)
     shift, scale = (torch.tensor(tuple(values), dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
@@ -223,7 +225,7 @@ def to_input(
         return (pixels - shift) / scale
     height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
     if min(height, width) < 1:
-        raise ValueError(f"size {size!r} must be one or two positive numbers of pixels with mode {mode!r}")
+        raise InputError(f"size {size!r} must be one or two positive numbers of pixels with mode {mode!r}")
     h, w = (image.height, image.width) if pixels is None else pixels.shape[-2:]
     if mode == "squash":
         new = (height, width)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .allocator import keep_freed_memory
 from .backbone import CleanDIFT, lacks_bfloat16
 from .compiling import AnySizeConv, in_one_graph
+from .errors import InputError, InputTypeError, StateError
 from .folding import check_foldable, lean, replace
 from .folding import fold as fold_constants
 from .noisy import DIFT
@@ -190,11 +191,11 @@ def _backbone_of(model: nn.Module) -> CleanDIFT:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     found = [module for module in modules if isinstance(module, CleanDIFT)]
     if len(found) != 1:
-        raise TypeError(f"expected a model with one backbone of this package, found {len(found)} in {type(model)}")
+        raise InputTypeError(f"expected a model with one backbone of this package, found {len(found)} in {type(model)}")
     if isinstance(found[0], _Optimized):
-        raise ValueError("this model has been optimised already")
+        raise InputError("this model has been optimised already")
     if any(tensor.is_meta for tensor in found[0].state_dict().values()):
-        raise ValueError("a model on the meta device has no values to fold: load or initialise it first")
+        raise InputError("a model on the meta device has no values to fold: load or initialise it first")
     return found[0]
 
 
@@ -231,7 +232,7 @@ def _rebuild(
 def _compile_arguments(compile: bool | str | dict) -> dict[str, Any] | None:
     """Those of torch.compile, which looks at them at once; None without it."""
     if not isinstance(compile, (bool, str, dict)):
-        raise ValueError(f"compile must be True, False, a mode or a dict of torch.compile's arguments, got {compile!r}")
+        raise InputError(f"compile must be True, False, a mode or a dict of torch.compile's arguments, got {compile!r}")
     if compile is False:
         return None
     named = compile if isinstance(compile, dict) else dict(dynamic=True) if compile is True else dict(mode=compile)
@@ -239,7 +240,7 @@ def _compile_arguments(compile: bool | str | dict) -> dict[str, Any] | None:
     try:
         torch.compile(lambda: None, **arguments)
     except Exception as error:  # of many types: unknown modes, backends, options, arguments
-        raise ValueError(f"compile={compile!r} is not what torch.compile takes: {error}") from error
+        raise InputError(f"compile={compile!r} is not what torch.compile takes: {error}") from error
     return arguments
 
 
@@ -288,23 +289,23 @@ def optimize(
             on a CPU. RuntimeError: the device has no bfloat16.
     """
     if not (isinstance(fold, bool) or fold == "timestep"):
-        raise ValueError(f"fold must be True, False or 'timestep', got {fold!r}")
+        raise InputError(f"fold must be True, False or 'timestep', got {fold!r}")
     for name, value in (("channels_last", channels_last), ("winograd", winograd), ("keep_memory", keep_memory)):
         if not (value is None or isinstance(value, bool)):
-            raise ValueError(f"{name} must be True, False or None, got {value!r}")
+            raise InputError(f"{name} must be True, False or None, got {value!r}")
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}")
+        raise InputError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}")
     compile_arguments = _compile_arguments(compile)
     backbone = _backbone_of(model)
     weight = backbone.unet.conv_in.weight
     device, dtype = weight.device, dtype or weight.dtype
     fits = device.type == "cpu" and dtype == torch.float32
     if winograd and not fits:
-        raise ValueError(f"winograd=True is for float32 on a CPU, got dtype={dtype} on {device}")
+        raise InputError(f"winograd=True is for float32 on a CPU, got dtype={dtype} on {device}")
     if fold:
         check_foldable(backbone.unet, text=fold is True)
     if dtype == torch.bfloat16 and lacks_bfloat16(device):
-        raise RuntimeError(f"{device} has no bfloat16: use dtype=torch.float16 or torch.float32")
+        raise StateError(f"{device} has no bfloat16: use dtype=torch.float16 or torch.float32")
     if slow_16bit(dtype, device):
         warnings.warn(
             f"this CPU has no instructions for {dtype}: it will run hundreds of times slower than torch.float32",

@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError, StateError
 from .mm_checks import Maps, check_model, check_packages, describe
 
 check_packages()
@@ -45,13 +46,13 @@ def _source(pretrained: bool | str | None, init_cfg: Mapping | None) -> bool | s
     """Where weights come from: True = as published, a path or Hub name, False = from a checkpoint that follows."""
     if isinstance(init_cfg, Mapping):
         if init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"} or pretrained is True:
-            raise ValueError(
+            raise InputError(
                 f"init_cfg {dict(init_cfg)!r} with pretrained={pretrained}: expected init_cfg=dict(type='Pretrained', "
                 "checkpoint=PATH_OR_HUB_NAME), and pretrained left out"
             )
         pretrained = init_cfg["checkpoint"]
     elif init_cfg not in (None, NOT_GIVEN):
-        raise ValueError(f"init_cfg must be one dict(type='Pretrained', checkpoint=...), got {init_cfg!r}")
+        raise InputError(f"init_cfg must be one dict(type='Pretrained', checkpoint=...), got {init_cfg!r}")
     if pretrained is None:
         # mmseg.apis.init_model and mmdet.apis.init_detector put init_cfg=None where a checkpoint will follow.
         return init_cfg is NOT_GIVEN
@@ -111,9 +112,9 @@ class CleanDIFT(BaseModule):
         super().__init__()
         unknown = [part for part in frozen_parts if part not in PARTS]
         if isinstance(frozen_parts, str) or unknown:
-            raise ValueError(f"frozen_parts {frozen_parts!r}: expected some of {tuple(PARTS)}")
+            raise InputError(f"frozen_parts {frozen_parts!r}: expected some of {tuple(PARTS)}")
         if dtype is not None and not frozen:
-            raise ValueError(f"dtype={dtype!r} needs frozen=True; a trained backbone takes AmpOptimWrapper")
+            raise InputError(f"dtype={dtype!r} needs frozen=True; a trained backbone takes AmpOptimWrapper")
         maps = describe(model_name, out_indices)
         self.model_name, self.indices = model_name, maps.indices
         self.out_channels, self.strides = maps.out_channels, maps.strides
@@ -179,7 +180,7 @@ class CleanDIFT(BaseModule):
     def _check_first(self, x: Tensor) -> None:
         """What is wrong with the first images is wrong with all; looking at every batch would cost time."""
         if self.frozen_parts and not self.has_weights:
-            raise RuntimeError(
+            raise StateError(
                 f"{self.model_name} is frozen ({', '.join(self.frozen_parts)}) but has random weights: give pretrained="
                 "True, a path or a Hub name, or load a checkpoint that holds the backbone; to train it from nothing, "
                 "pretrained=False, frozen=False, frozen_parts=()"
@@ -189,7 +190,7 @@ class CleanDIFT(BaseModule):
         # statistics would: there CheckBackboneHook compares mean and std, and only pixels of 0..255 are caught here.
         limit = 5.0 if self.training else 1.1
         if low < -limit or high > limit:
-            raise ValueError(
+            raise InputError(
                 f"the images reach from {low:.4g} to {high:.4g}, but this backbone expects [-1, 1]: set "
                 "data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], bgr_to_rgb=True)"
             )
@@ -238,7 +239,7 @@ class CleanDIFT(BaseModule):
             wrong = [f"it is of {kind}"]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise RuntimeError(
+            raise StateError(
                 f"the checkpoint's backbone does not fit {self.model_name} with maps {self.indices}: "
                 f"{'; '.join(wrong[:3])}{more}. Take the config that it was trained with"
             )
@@ -250,7 +251,7 @@ class CleanDIFT(BaseModule):
             return own
         state = self._state(self._create(record["source"])) if record["source"] else {}
         if not self._matches(state, record):
-            raise RuntimeError(
+            raise StateError(
                 f"the checkpoint was trained on frozen weights of {record['model_name']} from "
                 f"{_place(record['source'])}, which it does not hold; those from {_place(self.source)} differ from "
                 "them: set pretrained= to the weights (and prompt= to the text, timestep= ...) of that training"

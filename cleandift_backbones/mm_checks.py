@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, NamedTuple
 
+from .errors import DependencyError, InputError
 from .models import architecture_of, default_cfgs, default_indices
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     from .backbone import feature_list, take_indices
 
     if model_name not in model_names():
-        raise ValueError(
+        raise InputError(
             f"unknown model_name {model_name!r}: it is one of {', '.join(model_names())}. Weights of yours, here or on "
             "the Hub, go to pretrained="
         )
@@ -61,7 +62,7 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     elif not isinstance(out_indices, int):
         unknown = [i for i in out_indices if isinstance(i, str) and i not in names]
         if unknown:
-            raise ValueError(f"out_indices {out_indices!r}: {model_name} has no {unknown[0]!r}, but {', '.join(names)}")
+            raise InputError(f"out_indices {out_indices!r}: {model_name} has no {unknown[0]!r}, but {', '.join(names)}")
         out_indices = [names.index(i) if isinstance(i, str) else i for i in out_indices]
     taken = take_indices(infos, out_indices)
     return Maps(
@@ -87,7 +88,7 @@ def check_packages() -> None:
     found = {name: [p for p in (fork, *own) if _installed(p)] for name, (fork, own) in PACKAGES.items()}
     for name, packages in found.items():
         if len(packages) > 1:
-            raise ImportError(
+            raise DependencyError(
                 f"{' and '.join(packages)} are both installed and overwrite each other's files ({name}/): "
                 f"pip uninstall {' '.join(packages)}, then pip install {packages[0]}"
             )
@@ -95,12 +96,12 @@ def check_packages() -> None:
     originals = [p for packages in found.values() for p in packages if not p.startswith("onedl-")]
     if forks and originals:
         named = [PACKAGES[name][0] for name, packages in found.items() if set(packages) & set(originals)]
-        raise ImportError(
+        raise DependencyError(
             f"{', '.join(forks)} (maintained forks) do not work with {', '.join(originals)} (OpenMMLab's own): "
             f"pip uninstall {' '.join(originals)}, then pip install {' '.join(named)}"
         )
     if not found["mmengine"]:
-        raise ImportError('mmengine is not installed: pip install "cleandift_backbones[mmseg]"')
+        raise DependencyError('mmengine is not installed: pip install "cleandift_backbones[mmseg]"')
 
 
 # --- heads that do not fit ----------------------------------------------------------------------------------------
@@ -139,12 +140,12 @@ def _check_preprocessor(preprocessor: nn.Module | None) -> None:
         return
     values = [t.flatten().tolist() for t in tensors]
     if any(abs(v - 127.5) > 0.5 for value in values for v in value) or not values:
-        raise ValueError(
+        raise InputError(
             f"model.data_preprocessor has mean and std {values or None}, but this backbone expects images in [-1, 1]: "
             f"data_preprocessor=dict({_PIXELS})"
         )
     if len(values[0]) == 3 and not getattr(preprocessor, "_channel_conversion", True):
-        raise ValueError(
+        raise InputError(
             "model.data_preprocessor does not turn BGR, as pictures are read, into RGB, as this backbone expects: "
             f"data_preprocessor=dict({_PIXELS}). If your pipeline gives RGB, leave the hook out"
         )
@@ -156,7 +157,7 @@ def _listed(value) -> list[int]:
 
 def _same(setting: str, found: list[int], wanted: list[int], who: str) -> None:
     if found != wanted:
-        raise ValueError(f"{setting} is {found}, but the {who} {wanted}: write {wanted} there, or change out_indices")
+        raise InputError(f"{setting} is {found}, but the {who} {wanted}: write {wanted} there, or change out_indices")
 
 
 def _after_neck(neck: nn.Module, strides: list[int]) -> tuple[list[int] | None, list[int] | None]:
@@ -190,7 +191,7 @@ def _expectations(
     if hasattr(head, "in_index"):  # mmsegmentation: levels are chosen by index
         index = _listed(head.in_index)
         if any(not -len(channels) <= i < len(channels) for i in index):
-            raise ValueError(f"in_index {index} of {type(head).__name__} is out of range: it gets {len(channels)} maps")
+            raise InputError(f"in_index {index} of {type(head).__name__} is out of range: it gets {len(channels)} maps")
         wanted = [channels[i] for i in index]
         total = getattr(head, "input_transform", None) == "resize_concat"  # it keeps the sum only
         yield "in_channels", _listed(head.in_channels), [sum(wanted)] if total else wanted

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -180,7 +182,7 @@ def architecture_of(model: str) -> dict:
     """
     found = [part for part in model.split("_") if part in ARCHITECTURES]
     if len(found) != 1:
-        raise ValueError(f"{model!r} is no model of this package, such as cleandift_sd21")
+        raise InputError(f"{model!r} is no model of this package, such as cleandift_sd21")
     return ARCHITECTURES[found[0]]
 
 
@@ -191,7 +193,7 @@ def with_encoder(cfg: dict, latent_encoder: str) -> dict:
         ValueError: unknown encoder.
     """
     if latent_encoder not in ("default", "tiny"):
-        raise ValueError(
+        raise InputError(
             f"latent_encoder must be 'default' (the VAE's) or 'tiny' (TAESD's form), got {latent_encoder!r}"
         )
     return {**cfg, "vae": cfg["vae_tiny"]} if latent_encoder == "tiny" else cfg
@@ -224,7 +226,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     found = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
     if found in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
         return found
-    raise ValueError(f"dtype must be float32, float16, bfloat16 or 'auto' (that of the weights), got {dtype!r}")
+    raise InputError(f"dtype must be float32, float16, bfloat16 or 'auto' (that of the weights), got {dtype!r}")
 
 
 def _create(
@@ -259,17 +261,17 @@ def _create(
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
-            raise ValueError(
+            raise InputError(
                 f"feature_cls {kwargs['feature_cls']!r} is not supported: fine maps run last here, which only timm's "
                 "'getter' (the default) handles. Leave feature_cls out"
             )
         if kwargs.get("final_map", "mid") not in [info["name"] for info in infos]:
-            raise ValueError(f"unknown map {kwargs['final_map']!r}: with features_only, choose maps by out_indices")
+            raise InputError(f"unknown map {kwargs['final_map']!r}: with features_only, choose maps by out_indices")
         # A folder's config may name the map that its model ended at; the features asked for decide.
         kwargs["out_indices"] = take_indices(infos, kwargs.get("out_indices", default))
         kwargs["final_map"] = finest_map(infos, kwargs["out_indices"])
     elif "out_indices" in kwargs:
-        raise ValueError("out_indices needs features_only=True")
+        raise InputError("out_indices needs features_only=True")
     # A prompt waits for the weights: they may bring their own text encoder.
     prompt = kwargs.pop("prompt", None) if pretrained else None
     if prompt is not None:

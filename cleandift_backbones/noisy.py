@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from .backbone import CleanDIFT
+from .errors import InputError
 
 
 @torch.library.custom_op("cleandift_backbones::seeded_noise", mutates_args=())
@@ -35,7 +36,7 @@ def _integer(name: str, value: int, low: int, high: int) -> int:
         or value != value // 1
         or not low <= value <= high
     ):
-        raise ValueError(f"{name} must be an integer in {low}..{high}, got {value!r}")
+        raise InputError(f"{name} must be an integer in {low}..{high}, got {value!r}")
     return int(value)
 
 
@@ -69,7 +70,7 @@ class DIFT(CleanDIFT):
             scheduler = DDPMScheduler(**cfg["scheduler"])
         alphas = scheduler.alphas_cumprod.tolist()
         if kwargs.get("projected_timestep") is not None:
-            raise ValueError(
+            raise InputError(
                 "projected_timestep is CleanDIFT's: a noisy model gives the features of its timestep itself"
             )
         noise = _noise(len(alphas), timestep, ensemble_size, noise_seed)

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import checkpoints, download, prompts
 from .checkpoints import Weights
 from .download import HubError, HubFile, RemoteFile
+from .errors import DependencyError, InputError, StateError
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
@@ -59,7 +60,7 @@ class Sources:
     def __post_init__(self):
         unknown = sorted(set(self.given) - set(PARTS))
         if unknown:
-            raise ValueError(f"sources has unknown parts {unknown}: the parts are {', '.join(PARTS)}")
+            raise InputError(f"sources has unknown parts {unknown}: the parts are {', '.join(PARTS)}")
 
     def _key(self, part: str) -> str:
         return "vae_tiny" if part == "vae" and self.latent_encoder == "tiny" else part
@@ -87,7 +88,7 @@ class Sources:
         if of_cfg is not None and "unet" not in self.given and str(of_cfg) != self.published.get("unet"):
             return of_cfg
         if self.get("unet") is None:
-            raise RuntimeError(
+            raise StateError(
                 f"no weights are known for {self.name}: pass pretrained=False for random weights, or "
                 "pretrained_cfg_overlay=dict(file=PATH) with a file or folder of yours"
             )
@@ -147,7 +148,7 @@ def open_parts(
         if part in lacking:
             attempt(part, check, places[part], cache_dir)
     if missing:
-        raise RuntimeError(missing_message(sources, missing))
+        raise StateError(missing_message(sources, missing))
     full = weights.form == "CompVis full checkpoint"
     if isinstance(weights.files()[0], RemoteFile) and not full:
         weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
@@ -247,7 +248,7 @@ def _check_text_encoder(source: str | Path, cache_dir: str | Path | None) -> Non
     if isinstance(place, HubFile):
         download.check(place.join("text_encoder/config.json"), cache_dir)
     if not prompts.has_transformers():
-        raise ImportError(f"{source} needs transformers, once, for the empty prompt: {prompts.INSTALL}")
+        raise DependencyError(f"{source} needs transformers, once, for the empty prompt: {prompts.INSTALL}")
 
 
 def missing_message(sources: Sources, missing: list[str]) -> str:

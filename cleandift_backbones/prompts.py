@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import download
+from .errors import DependencyError, FileError, InputTypeError
 
 INSTALL = "pip install 'cleandift_backbones[text]'"
 _logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class PromptEncoder:
         try:
             from transformers import AutoTokenizer, CLIPTextModel
         except ImportError as error:
-            raise ImportError(f"prompts need transformers: {INSTALL}") from error
+            raise DependencyError(f"prompts need transformers: {INSTALL}") from error
         try:
             place = download.parse_source(source)
             options = dict(cache_dir=cache_dir)
@@ -58,7 +59,7 @@ class PromptEncoder:
                     folder, subfolder=f"{prefix}/text_encoder".lstrip("/"), use_safetensors=True, **options
                 )
         except (OSError, ValueError) as error:
-            raise OSError(
+            raise FileError(
                 f"no text encoder could be loaded from {source} (a folder or Hub repository with tokenizer/ and "
                 f"text_encoder/ is wanted): {str(error).splitlines()[0]}"
             ) from error
@@ -99,7 +100,7 @@ def _texts(texts: str | Sequence[str]) -> list[str]:
     """Raises TypeError if they are not strings."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"prompts must be strings, got {texts!r}")
+        raise InputTypeError(f"prompts must be strings, got {texts!r}")
     return texts
 
 
@@ -111,7 +112,7 @@ def check(texts: str | Sequence[str]) -> None:
     """
     known = {text for _, text in _embeddings}
     if not set(_texts(texts)) <= known and not has_transformers():
-        raise ImportError(f"prompts need transformers: {INSTALL}")
+        raise DependencyError(f"prompts need transformers: {INSTALL}")
 
 
 def has_transformers() -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
+from .errors import DependencyError, InputError
+
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -17,7 +19,7 @@ def find_shards(path: str | Path) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError as error:
-        raise ImportError("shards need webdataset: pip install webdataset") from error
+        raise DependencyError("shards need webdataset: pip install webdataset") from error
     path = str(path)
     if Path(path).is_dir():
         found = sorted(str(p) for p in Path(path).glob("*.tar"))
@@ -27,7 +29,7 @@ def find_shards(path: str | Path) -> list[str]:
         found = list(expand_urls(path))
     missing = [shard for shard in found if not Path(shard).is_file()]
     if missing or not found:
-        raise ValueError(
+        raise InputError(
             f"no shard {missing[0]}" if missing else f"no .tar shards in {path}: give a folder or a pattern"
         )
     return found

@@ -16,6 +16,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .errors import InputError, StateError
+
 
 class MapInfo(NamedTuple):
     """Where a map is read and what it looks like: `stride` is relative to the latents."""
@@ -99,9 +101,9 @@ class FeatureUNet(UNet2DConditionModel):
         known = [info.name for info in self.infos]
         for name in maps:
             if name not in known:
-                raise ValueError(f"unknown map {name!r}: this UNet has {', '.join(known)}")
+                raise InputError(f"unknown map {name!r}: this UNet has {', '.join(known)}")
             if name not in self.map_names:
-                raise ValueError(
+                raise InputError(
                     f"map {name!r} is not held: the UNet was built only as deep as {self.last_map!r}. "
                     f"Build it deeper, e.g. with features_only=True and out_indices, or final_map={name!r}"
                 )
@@ -199,7 +201,7 @@ class FeatureUNet(UNet2DConditionModel):
                 x = upsampler(x, skips[-1].shape[-2:])
                 if keep(f"up_blocks.{i}.upsamplers.{j}", x):
                     return found
-        raise RuntimeError(f"maps {sorted(set(maps) - set(found))} were not reached")
+        raise StateError(f"maps {sorted(set(maps) - set(found))} were not reached")
 
     def _layer(self, resnet: nn.Module, attention: nn.Module | None, x: Tensor, temb: Tensor, text: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -22,6 +22,7 @@ import torch
 
 import cleandift_backbones  # noqa: F401
 from cleandift_backbones.convert import to_diffusers, to_native
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.models import ARCHITECTURES
 
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         if options.out.exists() and not options.overwrite:
-            raise ValueError(f"{options.out} exists: choose another --out, or give --overwrite")
+            raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
         if options.to == "diffusers":
             name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
         else:

@@ -28,6 +28,7 @@ from cleandift_backbones.app.extracting import TIMESTEP
 from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
 from cleandift_backbones.app.pictures import SAMPLES, open_picture
 from cleandift_backbones.arguments import map_item
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.evaluation import correspondence, figures
 from cleandift_backbones.evaluation.figures import Panel
 from cleandift_backbones.extractor import (
@@ -46,7 +47,7 @@ POINTS = 4
 BATCH = 8
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """Arguments that do not fit; the message says what to give."""
 
 

@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from cleandift_backbones.errors import CleanDIFTError
 from cleandift_backbones.files import write_text
 
 EVALUATION = Path(__file__).resolve().parent.parent / "cleandift_backbones" / "evaluation"
@@ -21,7 +22,7 @@ KEYS_DROPPED = {"1F4AF", "1F4A4", "2660", "2663", "2665", "2666"}  # 100, ZZZ, t
 OLD_NAMES = {"dizzy-face": "1F635", "hugging-face": "1F917"}  # Unicode has renamed these since
 
 
-class PictureError(Exception):
+class PictureError(CleanDIFTError):
     """Something the user can put right; the message says how."""
 
 

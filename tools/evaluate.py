@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
+from cleandift_backbones.errors import FileError
 from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
 from cleandift_backbones.extractor import (
     PIXELS,
@@ -152,7 +153,7 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
     check_folder(args.out)
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
-            raise OSError(f"--{name.replace('_', '-')} {path}: no such file")
+            raise FileError(f"--{name.replace('_', '-')} {path}: no such file")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

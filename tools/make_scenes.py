@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from cleandift_backbones.errors import CleanDIFTError
 from cleandift_backbones.files import write_text
 from cleandift_backbones.models import ASSETS
 
@@ -49,7 +50,7 @@ Pictures = dict[str, list[Path]]  # class -> files
 Objects = list[tuple[int, np.ndarray]]  # class, from 1, and mask
 
 
-class SceneError(Exception):
+class SceneError(CleanDIFTError):
     """Something in the pictures is missing or not as expected; the message says what to do."""
 
 

@@ -36,6 +36,7 @@ from cleandift_backbones.distill.trainer import (
     run_script,
 )
 from cleandift_backbones.encoders import load_latent_encoder
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.files import replacing
 from cleandift_backbones.latents import TinyLatentEncoder
 from cleandift_backbones.models import architecture_of, with_encoder
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     light = load_latent_encoder(options.model, "tiny", options.start) if options.start else TinyLatentEncoder(config)
     size = options.size or timm.get_pretrained_cfg(options.model).input_size[-1]
     if size % vae.stride:
-        raise ValueError(f"--size {size} is no multiple of the latents' stride {vae.stride}")
+        raise InputError(f"--size {size} is no multiple of the latents' stride {vae.stride}")
     vae = vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     light = light.to(device, memory_format=torch.channels_last)
 

@@ -43,6 +43,7 @@ from cleandift_backbones.distill.trainer import (
     run_script,
     step_generator,
 )
+from cleandift_backbones.errors import InputError, MissingFileError
 from cleandift_backbones.files import save_png
 
 CONTEXT = 96  # width of the prompt's embedding
@@ -95,9 +96,9 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
 def build_unet(widths: list[int], size: int) -> UNet2DConditionModel:
     """SD 2.1's topology: attention on the third level and in the middle, linear projections, heads of 16 channels."""
     if len(widths) != 4 or any(width % 16 for width in widths):
-        raise ValueError(f"--widths {widths}: give four multiples of 16, such as 48,80,112,112")
+        raise InputError(f"--widths {widths}: give four multiples of 16, such as 48,80,112,112")
     if size % 8:
-        raise ValueError(
+        raise InputError(
             f"latents of {size} x {size}: the side must be a multiple of 8; resize the pictures with --size"
         )
     return UNet2DConditionModel(
@@ -259,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device, out = pick_device(options.device), Path(options.out)
     if not (Path(options.vae) / "config.json").is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{options.vae} is no VAE folder (no config.json): run tools/train_vae.py and pass its OUT/vae"
         )
     torch.manual_seed(mix_seed(options.seed, 0))
@@ -284,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         flush=True,
     )
     if kept > LIMIT:
-        raise ValueError(f"{kept:,} feature parameters are more than {LIMIT:,} (16 MB in fp16): use narrower --widths")
+        raise InputError(f"{kept:,} feature parameters are more than {LIMIT:,} (16 MB in fp16): use narrower --widths")
 
     maybe = torch.compile if options.compile else lambda function: function
     forward, render, encoder = maybe(unet), maybe(composed.render), maybe(vae.encoder)

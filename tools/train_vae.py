@@ -29,6 +29,7 @@ from cleandift_backbones.distill.trainer import (
     run_script,
     step_generator,
 )
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.files import replacing, save_png
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
@@ -52,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def build_vae(widths: list[int], size: int) -> AutoencoderKL:
     """An AutoencoderKL of stride 4 with 4 latent channels and no attention, so that it takes any size cheaply."""
     if len(widths) != 3 or any(width % 8 for width in widths):
-        raise ValueError(f"--widths {widths}: give three multiples of 8, such as 24,48,96")
+        raise InputError(f"--widths {widths}: give three multiples of 8, such as 24,48,96")
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     train = load_pictures(Path(options.data) / "train", options.size)[0].to(device)
     side = train.shape[-1]
     if side % 4 or options.crop % 4 or not 0 <= options.crop <= side:
-        raise ValueError(
+        raise InputError(
             f"--crop {options.crop} of pictures of {side} pixels: both must be multiples of 4, the crop no larger"
         )
     heldout = load_pictures(Path(options.data) / "heldout", options.size)[0]

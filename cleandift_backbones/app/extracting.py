@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from ..errors import InputError
 from ..extractor import Extractor, ModelError, extract, load_extractor, resolve_device
 from .naming import is_noisy, map_names, own_size
 from .pictures import Picture
@@ -55,9 +56,9 @@ class Spec:
         timestep = TIMESTEP if self.timestep is None else self.timestep
         count = ENSEMBLE if self.ensemble_size is None else self.ensemble_size
         if not (0 <= timestep <= 999 and int(timestep) == timestep):
-            raise ValueError(f"timestep {timestep} is none of the model's; give a whole number from 0 to 999")
+            raise InputError(f"timestep {timestep} is none of the model's; give a whole number from 0 to 999")
         if not (count >= 1 and int(count) == count):
-            raise ValueError(f"ensemble_size {count} is no number of noises; give 1 or more")
+            raise InputError(f"ensemble_size {count} is no number of noises; give 1 or more")
         return Spec(self.model, self.prompt, int(timestep), int(count))
 
 

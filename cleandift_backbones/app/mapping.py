@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..errors import InputError
 from ..evaluation import figures
 from ..evaluation.figures import Panel
 from .extracting import Features, Spec, Watch
@@ -120,9 +121,9 @@ def map_entries(
 ) -> Maps:  # fmt: skip
     """The same from features that are there already; `watch` as of `Features.compute`."""
     if show not in SHOWS:
-        raise ValueError(f"show {show!r} is unknown; choose one of {', '.join(SHOWS)}")
+        raise InputError(f"show {show!r} is unknown; choose one of {', '.join(SHOWS)}")
     if not 2 <= clusters <= MOST_CLUSTERS:
-        raise ValueError(f"clusters must lie in 2..{MOST_CLUSTERS}, got {clusters}")
+        raise InputError(f"clusters must lie in 2..{MOST_CLUSTERS}, got {clusters}")
     values, images, before = {}, {}, None
     for number, name in enumerate(maps):
         if watch:

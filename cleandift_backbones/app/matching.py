@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from ..errors import InputError
 from ..evaluation import correspondence, figures
 from ..evaluation.figures import Mark, Panel
 from .extracting import Features, Spec
@@ -176,14 +177,14 @@ def check_point(point: Point, pictures: Sequence[Picture]) -> Point:
     """Raises ValueError for a point outside its picture, or of no picture."""
     number, x, y = int(point[0]), float(point[1]), float(point[2])
     if not 0 <= number < len(pictures):
-        raise ValueError(f"point {point}: there is no picture {number}; count from 0 to {len(pictures) - 1}")
+        raise InputError(f"point {point}: there is no picture {number}; count from 0 to {len(pictures) - 1}")
     if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise ValueError(f"point {point} lies outside {pictures[number].name}; give fractions from 0 to 1")
+        raise InputError(f"point {point} lies outside {pictures[number].name}; give fractions from 0 to 1")
     return number, x, y
 
 
 def map_of(entry: Entry, map: str, spec: Spec) -> torch.Tensor:
     """A map by name. Raises ValueError if the model has none of that name."""
     if map not in entry.maps:
-        raise ValueError(f"{spec.model} has no map {map!r}; choose one of {', '.join(entry.maps)}")
+        raise InputError(f"{spec.model} has no map {map!r}; choose one of {', '.join(entry.maps)}")
     return entry.maps[map]

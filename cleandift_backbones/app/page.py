@@ -13,6 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 
+from ..errors import InputError
 from ..extractor import ModelError
 from .answers import PROBLEMS, Answers, explain
 from .extracting import ENSEMBLE, TIMESTEP, Features
@@ -105,9 +106,9 @@ class Page:
             said |= {name: int(said[name]) for name in ("clusters", "timestep", "ensemble_size")}
             said |= dict(maps=[*said["maps"]], prompt=said["prompt"].strip())
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(NOT_UNDERSTOOD) from error
+            raise InputError(NOT_UNDERSTOOD) from error
         if said["tab"] == "maps" and not said["maps"]:
-            raise ValueError("No map is chosen: tick one or more.")
+            raise InputError("No map is chosen: tick one or more.")
         names = self.maps[said["model"]]
         shown = shown_maps(names)
         if said["map"] not in names:  # the model was changed a moment ago

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from ..errors import InputError
 from ..files import replacing
 from .extracting import Spec
 from .pictures import Picture
@@ -76,7 +77,7 @@ class Result:
             asked = dict(result=self.function, pictures=[p.name for p in self.pictures]) | self.arguments()
             metadata = dict(cleandift_backbones=json.dumps(asked))  # one key: the order of several is random
             return save({name: x.contiguous() for name, x in self.tensors().items()}, metadata)
-        raise ValueError(f"a result is saved as {' or '.join(SUFFIXES)}, not as {suffix!r}")
+        raise InputError(f"a result is saved as {' or '.join(SUFFIXES)}, not as {suffix!r}")
 
     def save(self, path: str | Path) -> None:
         """Writes the result to a .png or .safetensors file."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError
 from ..images import ImageError
 from .extracting import ENSEMBLE, TIMESTEP
 from .mapping import SHOWS
@@ -40,9 +41,9 @@ class Settings:
 
     def __post_init__(self):
         if self.tab not in TABS or self.show not in SHOWS:
-            raise ValueError(f"tab {self.tab!r} or show {self.show!r} is unknown")
+            raise InputError(f"tab {self.tab!r} or show {self.show!r} is unknown")
         if len(self.prompt) > LONGEST_PROMPT:
-            raise ValueError(f"a prompt of {len(self.prompt)} characters is too long; give at most {LONGEST_PROMPT}")
+            raise InputError(f"a prompt of {len(self.prompt)} characters is too long; give at most {LONGEST_PROMPT}")
 
 
 class Session:

@@ -25,11 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import InputError
+
 NATIVE_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A weights file that cannot be used; the message names the file, what is wrong, and the remedy."""
 
 

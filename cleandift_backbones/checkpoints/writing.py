@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import FileError, FileTakenError, InputError
 from ..files import replacing
 from .reading import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, open_weights
 
@@ -30,7 +31,7 @@ def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if all(name.startswith("model.") for name in state):
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     if "prompt_embeds" in state and len(state["prompt_embeds"]) != 1:
-        raise ValueError(
+        raise InputError(
             f"{len(state['prompt_embeds'])} prompts are set; weights are saved with one: call set_prompt with a single "
             "text first"
         )
@@ -55,7 +56,7 @@ def write_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
         save_file(tensors, path, meta)
     except SafetensorError as error:
         needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        raise OSError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
+        raise FileError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
     _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes it readable for its owner alone
 
@@ -105,10 +106,10 @@ def check_replaceable(folder: str | Path) -> None:
     """Raises FileExistsError if a folder holds anything that this module does not write: it would be lost."""
     folder = Path(folder)
     if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: choose another folder")
+        raise FileTakenError(f"{folder} is a file: choose another folder")
     others = [p.name for p in folder.iterdir() if not re.fullmatch(_OURS, p.name)] if folder.is_dir() else []
     if others:
-        raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}): choose another folder")
+        raise FileTakenError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}): choose another folder")
 
 
 def save_native(

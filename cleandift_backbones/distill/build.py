@@ -19,6 +19,7 @@ from .. import checkpoints
 from ..checkpoints.writing import checksum
 from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
+from ..errors import InputError
 from ..heads import ProjectionHeads
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
@@ -151,7 +152,7 @@ class Prompts:
 
     def __init__(self, mode: str, empty: Tensor, source: str | None):
         if mode != "empty" and source is None:
-            raise ValueError(f"text={mode} needs a text encoder, and this model names none: use text=empty")
+            raise InputError(f"text={mode} needs a text encoder, and this model names none: use text=empty")
         self.mode, self.empty, self.source = mode, empty, source
         self.encoder: PromptEncoder | None = None
 
@@ -195,12 +196,12 @@ def list_data(recipe: Recipe, size: int) -> Data:
     path = Path(data.path)
     sharded = not path.is_dir() or (any(path.glob("*.tar")) and not (path / "metadata.jsonl").is_file())
     if not path.exists() and ".tar" not in data.path:
-        raise ValueError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
+        raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
     if sharded:
         shards = find_shards(data.path)
         if recipe.cache_dir or not data.heldout:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout, a folder"
-            raise ValueError(f"{need}: {data.path} holds .tar shards")
+            raise InputError(f"{need}: {data.path} holds .tar shards")
         return Data(shards, _sparse(list_pictures(data.heldout)), options)
     pictures = list_pictures(path, without=recipe.output_dir)
     if data.heldout:
@@ -222,7 +223,7 @@ def cache_latents(
         ValueError: random crops, which no cache can hold; more broken pictures than `data.max_broken`.
     """
     if data.options.crop != "center" or data.options.background != "white":
-        raise ValueError(
+        raise InputError(
             "cache_dir needs data.crop=center and data.background=white: a cache holds one view of a picture"
         )
     identity = dict(
@@ -252,7 +253,7 @@ def cache_latents(
     data.pictures = [picture for picture in data.pictures if picture.name not in lost]
     data.heldout = [picture for picture in data.heldout if picture.name not in lost]
     if not data.pictures or not data.heldout:
-        raise ValueError(f"none of the pictures in {recipe.data.path} can be read")
+        raise InputError(f"none of the pictures in {recipe.data.path} can be read")
 
 
 def report_broken(broken: Collection[str], total: int, limit: int) -> None:
@@ -260,7 +261,7 @@ def report_broken(broken: Collection[str], total: int, limit: int) -> None:
     for reason in broken:
         _logger.warning(f"skipped: {reason}")
     if total > limit:
-        raise ValueError(
+        raise InputError(
             f"{total} pictures could not be read, the last: {reason}. That is more than data.max_broken={limit}: "
             "repair the data, or raise it"
         )

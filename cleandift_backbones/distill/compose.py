@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import InputError, MissingFileError
+
 __all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures"]
 
 METADATA_KEYS = ("file_name", "text", "style", "concept", "subgroup")
@@ -51,7 +53,7 @@ class Compositor:
         white: float = 0.25,
     ):
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale={scale}: give two positive numbers, the smaller first")
+            raise InputError(f"scale={scale}: give two positive numbers, the smaller first")
         self.scale, self.degrees, self.shift = scale, degrees, shift
         self.flip, self.jitter, self.white = flip, jitter, white
 
@@ -112,7 +114,7 @@ class Compositor:
 def check_rgba(rgba: Tensor) -> None:
     """Raises ValueError unless `rgba` is uint8, B x 4 x S x S."""
     if rgba.dtype != torch.uint8 or rgba.ndim != 4 or rgba.shape[1] != 4 or rgba.shape[2] != rgba.shape[3]:
-        raise ValueError(f"pictures must be uint8 B x 4 x S x S (RGBA), got {rgba.dtype} {tuple(rgba.shape)}")
+        raise InputError(f"pictures must be uint8 B x 4 x S x S (RGBA), got {rgba.dtype} {tuple(rgba.shape)}")
 
 
 def premultiply(rgba: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def compose_plain(rgba: Tensor, color: tuple[float, float, float] = (1.0, 1.0, 1
     """
     check_rgba(rgba)
     if len(color) != 3 or not all(0 <= c <= 1 for c in color):
-        raise ValueError(f"color={color}: give red, green and blue in [0, 1]")
+        raise InputError(f"color={color}: give red, green and blue in [0, 1]")
     picture = premultiply(rgba.float() / 255)
     background = torch.tensor(color, device=rgba.device, dtype=picture.dtype).view(1, 3, 1, 1)
     return (picture[:, :3] + (1 - picture[:, 3:]) * background) * 2 - 1
@@ -214,7 +216,7 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
     folder = Path(folder)
     table = folder / "metadata.jsonl"
     if not table.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{table} is missing: make the pictures first (tools/make_pictures.py), or fix the folder"
         )
     lines = []
@@ -225,15 +227,15 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
             entry = json.loads(line)
             missing = [key for key in METADATA_KEYS if key not in entry]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{table}, line {number} is not a JSON object: {error}") from None
+            raise InputError(f"{table}, line {number} is not a JSON object: {error}") from None
         if missing:
-            raise ValueError(f"{table}, line {number} has no {', '.join(missing)}: make the pictures again")
+            raise InputError(f"{table}, line {number} has no {', '.join(missing)}: make the pictures again")
         lines.append(entry)
     if not lines:
-        raise ValueError(f"{table} names no pictures: make the pictures again")
+        raise InputError(f"{table} names no pictures: make the pictures again")
     absent = [entry["file_name"] for entry in lines if not (folder / entry["file_name"]).is_file()]
     if absent:
-        raise FileNotFoundError(f"{len(absent)} of {len(lines)} pictures of {table} are missing, first {absent[:3]}")
+        raise MissingFileError(f"{len(absent)} of {len(lines)} pictures of {table} are missing, first {absent[:3]}")
 
     def read(entry: dict) -> np.ndarray:
         path = folder / entry["file_name"]
@@ -241,7 +243,7 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
             with Image.open(path) as image:
                 image = image.convert("RGBA")
         except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path} is not a readable picture: {error}") from None
+            raise InputError(f"{path} is not a readable picture: {error}") from None
         if size is not None and image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS)
         return np.asarray(image)
@@ -251,7 +253,7 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
     side = arrays[0].shape[0]
     for entry, array in zip(lines, arrays, strict=True):
         if array.shape != (side, side, 4):
-            raise ValueError(
+            raise InputError(
                 f"{folder / entry['file_name']} is {array.shape[1]} x {array.shape[0]} pixels, not {side} x {side}: "
                 "give a size to resize to"
             )

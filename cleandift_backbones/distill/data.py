@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import InputError
 from ..images import ENDINGS, ImageError, find_pictures, read_image, to_tensor
 from .compose import Compositor, compose_plain
 from .trainer import batch_indices, step_generator
@@ -64,7 +65,7 @@ def caption_of_json(told: object) -> str:
         next((told[key] for key in ("caption", "text", "prompt") if told.get(key)), "") if isinstance(told, dict) else 0
     )
     if not isinstance(found, str):
-        raise ValueError(f"a caption must be a string under caption, text or prompt, got {str(told)[:80]!r}")
+        raise InputError(f"a caption must be a string under caption, text or prompt, got {str(told)[:80]!r}")
     return found.strip()
 
 
@@ -85,7 +86,7 @@ def list_pictures(folder: str | Path, without: str | Path | None = None) -> list
             where = table
             entries = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
             if not all(isinstance(entry, dict) and isinstance(entry.get("file_name"), str) for entry in entries):
-                raise ValueError("every line needs a file_name, a string")
+                raise InputError("every line needs a file_name, a string")
             found = [(folder / entry["file_name"], caption_of_json(entry)) for entry in entries]
         else:
             found = []
@@ -99,9 +100,9 @@ def list_pictures(folder: str | Path, without: str | Path | None = None) -> list
                     caption = caption_of_json(json.loads(where.read_text(encoding="utf-8")))
                 found.append((path, caption))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {error}") from error
     if not found:
-        raise ValueError(
+        raise InputError(
             f"no pictures in {folder}: give data.path a folder of {', '.join(ENDINGS)} files, or .tar shards"
         )
     return [Picture(str(path), path, caption) for path, caption in found]

@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .recipe import Recipe
 
 KINDS = {
@@ -40,11 +41,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         ValueError: an engine or a device that cannot be used, with what to choose instead.
     """
     if recipe.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
+        raise InputError(
             f"device must be auto, cpu or cuda, got {recipe.device!r}: choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use device=cpu")
+        raise InputError("device 'cuda' was asked for, but torch sees no CUDA device: use device=cpu")
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     precision = precision_of(recipe)
     # Accelerate keeps one state per process, and refuses a second run of another precision (in a notebook, say).
@@ -60,7 +61,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     kind = accelerator.distributed_type
     if kind not in KINDS:
-        raise ValueError(f"{kind} is not supported: use one process, DDP, FSDP 2 or DeepSpeed's ZeRO 1 or 2")
+        raise InputError(f"{kind} is not supported: use one process, DDP, FSDP 2 or DeepSpeed's ZeRO 1 or 2")
     if kind == DistributedType.FSDP:
         _set_up_fsdp(accelerator, recipe)
     if kind == DistributedType.DEEPSPEED:
@@ -100,9 +101,9 @@ def autocast(accelerator: Accelerator) -> torch.autocast:
 def _set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise ValueError("FSDP 1 cannot shard frozen and trained weights together: launch with --fsdp_version 2")
+        raise InputError("FSDP 1 cannot shard frozen and trained weights together: launch with --fsdp_version 2")
     if recipe.lora.rank:
-        raise ValueError("lora.rank needs no sharding, there is little to shard: launch without FSDP (DDP)")
+        raise InputError("lora.rank needs no sharding, there is little to shard: launch without FSDP (DDP)")
     plugin.mixed_precision_policy = None
     # Every process reads the weights. With the launcher's default, text encoders would come empty but on the first one.
     plugin.cpu_ram_efficient_loading = False
@@ -112,9 +113,9 @@ def _set_up_fsdp(accelerator: Accelerator, recipe: Recipe) -> None:
 def _set_up_deepspeed(accelerator: Accelerator, recipe: Recipe, precision: str) -> None:
     plugin = accelerator.state.deepspeed_plugin
     if plugin.zero_stage not in (1, 2):
-        raise ValueError(f"ZeRO stage {plugin.zero_stage} is not supported: use stage 1 or 2, or FSDP 2")
+        raise InputError(f"ZeRO stage {plugin.zero_stage} is not supported: use stage 1 or 2, or FSDP 2")
     if precision == "fp16":
-        raise ValueError("DeepSpeed is used with mixed_precision=bf16 or no, got fp16")
+        raise InputError("DeepSpeed is used with mixed_precision=bf16 or no, got fp16")
     config = plugin.deepspeed_config
     for name in ("bf16", "fp16"):
         config.pop(name, None)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..heads import ProjectionHeads
 from ..unet import FeatureUNet
 
@@ -30,7 +31,7 @@ def map_loss(student: Tensor, teacher: Tensor, kind: str = "cosine") -> Tensor:
         return F.l1_loss(student.float(), teacher.float())
     if kind == "l2":
         return F.mse_loss(student.float(), teacher.float())
-    raise ValueError(f"loss must be cosine, l1 or l2, got {kind!r}")
+    raise InputError(f"loss must be cosine, l1 or l2, got {kind!r}")
 
 
 class Distiller(nn.Module):

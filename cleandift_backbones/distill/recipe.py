@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..errors import InputError, MissingFileError
 from ..models import ARCHITECTURES
 
 
@@ -120,7 +121,7 @@ def read_yaml(path: str | Path) -> DictConfig:
     """A YAML file over the one that its `base` field names, relative to it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"recipe {path} does not exist: see configs/finetune/")
+        raise MissingFileError(f"recipe {path} does not exist: see configs/finetune/")
     config = OmegaConf.load(path)
     base = config.pop("base", None)
     return OmegaConf.merge(read_yaml(path.parent / base), config) if base else config
@@ -138,52 +139,52 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"override {override!r} is not field=value, e.g. data.path=PICTURES")
+            raise InputError(f"override {override!r} is not field=value, e.g. data.path=PICTURES")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
         missing = OmegaConf.missing_keys(merged)
         if missing:
-            raise ValueError(f"no value for {', '.join(sorted(missing))}: give e.g. {sorted(missing)[0]}=VALUE")
+            raise InputError(f"no value for {', '.join(sorted(missing))}: give e.g. {sorted(missing)[0]}=VALUE")
         if merged.mixed_precision == "False":  # YAML reads a bare `no` so
             merged.mixed_precision = "no"
         for name, allowed in _CHOICES.items():
             if OmegaConf.select(merged, name) not in allowed:
                 value = OmegaConf.select(merged, name)
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         for name in _POSITIVE:
             if not merged[name] > 0:
-                raise ValueError(f"{name} must be above 0, got {merged[name]}")
+                raise InputError(f"{name} must be above 0, got {merged[name]}")
         span = list(merged.timestep_range)
         if len(span) != 2 or not 0 <= span[0] < span[1] <= 999 or span[1] - span[0] + 1 < merged.timestep_levels:
-            raise ValueError(
+            raise InputError(
                 f"timestep_range must be two numbers of 0..999, in order, with room for timestep_levels, got {span}"
             )
         if merged.maps is not None and (not merged.maps or not all(weight > 0 for weight in merged.maps.values())):
-            raise ValueError(f"maps must give every map a weight above 0, got {dict(merged.maps)}")
+            raise InputError(f"maps must give every map a weight above 0, got {dict(merged.maps)}")
         if merged.data.size is not None and merged.data.size < 64:
-            raise ValueError(f"data.size must be at least 64 pixels, got {merged.data.size}")
+            raise InputError(f"data.size must be at least 64 pixels, got {merged.data.size}")
         if merged.clip < 0 or (merged.stop_after is not None and merged.stop_after <= 0):
-            raise ValueError(
+            raise InputError(
                 f"clip must be at least 0 (0: off) and stop_after above 0, got {merged.clip}, {merged.stop_after}"
             )
         if merged.heads.weights and not merged.heads.depth:
-            raise ValueError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
+            raise InputError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
         if merged.latent_encoder_weights and merged.latent_encoder == "default":
-            raise ValueError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
+            raise InputError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
             if OmegaConf.select(merged, name):
                 OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))
         if merged.lora.rank < 0 or merged.heads.depth < 0:
-            raise ValueError(
+            raise InputError(
                 f"lora.rank and heads.depth must be at least 0, got {merged.lora.rank}, {merged.heads.depth}"
             )
         student, _, architecture = merged.model.partition("_")
         if student != "cleandift" or merged.teacher != f"dift_{architecture}" or architecture not in ARCHITECTURES:
             names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")
-            raise ValueError(f"model and teacher must be one of {names}; got {merged.model} with {merged.teacher}")
+            raise InputError(f"model and teacher must be one of {names}; got {merged.model} with {merged.teacher}")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"recipe {path}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"recipe {path}: {str(error).splitlines()[0]}") from error
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..errors import InputError
 from ..tars import SUFFIXES, find_shards
 from .data import Batch, DecodeOptions, Picture, caption_of_json, decode_batch
 from .trainer import mix_seed, step_generator
@@ -109,6 +110,6 @@ class ShardBatches(IterableDataset):
                     found += 1
                     yield sample
             if not found:
-                raise ValueError(
+                raise InputError(
                     f"no samples in the shards of part {part} of {parts}, e.g. {shards[0]}: {self._corrupt}"
                 )

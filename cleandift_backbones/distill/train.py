@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 
+from ..errors import DivergedError, FileTakenError, InputError
 from ..images import check_folder
 from ..latents import latent_stride
 from ..models import ARCHITECTURES
@@ -87,7 +88,7 @@ class Training:
         stride = latent_stride(ARCHITECTURES[recipe.model.split("_")[1]]["vae"])
         self.size = recipe.data.size or side
         if self.size % stride:
-            raise ValueError(f"data.size={self.size} is no multiple of the latents' stride {stride}")
+            raise InputError(f"data.size={self.size} is no multiple of the latents' stride {stride}")
         self.data = list_data(recipe, self.size)
         self.source: DIFT = load_teacher(recipe)
         self.module: Distiller = build_module(recipe, self.source)
@@ -221,7 +222,7 @@ class Training:
         if self.accelerator.num_processes > 1:
             every = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).tolist()
             if len(set(every)) > 1:
-                raise ValueError(f"{field} {folder} is not the same on all machines: give a shared folder")
+                raise InputError(f"{field} {folder} is not the same on all machines: give a shared folder")
 
     def _any(self, flag: object) -> bool:
         """Whether the flag is set on any process."""
@@ -242,7 +243,7 @@ class Training:
         limit = max(self.recipe.max_skipped_steps, 20 * (self.accelerator.scaler is not None))
         # DeepSpeed has taken a part of the step already, and cannot skip the rest.
         if self.skipped >= limit or self.engine == "deepspeed":
-            raise FloatingPointError(
+            raise DivergedError(
                 f"the loss was not finite in {self.skipped} steps in a row, up to step {self.step}. The last batch was "
                 f"{', '.join(names)}. Look at these pictures, or lower learning_rate in a new output_dir; the last "
                 "checkpoint stands"
@@ -324,14 +325,14 @@ class Training:
         if found is None:
             return None
         if self.recipe.resume == "never":
-            raise FileExistsError(
+            raise FileTakenError(
                 f"{self.checkpoints.folder} holds a run: use resume=auto to go on, or another output_dir"
             )
         tensors, state = found
         changed = {k: (v, self.settings().get(k)) for k, v in state["settings"].items() if self.settings().get(k) != v}
         if changed:
             told = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
-            raise ValueError(f"{self.out} holds another run: {told}. Give the same recipe, or another output_dir")
+            raise InputError(f"{self.out} holds another run: {told}. Give the same recipe, or another output_dir")
         model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
         self.module.load_state_dict(model, strict=False)
         return found

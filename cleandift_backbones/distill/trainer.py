@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..errors import DivergedError, FileTakenError, InputError
 from ..files import replacing, write_text
 from .engine import pack_optimizer, unpack_optimizer
 
@@ -58,7 +59,7 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device: use --device cpu")
+        raise InputError(f"device {name!r} was asked for, but torch sees no CUDA device: use --device cpu")
     return device
 
 
@@ -89,7 +90,7 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
     Epochs are seeded permutations laid end to end, so that every sample comes up once before any comes up again.
     """
     if batch_size < 1 or count < 1:
-        raise ValueError(f"batch_size={batch_size} of {count} samples: both must be at least 1")
+        raise InputError(f"batch_size={batch_size} of {count} samples: both must be at least 1")
     first, last = step * batch_size, (step + 1) * batch_size
     parts = []
     for epoch in range(first // count, (last - 1) // count + 1):
@@ -112,7 +113,7 @@ class EMA:
 
     def __init__(self, modules: dict[str, nn.Module], decay: float):
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA decay {decay}: give a number in [0, 1)")
+            raise InputError(f"EMA decay {decay}: give a number in [0, 1)")
         self.decay = decay
         named = ((f"{k}/{n}", p) for k, m in modules.items() for n, p in m.named_parameters())
         self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
@@ -212,11 +213,11 @@ class Run:
         resume: str = "auto",
     ):
         if max_steps is None and max_minutes is None:
-            raise ValueError("give max_steps or max_minutes: a run needs an end")
+            raise InputError("give max_steps or max_minutes: a run needs an end")
         limits = dict(max_steps=max_steps, max_minutes=max_minutes, stop_minutes=stop_minutes, stop_steps=stop_steps)
         for name, value in limits.items():
             if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
+                raise InputError(f"{name}={value} must be above 0")
         self.out, self.modules, self.optimizer, self.settings = Path(out), modules, optimizer, settings
         self.max_steps, self.max_minutes = max_steps, max_minutes
         self.stop_minutes, self.stop_steps = stop_minutes, stop_steps
@@ -231,7 +232,7 @@ class Run:
         path = self.out / CHECKPOINT
         if path.is_file():
             if resume != "auto":
-                raise FileExistsError(f"{path} exists: use --resume auto to go on, or another --out")
+                raise FileTakenError(f"{path} exists: use --resume auto to go on, or another --out")
             self._load(path)
         self.log = JsonLog(self.out / "log.jsonl", self.step)
         self._began = self._saved = self._flushed = time.monotonic()
@@ -330,9 +331,7 @@ class Run:
         self.bar.set_postfix({k: f"{v:.4f}" for k, v in means.items()} | {"img/s": f"{rate:.0f}"}, refresh=False)
         broken = [name for name, value in means.items() if not math.isfinite(value)]
         if broken:
-            raise FloatingPointError(
-                f"{broken} not finite before step {self.step}: lower --lr; the last checkpoint stands"
-            )
+            raise DivergedError(f"{broken} not finite before step {self.step}: lower --lr; the last checkpoint stands")
 
     def _named(self) -> dict[str, nn.Parameter]:
         return {f"{k}/{n}": p for k, m in self.modules.items() for n, p in m.named_parameters()}
@@ -355,7 +354,7 @@ class Run:
         changed = {k: (v, self.settings.get(k)) for k, v in state["settings"].items() if self.settings.get(k) != v}
         if changed:
             told = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
-            raise ValueError(f"{path} belongs to another run: {told}. Give the same options, or another --out")
+            raise InputError(f"{path} belongs to another run: {told}. Give the same options, or another --out")
         for key, module in self.modules.items():
             prefix = f"model/{key}/"
             module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

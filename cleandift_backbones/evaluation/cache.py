@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..extractor import Extractor, ModelError
 from ..files import replacing, write_text
 from ..images import ImageError, to_input
@@ -60,7 +61,7 @@ class Features:
             found = one.new_empty(len(indices), *one.shape) if found is None else found
             found[place] = one
         if found is None:
-            raise ValueError("no features were asked for")
+            raise InputError("no features were asked for")
         return found
 
 
@@ -91,7 +92,7 @@ class FeatureCache:
         say: Callable[[str], None] = tqdm.write,
     ):
         if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+            raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         self.folder, self.batch_size, self.mode, self.pool = Path(folder), batch_size, mode, pool
         self.dtype, self.seed, self.progress, self.say = dtype, seed, progress, say
 

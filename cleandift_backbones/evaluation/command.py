@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
+from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..images import ImageError, check_folder, find_pictures
 from . import depth, knn, pairs, segmentation, tasks
@@ -231,7 +232,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
     for entry in args.weights:
         name, _, file = entry.rpartition("=")
         if not name or not Path(file).is_file():
-            raise OSError(f"--weights {entry}: expected MODEL=FILE with a file that is there")
+            raise FileError(f"--weights {entry}: expected MODEL=FILE with a file that is there")
         files[name] = file
     strange = set(files) - set(args.model)
     if strange:

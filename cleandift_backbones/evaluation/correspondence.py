@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..errors import InputError
+
 EPS = 1e-12
 CANCELLED = 1e-5  # of the cells' own squared lengths: below, rounding is all that is left of a sum of opposite cells
 Size = tuple[int, int]
@@ -87,7 +89,7 @@ def read_points(maps: torch.Tensor, points: torch.Tensor, size: Size) -> torch.T
     outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
     if outside.any():
         first = tuple(points[outside][0].tolist())
-        raise ValueError(f"point {first} lies outside the picture of {width}x{height} pixels")
+        raise InputError(f"point {first} lies outside the picture of {width}x{height} pixels")
     rows = interpolation_matrix(maps.shape[-2], height, maps.device)[y]  # N x P x h
     columns = interpolation_matrix(maps.shape[-1], width, maps.device)[x]
     weights = rows[..., :, None] * columns[..., None, :]
@@ -140,7 +142,7 @@ def match_points(
     """
     if source_map.shape[0] != target_map.shape[0]:
         counts = f"{source_map.shape[0]} and {target_map.shape[0]}"
-        raise ValueError(f"maps have {counts} channels; take both from one model and map")
+        raise InputError(f"maps have {counts} channels; take both from one model and map")
     source, target = source_map.float()[None], target_map.float()[None]
     points = torch.as_tensor(points, dtype=torch.float32, device=source.device).reshape(1, -1, 2)
     scores = score_maps(read_points(source, points, source_size), target, target_size)[0]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..errors import InputError
+
 POOLINGS = ("pooled", "whole")
 
 
@@ -21,7 +23,7 @@ def embed(maps: torch.Tensor, pooling: str = "pooled") -> torch.Tensor:
     pictures share (their layout on the canvas) does not count.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
+        raise InputError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
     if pooling == "pooled":
         return F.normalize(maps.float().mean((2, 3)), dim=1)
     flat = maps.float().flatten(1)
@@ -43,7 +45,7 @@ def cross_style_hits(
     members: dict[str, dict[str, int]] = {}
     for i, (concept, style) in enumerate(zip(concepts, styles, strict=True)):
         if concept in members.setdefault(style, {}):
-            raise ValueError(f"two pictures of concept {concept!r} in style {style!r}; keep one")
+            raise InputError(f"two pictures of concept {concept!r} in style {style!r}; keep one")
         members[style][concept] = i
     similarity = embeddings @ embeddings.T
     hits = {}
@@ -58,7 +60,7 @@ def cross_style_hits(
             names = list(gallery)
             hits[a, b] = {concept: names[j] == concept for concept, j in zip(queries, nearest)}
     if not hits:
-        raise ValueError(f"no concept is drawn in two styles (styles: {', '.join(members)}); nothing to retrieve")
+        raise InputError(f"no concept is drawn in two styles (styles: {', '.join(members)}); nothing to retrieve")
     return hits
 
 

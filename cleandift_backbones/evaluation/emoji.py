@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..extractor import Extractor, extract
 from ..images import read_image, to_tensor
 from . import correspondence, cross_style, emoji_probes
@@ -47,7 +48,7 @@ METRICS = {
 Tallies = dict[str, Tally]
 
 
-class SuiteError(ValueError):
+class SuiteError(InputError):
     """Benchmark data that cannot be used; the message says what was expected and how to get it."""
 
 

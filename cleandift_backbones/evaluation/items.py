@@ -11,10 +11,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..images import ImageError, read_image
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set that cannot be used; the message says what was expected, what was found, and what to do."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import InputError
 from ..extractor import Extractor, ModelError, Pictures, extract
 
 CHUNK = 2**16  # numbers of each feature in memory in double precision at a time
@@ -47,7 +48,7 @@ def variance_shares(features: torch.Tensor) -> Shares:
     """
     images, noises = features.shape[:2]
     if min(images, noises) < 2:
-        raise ValueError(f"{images} images under {noises} noises; a decomposition needs at least two of each")
+        raise InputError(f"{images} images under {noises} noises; a decomposition needs at least two of each")
     products = torch.zeros(images * noises, images * noises, dtype=torch.float64)
     for part in features.reshape(images * noises, -1).split(CHUNK, 1):
         part = part.double()
@@ -76,7 +77,7 @@ def _parts(products: torch.Tensor) -> torch.Tensor:
     parts = [(a / (images - 1) - rest) / noises, (b / (noises - 1) - rest) / images, rest]
     parts = torch.stack(parts).clamp_min(0)
     if parts.sum() <= 0:
-        raise ValueError("all features are equal; there is no variance to take apart")
+        raise InputError("all features are equal; there is no variance to take apart")
     return parts / parts.sum()
 
 

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
+from ..errors import DependencyError, InputError, MissingFileError
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..images import check_folder
 from ..version import __version__
@@ -150,22 +151,24 @@ def _check(args: argparse.Namespace) -> None:
         ("timestep", 0, 999), ("ensemble", 1, 1024), ("seed", 0, None),
     ))  # fmt: skip
     if args.keep_size and (args.size or args.resize != "squash"):
-        raise ValueError("--keep-size takes pictures as they come; leave out --size and --resize")
+        raise InputError("--keep-size takes pictures as they come; leave out --size and --resize")
     if not args.keep_size and (args.multiple > 1 or args.max_side):
-        raise ValueError("--multiple and --max-side go with --keep-size")
+        raise InputError("--multiple and --max-side go with --keep-size")
     if args.max_side and args.max_side < args.multiple:
-        raise ValueError(f"--max-side {args.max_side} is less than --multiple {args.multiple}; give at least as much")
+        raise InputError(f"--max-side {args.max_side} is less than --multiple {args.multiple}; give at least as much")
     if args.compile and not args.optimize:
-        raise ValueError("--compile goes on from what --no-optimize leaves out; give one of them")
+        raise InputError("--compile goes on from what --no-optimize leaves out; give one of them")
     if args.format == "parquet":
         if args.store_dtype == "bfloat16":
-            raise ValueError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
+            raise InputError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError:
-            raise ImportError("--format parquet needs pyarrow: pip install 'cleandift_backbones[extract]'") from None
+            raise DependencyError(
+                "--format parquet needs pyarrow: pip install 'cleandift_backbones[extract]'"
+            ) from None
     if args.weights and not Path(args.weights).is_file():
-        raise FileNotFoundError(f"--weights {args.weights}: no such file")
+        raise MissingFileError(f"--weights {args.weights}: no such file")
     check_folder(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -212,7 +215,7 @@ def extract_all(args: argparse.Namespace) -> Report:
     extractor, resize = load(args, device)
     prompt = _prompt(args, extractor, entries)
     if args.compile and prompt is not None:
-        raise ValueError("--compile is for one prompt for all pictures: each number of prompts would be compiled anew")
+        raise InputError("--compile is for one prompt for all pictures: each number of prompts would be compiled anew")
     if args.optimize:
         extractor.optimize(prompt is None, args.compile)
     settings = dict(

@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoints.writing import write_file
+from ..errors import DependencyError, FileError, InputError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GROUP_BYTES = 2**22  # of a row group of Parquet, which is read at once
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """A shard that cannot be read, or features that its format cannot hold."""
 
 
@@ -132,7 +133,7 @@ class Parquet:
                 table, path, row_group_size=group, compression="none", use_dictionary=False, write_statistics=["key"]
             )
         except OSError as error:
-            raise OSError(
+            raise FileError(
                 f"{path.parent} did not take a file of {table.nbytes / 1e9:.2f} GB: {error}. Is the disk full?"
             ) from error
         return [row | dict(row=number) for number, row in enumerate(rows)]
@@ -158,7 +159,7 @@ def _parquet():
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install 'cleandift_backbones[extract]'") from error
+        raise DependencyError("Parquet needs pyarrow: pip install 'cleandift_backbones[extract]'") from error
     return pyarrow.parquet
 
 

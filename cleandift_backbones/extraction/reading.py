@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..errors import InputError, UnknownKeyError
 from .formats import FORMATS
 from .store import read_failures, read_meta, read_rows
 
@@ -44,7 +45,7 @@ class Features(Dataset):
         self.maps = list(settings["maps"] if maps is None else maps)
         for name in self.maps:
             if name not in settings["maps"]:
-                raise KeyError(f"map {name!r} is not in {folder}, which holds {', '.join(settings['maps'])}")
+                raise UnknownKeyError(f"map {name!r} is not in {folder}, which holds {', '.join(settings['maps'])}")
         self.rows = read_rows(self.folder, settings["format"])
         self.keys = [row["key"] for row in self.rows]
         self.numbers = {key: number for number, key in enumerate(self.keys)}
@@ -61,7 +62,9 @@ class Features(Dataset):
 
     def __getitem__(self, key: str | int) -> dict:
         if isinstance(key, str) and key not in self.numbers:
-            raise KeyError(f"no features of {key!r} in {self.folder}, e.g. {', '.join(map(repr, self.keys[:3]))}")
+            raise UnknownKeyError(
+                f"no features of {key!r} in {self.folder}, e.g. {', '.join(map(repr, self.keys[:3]))}"
+            )
         row = self.rows[self.numbers[key] if isinstance(key, str) else key]
         shard = self._shard(row["shard"])
         found = {name: shard.get(row, name) for name in self.maps}
@@ -76,7 +79,7 @@ class Features(Dataset):
         name = name or self.maps[0]
         shapes = {tuple(row["shapes"][name]) for row in self.rows}
         if len(shapes) != 1:
-            raise ValueError(
+            raise InputError(
                 f"{len(shapes)} shapes of {name} in {self.folder} cannot be stacked; extract with --pool mean"
             )
         found = None

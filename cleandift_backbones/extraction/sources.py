@@ -11,13 +11,14 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import InputError
 from ..images import ENDINGS, ImageError, find_pictures, read_image
 from ..tars import SUFFIXES, find_shards
 
 _ENDINGS = (*ENDINGS, ".gif")
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """Data that cannot be used; the message says what was found and what to give."""
 
 

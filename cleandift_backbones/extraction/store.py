@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..errors import InputError
 from ..files import replacing, write_text
 from .formats import FORMATS, Computed, ShardError
 
@@ -24,7 +25,7 @@ SHARD_SECONDS = 600.0  # of work that an interruption may lose
 LEFT_SECONDS = 3600.0  # since the last byte: nobody writes that file any more
 
 
-class StoreError(ValueError):
+class StoreError(InputError):
     """A folder that cannot be used; the message says why and what to give."""
 
 
@@ -33,7 +34,7 @@ def read_meta(folder: Path) -> dict:
     try:
         found = json.loads((folder / META).read_text(encoding="utf-8"))
         if not isinstance(found, dict) or "settings" not in found:
-            raise ValueError("no settings")
+            raise InputError("no settings")
         return found
     except FileNotFoundError:
         raise StoreError(f"{folder} holds no features ({META} is missing); make some with tools/extract.py") from None
