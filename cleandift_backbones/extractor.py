@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 import cleandift_backbones
 
 from .errors import InputError
 from .images import to_tensor
+from .progress import tqdm
 from .remembered import RememberedLatents, bytes_of
 
 PIXELS = "pixels"

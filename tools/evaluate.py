@@ -26,7 +26,6 @@ from pathlib import Path
 
 import timm
 import torch
-from tqdm import tqdm
 
 from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
 from cleandift_backbones.errors import FileError
@@ -39,6 +38,7 @@ from cleandift_backbones.extractor import (
     resolve_device,
 )
 from cleandift_backbones.images import ImageError, check_folder
+from cleandift_backbones.progress import tqdm
 
 ABOUT = """# Held-out emoji: what the features are worth
 

@@ -33,9 +33,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from cleandift_backbones.files import replacing, write_text
+from cleandift_backbones.progress import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
 from emoji_concepts import (

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from cleandift_backbones.errors import CleanDIFTError
 from cleandift_backbones.files import write_text
 from cleandift_backbones.models import ASSETS
+from cleandift_backbones.progress import tqdm
 
 # class -> beginnings of Unicode's names of subgroups; configs/*/_base_/datasets/scenes.py name the same classes
 CLASSES = {

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, open_weights
 from ..checkpoints.writing import write_file
 from ..files import replacing, write_text
 from ..images import ImageError
+from ..progress import tqdm
 from .data import DecodeOptions, OrderedBatches, Picture, decode
 from .trainer import step_generator
 

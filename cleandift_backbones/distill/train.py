@@ -15,13 +15,13 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 
 from ..errors import DivergedError, FileTakenError, InputError
 from ..images import check_folder
 from ..latents import latent_stride
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
+from ..progress import tqdm
 from .build import (
     Encoders,
     Prompts,

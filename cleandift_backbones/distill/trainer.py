@@ -29,10 +29,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..errors import DivergedError, FileTakenError, InputError
 from ..files import replacing, write_text
+from ..progress import tqdm
 from .engine import pack_optimizer, unpack_optimizer
 
 __all__ = [

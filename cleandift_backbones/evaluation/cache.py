@@ -18,12 +18,12 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..extractor import Extractor, ModelError
 from ..files import replacing, write_text
 from ..images import ImageError, to_input
+from ..progress import tqdm
 from ..version import __version__
 from .items import Item
 

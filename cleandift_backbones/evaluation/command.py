@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..images import ImageError, check_folder, find_pictures
+from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
 from .items import DataError, file_item

@@ -19,12 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
 from ..errors import DependencyError, InputError, MissingFileError
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..images import check_folder
+from ..progress import tqdm
 from ..version import __version__
 from .formats import DTYPES, FORMATS
 from .loading import Resize

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..extractor import Extractor, ModelError, OutOfMemory, memory_told
 from ..images import ImageError
+from ..progress import tqdm
 from .formats import DTYPES, Computed
 from .loading import Batch, Read, Resize, ahead, batches, reads
 from .sources import Entry
