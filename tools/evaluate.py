@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import logging
+import re
 import shlex
 import sys
 import time
@@ -60,7 +61,7 @@ on these same pictures, for every row alike."""
 
 
 def main() -> None:
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+    if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in sys.argv[1:]) or sys.argv[1] in command.TASKS:
         return command.main(sys.argv[1:])
     parser = _parser()
     args = parser.parse_args()
@@ -83,18 +84,18 @@ def main() -> None:
         )
     except (ModelError, emoji.SuiteError, ImageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(result.table(), *result.verdicts(), sep="\n")
+    print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s [--suite emoji] --data PATH [...]",
+        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s --suite emoji --data PATH [...]",
         description=f"{__doc__.splitlines()[0]} TASK is one of {', '.join(command.TASKS)}: TASK --help tells more. "
-        "Without a task, held-out emoji: cross-style retrieval, eye correspondence, subgroups, figures, in one table.",
+        "With --suite emoji: cross-style retrieval, eye correspondence, subgroups and figures of held-out emoji.",
         formatter_class=command.Formatter,
     )
-    parser.add_argument("--suite", choices=["emoji"], default="emoji", help="what to measure")
+    parser.add_argument("--suite", choices=["emoji"], required=True, help="what to measure in place of a TASK")
     parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
     parser.add_argument(

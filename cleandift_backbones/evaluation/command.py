@@ -23,7 +23,7 @@ from .cache import DTYPES, FeatureCache
 from .items import DataError, file_item
 from .matching import ALPHAS
 from .noise import noise_shares
-from .noise_report import write_shares
+from .noise_report import shares_table, write_shares
 from .probes import Recipe
 from .report import Report, Row
 
@@ -39,9 +39,9 @@ TASKS = {
 TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
 DEFAULT_TIMESTEP = 261
 ABOUT = {
-    "correspondence": """PCK: the share of keypoints found within alpha times the longer side of the target's box (bbox)
-or of the picture (img); per point pools all points, per image is the mean over pairs. Features upsampled bilinearly to
-the pictures' size, cosine similarity.""",
+    "correspondence": """PCK: the share of keypoints found near the true point; bbox@0.1: within 0.1 of the longer side
+of the target's box, img@0.1: of the target image. Per point pools all points, per image is the mean over pairs.
+Features upsampled bilinearly to the images' size, cosine similarity.""",
     "knn": "Spatial mean of a map, cosine similarity, a vote of the k nearest training pictures.",
     "retrieval": """Spatial mean of a map, cosine similarity. recall@k: the share of pictures that find one of their
 class among their k nearest; each asks all others, pictures without another of their class are left out.""",
@@ -100,6 +100,15 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         _common(one, task)
         _special(one, task)
     return result
+
+
+def check_task(commands: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Exits with status 2 where options come first: argparse would take the value of one for the TASK."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        commands.error(
+            f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
+            "tools/evaluate.py --suite emoji"
+        )
 
 
 def _common(one: argparse.ArgumentParser, task: str) -> None:
@@ -181,6 +190,7 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a task; exits with status 2 and one line for input that cannot be used."""
     commands = parser()
+    check_task(commands, sys.argv[1:] if arguments is None else arguments)
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
@@ -195,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_models(args, plan)
             result = run(args, plan, task, device)
             paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
-            print(result.table(), *result.verdicts(), sep="\n")
+            print(ABOUT[args.task], result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     except (ModelError, DataError, ImageError, OSError) as error:
         commands.exit(2, f"{commands.prog}: error: {error}\n")
     except (MemoryError, RuntimeError) as error:
@@ -351,7 +361,13 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
     return Report(
-        rows, {key: key for key in metrics}, info, args.seed, task.main(metrics), task.lower & set(metrics), task.unit
+        rows,
+        {key: task.measure_name + key for key in metrics},
+        info,
+        args.seed,
+        task.main(metrics),
+        task.lower & set(metrics),
+        task.unit,
     )
 
 
@@ -382,5 +398,6 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
             extractor.optimize()
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
+    print(shares_table(shares))
     info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))
