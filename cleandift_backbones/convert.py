@@ -17,6 +17,7 @@ from .hub import CardInfo, model_card, timm_config
 from .latents import latent_stride
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
 from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_header, open_parts
+from .training_data import training_data
 from .unet import FeatureUNet
 
 
@@ -175,8 +176,10 @@ def to_native(
             config["model_args"]["held"] = deepest
         if arguments.get("final_map", "mid") != "mid":
             config["model_args"]["final_map"] = arguments["final_map"]
+        known = training_data(source if source in SOURCES else f"local-dir:{source}")
         card = model_card(
-            config, CardInfo(recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form}).")
+            config,
+            CardInfo(data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."),
         )
         checkpoints.save_folder(state, out, config, card, metadata, max_shard_size=max_shard_size)
     return name, found

@@ -75,7 +75,9 @@ def timm_config(model: nn.Module) -> dict:
     TimmWrapper breaks. A features_only model leaves `final_map` out: whoever loads it chooses maps.
     """
     inner = _backbone(model)
-    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load")
+    # What belongs to the published weights; a card says what other weights were trained on.
+    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load",
+               "description")  # fmt: skip
     nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
     cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
     arguments = {}

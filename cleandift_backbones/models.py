@@ -154,9 +154,14 @@ def _hub(name: str, **kwargs: Any) -> dict:
     return _cfg(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path, **kwargs)
 
 
-_SD15 = partial(_hub, size=512, stride=64)
-_SD21 = partial(_hub, size=768, stride=64)
-_TINY = partial(_cfg, 128, 32, license="apache-2.0")
+TRAINED_ON = "Trained on "  # how the description of weights begins: `training_data` reads what follows
+#: in the description of weights that find no good matches on photographs
+NOT_PHOTOGRAPHS = "matches on photographs are unreliable; for photographs choose cleandift_sd21"
+_WEB = TRAINED_ON + "photographs and art from the web (Stable Diffusion {}, subsets of LAION-{}B)"
+_SD15 = partial(_hub, size=512, stride=64, description=_WEB.format(1.5, 2))
+_SD21 = partial(_hub, size=768, stride=64, description=_WEB.format(2.1, 5))
+_EMOJI = f"{TRAINED_ON}emoji (small demo model): {NOT_PHOTOGRAPHS}"
+_TINY = partial(_cfg, 128, 32, license="apache-2.0", description=_EMOJI)
 
 default_cfgs = generate_default_cfgs(
     {

@@ -22,6 +22,7 @@ from ..latents import latent_stride
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
 from ..progress import tqdm
+from ..training_data import training_data
 from .build import (
     Encoders,
     Prompts,
@@ -350,6 +351,9 @@ class Training:
     def export(self) -> None:
         """The native folder, written by the first process, and pushed if the recipe says so."""
         data = f"{len(self.data.pictures)} {'shards' if self.data.streamed else 'pictures'}, {self.size} px"
+        before = training_data(self.recipe.teacher)
+        if before and not (self.recipe.teacher_weights or self.recipe.student_weights):
+            data += f"; before that on {before}"
         with self.averaged():
             state = student_state(self.module)
             if self.accelerator.is_main_process:
