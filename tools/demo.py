@@ -42,6 +42,7 @@ from cleandift_backbones.extractor import (
 )
 from cleandift_backbones.files import save_png
 from cleandift_backbones.images import ImageError, check_folder, to_tensor
+from cleandift_backbones.training_data import training_data
 
 POINTS = 4
 BATCH = 8
@@ -94,6 +95,8 @@ def main() -> None:
     print(
         f"{args.model}: {len(pairs)} pairs, points matched on {matched}, {time.perf_counter() - started:.1f} s in all"
     )
+    if not args.random_weights and (known := training_data(args.model)):
+        print(f"{args.model} is trained on {known}")
 
 
 def _parser() -> argparse.ArgumentParser:
