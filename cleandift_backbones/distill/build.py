@@ -220,12 +220,8 @@ def cache_latents(
     """Fills the recipe's cache on the first process while the others wait; leaves out what cannot be read.
 
     Raises:
-        ValueError: random crops, which no cache can hold; more broken pictures than `data.max_broken`.
+        InputError: more broken pictures than `data.max_broken`.
     """
-    if data.options.crop != "center" or data.options.background != "white":
-        raise InputError(
-            "cache_dir needs data.crop=center and data.background=white: a cache holds one view of a picture"
-        )
     identity = dict(
         teacher=recipe.teacher,
         vae=checksum(encoders.teacher.state_dict()),
