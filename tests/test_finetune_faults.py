@@ -181,7 +181,7 @@ def test_teachers_of_both_kinds(pictures, tmp_path, prediction):
         (["teacher_weights=/nowhere.safetensors"], "/nowhere.safetensors is neither a file"),
         (["device=cuda:7"], "device must be auto, cpu or cuda"),
         (["data.size=70"], "data.size=70 is no multiple of the latents' stride 4"),
-        (["cache_dir=x", "data.crop=random"], "cache_dir needs data.crop=center"),
+        (["cache_dir=x", "data.crop=random"], "data.crop is random in this recipe: add data.crop=center"),
         (["heads.weights=/nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )

@@ -72,9 +72,9 @@ class Recipe:
     output_dir: str = _field(MISSING, "folder for everything that the run writes")
     data: DataRecipe = field(default_factory=DataRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
-    maps: dict[str, float] | None = _field(
+    maps: dict[str, float] | None = _field(  # noqa: RUF009
         None, "weights of the maps in the loss, {us6: 1, us3: 0.5} or us6,us3; default: all, equally"
-    )  # fmt: skip
+    )
     heads: HeadsRecipe = field(default_factory=HeadsRecipe)
     loss: str = _field("cosine", "cosine, l1 or l2")
     timestep_levels: int = _field(3, "noise levels per image and step, one from each of as many bins")
@@ -174,7 +174,7 @@ def _errors_of(path: str | Path) -> Iterator[None]:
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """`above` over `below`. Maps are replaced, not joined; "us6,us3" and a list of names mean equal weights. The teacher
+    """`above` over `below`. Maps are replaced, not joined, and "us6,us3" or a list gives equal weights. The teacher
     follows the model."""
     if "maps" in above:
         names = above.maps
@@ -230,8 +230,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: "field=value" or "group.field=value".
 
     Raises:
-        InputError: unknown field, wrong type, value out of range, fields that exclude each other, a field without default
-            that was not given.
+        InputError: unknown field, wrong type, value out of range, fields that exclude each other, or a field that was
+            not given and has no default.
         MissingFileError: the file, or the one that it is based on, does not exist.
     """
     given = OmegaConf.create()
