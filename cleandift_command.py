@@ -24,7 +24,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -76,13 +76,10 @@ def importing(name: str, message: str = "") -> Iterator[None]:
     """Around the imports of a script: Ctrl-C, SIGTERM and errors of this package end it with one sentence.
 
     Args:
-        name: `__name__` of the module. Where that is not the script that was started, nothing is changed; in the
-            processes that multiprocessing starts for it, Ctrl-C is left to the first process.
+        name: `__name__` of the module. Where that is not the script that was started, nothing is changed.
         message: printed to stderr at once, for a script whose imports take seconds.
     """
     if name != "__main__":
-        if name == "__mp_main__":
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
         yield
         return
     if message:
@@ -131,6 +128,28 @@ def guard(stopped: str) -> Callable[[Callable], Callable]:
         return run
 
     return decorate
+
+
+@contextmanager
+def blocked(*numbers: int) -> Iterator[None]:
+    """Processes and threads that are started inside never get these signals; those for this thread wait until the end.
+
+    A terminal sends Ctrl-C to all processes of a command: without this each of them would print a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def started(loader: Iterable) -> Iterator:
+    """`iter` of a DataLoader, whose processes work on until this one stops them."""
+    with blocked(*_SIGNALS):
+        return iter(loader)
 
 
 def _report(error: Exception) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 
@@ -32,6 +32,20 @@ class UnknownKeyError(CleanDIFTError, KeyError):
 
 class StateError(CleanDIFTError, RuntimeError):
     """Something that this object or machine cannot do as it is."""
+
+
+class MissingWeightsError(StateError):
+    """Weights that are not on this machine and cannot be fetched.
+
+    Args:
+        message: the whole message for users of the Python API.
+        name: of the model.
+        reasons: "part: what is missing", of each missing part.
+    """
+
+    def __init__(self, message: str, name: str = "", reasons: Sequence[str] = ()):
+        super().__init__(message)
+        self.name, self.reasons = name, tuple(reasons)
 
 
 class DivergedError(CleanDIFTError, FloatingPointError):
@@ -90,6 +104,20 @@ def file_errors(path: str | PathLike) -> Iterator[None]:
         raised = kinds.get(type(error), FileError)(f"{named}: {error.strerror or error}{step}")
         raised.errno = error.errno
         raise raised from error
+
+
+@contextmanager
+def missing_weights(remedy: str) -> Iterator[None]:
+    """Around loading weights in a command: the remedy of a MissingWeightsError becomes an option of that command.
+
+    Args:
+        remedy: what to give, a sentence.
+    """
+    try:
+        yield
+    except MissingWeightsError as error:
+        message = f"{error.name} cannot be loaded, because of {'; '.join(error.reasons)}. {remedy}"
+        raise MissingWeightsError(message, error.name, error.reasons) from error
 
 
 @contextmanager

@@ -13,16 +13,17 @@ native folder, output_dir/native, which timm.create_model("local-dir:OUTPUT_DIR/
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from cleandift_command import guard, importing
 
 
-@guard("the last checkpoint in output_dir is kept; the same command continues from it")
+@guard("checkpoints written so far are kept, and the same command continues")
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options, unknown = parser.parse_known_intermixed_args(arguments)
-    with importing(__name__, "loading PyTorch and diffusers ..."):
+    with importing(__name__, "loading PyTorch and diffusers ..." if os.environ.get("RANK", "0") == "0" else ""):
         from cleandift_backbones.distill.recipe import describe_fields, field_names, load_recipe
         from cleandift_backbones.distill.train import distill
         from cleandift_backbones.errors import InputError

@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -31,7 +32,7 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_command import blocked, guard, importing
 
 with importing(__name__):
     import numpy as np
@@ -278,7 +279,9 @@ def make_pictures(
     for folder in {path.parent for path in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     todo = [job for path, job in jobs.items() if path not in there]
-    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else _Serial() as pool:
+    with blocked(signal.SIGINT):
+        pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else _Serial()
+    with pool:
         for _ in tqdm(pool.imap_unordered(_render_job, todo, 16), total=len(todo), desc="pictures", unit="picture"):
             pass
     for side, entries in lines.items():  # last: a folder with metadata is complete

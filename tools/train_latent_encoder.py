@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_command import guard, importing, started
 
 with importing(__name__):
     import timm
@@ -38,7 +38,7 @@ with importing(__name__):
         run_options,
     )
     from cleandift_backbones.encoders import load_latent_encoder
-    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.errors import InputError, missing_weights
     from cleandift_backbones.files import replacing
     from cleandift_backbones.latents import TinyLatentEncoder
     from cleandift_backbones.models import architecture_of, with_encoder
@@ -100,8 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")
     config = with_encoder(architecture_of(options.model), "tiny")["vae"]
-    vae = load_latent_encoder(options.model, source=options.vae)
-    light = load_latent_encoder(options.model, "tiny", options.start) if options.start else TinyLatentEncoder(config)
+    with missing_weights("Give --vae FOLDER, a VAE in diffusers' form"):
+        vae = load_latent_encoder(options.model, source=options.vae)
+    with missing_weights("Give --start FOLDER, an AutoencoderTiny in diffusers' form, or leave it out"):
+        light = (
+            load_latent_encoder(options.model, "tiny", options.start) if options.start else TinyLatentEncoder(config)
+        )
     size = options.size or timm.get_pretrained_cfg(options.model).input_size[-1]
     if size % vae.stride:
         raise InputError(f"--size {size} is no multiple of the latents' stride {vae.stride}")
@@ -134,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     batches = FolderBatches(
         pictures, decoding, options.seed, options.batch_size, options.max_steps or BATCHES, run.step
     )
-    loader = iter(DataLoader(batches, batch_size=None, num_workers=options.num_workers))
+    loader = started(DataLoader(batches, batch_size=None, num_workers=options.num_workers))
 
     def report(done: int) -> dict[str, float]:
         with run.ema.applied():

@@ -170,7 +170,9 @@ def _errors_of(path: str | Path) -> Iterator[None]:
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"recipe {path}: there is no field {unknown}; {hint}--fields lists all") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe {path}: {' '.join(str(error).splitlines()[:1])}") from error
+        field_name = getattr(error, "full_key", None)
+        told = " ".join(str(error).splitlines()[:1])
+        raise InputError(f"recipe {path}: {f'{field_name}: ' if field_name else ''}{told}") from error
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
