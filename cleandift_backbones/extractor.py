@@ -21,7 +21,7 @@ from torch import nn
 
 import cleandift_backbones
 
-from .errors import InputError
+from .errors import InputError, MissingWeightsError
 from .images import to_tensor
 from .progress import tqdm
 from .remembered import RememberedLatents, bytes_of
@@ -311,6 +311,11 @@ def load_extractor(
         model = timm.create_model(
             model_name, pretrained=pretrained, features_only=True, out_indices=indices, **create_kwargs
         )
+    except MissingWeightsError as error:
+        raise ModelError(
+            f"{model_name} cannot be loaded, because of {'; '.join(error.reasons)}. Where there is a network, run "
+            f"`python tools/convert.py {error.name} --out FOLDER`; then give local-dir:FOLDER as the model here"
+        ) from error
     except Exception as error:
         raise ModelError(f"{model_name}: {_line(error)}") from error
     config = timm.data.resolve_model_data_config(model)

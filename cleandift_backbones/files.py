@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import file_errors
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -26,12 +28,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path`, to be written as a file or filled as a folder; at the end it takes that place.
 
     If the block raises, what it wrote is removed, and `path` is as it was. Missing parent folders are created.
+
+    Raises:
+        FileError: the file system did not take it (full disk, no permission, a file in place of a folder).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    with file_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _swapped(path, aside):
+            yield aside
+
+
+@contextmanager
+def _swapped(path: Path, aside: Path) -> Iterator[None]:
     try:
-        yield aside
+        yield
         if aside.is_dir() and path.exists():
             # A folder cannot be renamed over another: the old one steps aside for the moment.
             old = aside.with_suffix(".old")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, StateError
-from .mm_checks import Maps, check_model, check_packages, describe
+from .mm_checks import Maps, check_launcher, check_model, check_packages, describe
 
 check_packages()
+check_launcher()
 
 from mmengine.hooks import Hook  # noqa: E402  (first the check, whose message says what to do)
 from mmengine.model import BaseModule, is_model_wrapper  # noqa: E402

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import DependencyError, InputError
+import torch
+
+from .errors import DependencyError, InputError, StateError
 from .models import architecture_of, default_cfgs, default_indices
 
 if TYPE_CHECKING:
@@ -102,6 +105,21 @@ def check_packages() -> None:
         )
     if not found["mmengine"]:
         raise DependencyError('mmengine is not installed: pip install "cleandift_backbones[mmseg]"')
+
+
+def check_launcher() -> None:
+    """Raises StateError where `--launcher` is given on a machine without a GPU.
+
+    mmengine sets a CUDA device for every process before anything else, also with the backend gloo, and would end in
+    "Found no NVIDIA driver". Configs import this package before that.
+    """
+    line = [word for argument in sys.argv for word in argument.split("=", 1)]
+    given = line[line.index("--launcher") + 1 :][:1] if "--launcher" in line else []
+    if given and given != ["none"] and not torch.accelerator.is_available():
+        raise StateError(
+            f"--launcher {given[0]}: mmengine's launchers need a GPU for each process, and PyTorch finds none; leave "
+            "out --launcher and start one process, without torchrun"
+        )
 
 
 # --- heads that do not fit ----------------------------------------------------------------------------------------

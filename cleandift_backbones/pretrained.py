@@ -17,7 +17,7 @@ from torch import Tensor
 from . import checkpoints, download, prompts
 from .checkpoints import Weights
 from .download import HubError, HubFile, RemoteFile
-from .errors import DependencyError, InputError, StateError
+from .errors import DependencyError, InputError, MissingWeightsError, StateError
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
@@ -118,7 +118,7 @@ def open_parts(
         the weights, and the constants `timestep` and `prompt_embeds` if they come from elsewhere.
 
     Raises:
-        RuntimeError: files are missing; each is named, with the reason, and how to place it.
+        MissingWeightsError: files are missing; each is named, with the reason, and how to place it.
         checkpoints.CheckpointError: see `checkpoints.open_checkpoint`; a UNet of another family; no teacher; an
             encoder of another kind.
     """
@@ -148,7 +148,7 @@ def open_parts(
         if part in lacking:
             attempt(part, check, places[part], cache_dir)
     if missing:
-        raise StateError(missing_message(sources, missing))
+        raise MissingWeightsError(missing_message(sources, missing), sources.name, missing)
     full = weights.form == "CompVis full checkpoint"
     if isinstance(weights.files()[0], RemoteFile) and not full:
         weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import download
-from .errors import DependencyError, FileError, InputTypeError
+from .errors import DependencyError, FileError, InputTypeError, UnknownKeyError
 
 INSTALL = "pip install 'cleandift_backbones[text]'"
 _logger = logging.getLogger(__name__)
@@ -183,4 +183,4 @@ def kept(text: str, source: str | Path, cache_dir: str | Path | None = None) -> 
 
 
 def _not_kept() -> Tensor:
-    raise LookupError
+    raise UnknownKeyError("not kept")

@@ -18,12 +18,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+from cleandift_command import guard, importing
 
-import cleandift_backbones  # noqa: F401
-from cleandift_backbones.convert import to_diffusers, to_native
-from cleandift_backbones.errors import InputError
-from cleandift_backbones.models import ARCHITECTURES
+with importing(__name__):
+    import torch
+
+    import cleandift_backbones  # noqa: F401
+    from cleandift_backbones.convert import to_diffusers, to_native
+    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.models import ARCHITECTURES
 
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
 
@@ -53,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@guard("nothing was written: the files are renamed into place at the end")
 def main(arguments: list[str] | None = None) -> int:
     line = parser()
     options = line.parse_args(arguments)
@@ -69,24 +73,21 @@ def main(arguments: list[str] | None = None) -> int:
         teacher=options.unet == "teacher",
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
     )
-    try:
-        if options.out.exists() and not options.overwrite:
-            raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
-        if options.to == "diffusers":
-            name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
-        else:
-            name, weights = to_native(
-                options.source,
-                options.out,
-                parts={part: source for part, source in parts.items() if source},
-                timestep=float(options.timestep) if number else None,
-                cut=options.cut,
-                max_shard_size=options.max_shard_size,
-                latent_encoder=options.latent_encoder,
-                **common,
-            )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        line.exit(2, f"{line.prog}: error: {error}\n")
+    if options.out.exists() and not options.overwrite:
+        raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
+    if options.to == "diffusers":
+        name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
+    else:
+        name, weights = to_native(
+            options.source,
+            options.out,
+            parts={part: source for part, source in parts.items() if source},
+            timestep=float(options.timestep) if number else None,
+            cut=options.cut,
+            max_shard_size=options.max_shard_size,
+            latent_encoder=options.latent_encoder,
+            **common,
+        )
     files = sorted(options.out.glob("*.safetensors")) if options.out.is_dir() else [options.out]
     print(f"found {weights.form} with {weights.describe()}, of {name}")
     for file in files:

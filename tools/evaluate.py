@@ -25,21 +25,23 @@ import sys
 import time
 from pathlib import Path
 
-import timm
-import torch
+from cleandift_command import guard, importing
 
-from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
-from cleandift_backbones.errors import FileError
-from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
-from cleandift_backbones.extractor import (
-    PIXELS,
-    Extractor,
-    ModelError,
-    load_extractor,
-    resolve_device,
-)
-from cleandift_backbones.images import ImageError, check_folder
-from cleandift_backbones.progress import tqdm
+with importing(__name__):
+    import timm
+    import torch
+
+    from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
+    from cleandift_backbones.errors import FileError, needs
+    from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
+    from cleandift_backbones.extractor import (
+        PIXELS,
+        Extractor,
+        load_extractor,
+        resolve_device,
+    )
+    from cleandift_backbones.images import check_folder
+    from cleandift_backbones.progress import tqdm
 
 ABOUT = """# Held-out emoji: what the features are worth
 
@@ -60,30 +62,28 @@ Pictures lie on plain light grey {grey}. The best map, and for the noisy and tea
 on these same pictures, for every row alike."""
 
 
-def main() -> None:
-    if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in sys.argv[1:]) or sys.argv[1] in command.TASKS:
-        return command.main(sys.argv[1:])
-    parser = _parser()
-    args = parser.parse_args()
+@guard("finished rows are kept in OUT/runs; the same command continues")
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in arguments) or arguments[0] in command.TASKS:
+        return command.main(arguments)
+    args = _parser().parse_args(arguments)
     if args.timesteps is None:
         args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
     if args.limit_concepts is None and not args.full:
         args.limit_concepts = 120
     logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
-        plan, device = _check(args)
-        suite = emoji.load_suite(
-            args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
-        )
-        result = _run(args, plan, suite, device)
-        paths = result.write(
-            args.out,
-            ABOUT.format(
-                k=emoji_probes.K, alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND
-            ),
-        )
-    except (ModelError, emoji.SuiteError, ImageError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    plan, device = _check(args)
+    suite = emoji.load_suite(
+        args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
+    )
+    result = _run(args, plan, suite, device)
+    paths = result.write(
+        args.out,
+        ABOUT.format(
+            k=emoji_probes.K, alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND
+        ),
+    )
     print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 
@@ -155,10 +155,8 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise FileError(f"--{name.replace('_', '-')} {path}: no such file")
-    try:
+    with needs("eval"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
     if args.threads:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)

@@ -18,33 +18,35 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image, ImageDraw
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from cleandift_command import guard, importing
 
-from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
-from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
-from cleandift_backbones.distill.trainer import (
-    Run,
-    add_run_arguments,
-    autocast,
-    batch_indices,
-    mix_seed,
-    pick_device,
-    run_options,
-    run_script,
-    step_generator,
-)
-from cleandift_backbones.errors import InputError, MissingFileError
-from cleandift_backbones.files import save_png
+with importing(__name__):
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from PIL import Image, ImageDraw
+    from torch import Tensor, nn
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
+    from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
+    from cleandift_backbones.distill.trainer import (
+        Run,
+        add_run_arguments,
+        autocast,
+        batch_indices,
+        mix_seed,
+        pick_device,
+        run_options,
+        step_generator,
+    )
+    from cleandift_backbones.errors import InputError, MissingFileError
+    from cleandift_backbones.files import save_png
 
 CONTEXT = 96  # width of the prompt's embedding
 LIMIT = 7_900_000  # parameters that a feature file of at most 16 MB can hold in fp16
@@ -256,6 +258,7 @@ def build_pipeline(**parts: object) -> StableDiffusionPipeline:
     return pipeline
 
 
+@guard("the last checkpoint in --out is kept; the same command continues from it")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device, out = pick_device(options.device), Path(options.out)
@@ -379,4 +382,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

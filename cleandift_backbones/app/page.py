@@ -12,9 +12,11 @@ from typing import Any
 # Read when Gradio is imported: nothing is told to anybody.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import gradio as gr
+from ..errors import InputError, needs
 
-from ..errors import InputError
+with needs("demo"):
+    import gradio as gr
+
 from ..extractor import ModelError
 from .answers import PROBLEMS, Answers, tell_problem
 from .extracting import ENSEMBLE, TIMESTEP, Features

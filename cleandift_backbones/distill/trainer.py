@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,6 @@ __all__ = [
     "lr_factor",
     "pick_device",
     "run_options",
-    "run_script",
     "step_generator",
 ]
 
@@ -362,15 +361,6 @@ class Run:
             shadow.copy_(tensors[f"ema/{name}"])
         unpack_optimizer(self.optimizer, self._named(), tensors)
         self.step, self.spent = state["step"], state["spent"]
-
-
-def run_script(main: Callable[[], int]) -> int:
-    """A script's exit code; what the user can mend is told in one line, with code 2."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def run_options(options: argparse.Namespace) -> dict:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from cleandift_command import guard
+
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
-from ..errors import FileError
+from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
-from ..images import ImageError, check_folder, find_pictures
+from ..images import check_folder, find_pictures
 from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
@@ -187,14 +189,16 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
         one.add_argument("--noises", type=int, default=8, help="noises per picture, at least 2")
 
 
+@guard("cached features and finished rows are kept, the same command continues")
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a task; exits with status 2 and one line for input that cannot be used."""
+    """Runs a task. See `cleandift_command.guard` for exit codes."""
     commands = parser()
     check_task(commands, sys.argv[1:] if arguments is None else arguments)
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
-        _check(args)
+    _check(args)
+    lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
+    with resource_errors(f"lower --batch-size, {lower}"):
         device = resolve_device(args.device)
         plan = make_plan(args)
         if args.task == "noise":
@@ -206,13 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = run(args, plan, task, device)
             paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
             print(ABOUT[args.task], result.legend(), "", result.table(), *result.verdicts(), sep="\n")
-    except (ModelError, DataError, ImageError, OSError) as error:
-        commands.exit(2, f"{commands.prog}: error: {error}\n")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
-        commands.exit(2, f"{commands.prog}: error: out of memory; lower {lower}\n")
     print("wrote", *paths)
 
 
@@ -228,10 +225,8 @@ def _check(args: argparse.Namespace) -> None:
     check_folder(getattr(args, "cache", None) or args.out)
     if (window := getattr(args, "soft_argmax", 0)) and (window < 3 or window % 2 == 0):
         raise ModelError(f"--soft-argmax {window} has no middle pixel with others around; give 3, 5, 7, ..., or 0")
-    try:
+    with needs("eval"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
     if args.threads:
         torch.set_num_threads(args.threads)
 

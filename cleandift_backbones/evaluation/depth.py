@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..errors import needs
 from ..files import replacing
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_lines, require
@@ -94,11 +95,9 @@ def read_depth(path: Path) -> np.ndarray:
 
 
 def _read_labelled(mat: Path, splits: Path, split: str) -> DepthSet:
-    try:
+    with needs("eval"):
         import h5py
         from scipy.io import loadmat
-    except ImportError:
-        raise DataError(f"{mat} needs h5py and scipy; pip install 'cleandift_backbones[eval]'") from None
     if not splits.is_file():
         raise DataError(f"{splits} is missing; it tells which pictures of {mat.name} are for training")
     try:

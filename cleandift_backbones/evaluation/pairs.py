@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import needs
 from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
 Size = tuple[int, int]
@@ -274,8 +275,8 @@ def _read_json(path: Path):
 
 def _read_mat(path: Path) -> tuple[np.ndarray, float]:
     """Keypoints N x 2 (NaN: not seen), and the longer side of the box."""
-    from scipy.io import loadmat
-
+    with needs("eval"):
+        from scipy.io import loadmat
     try:
         mat = loadmat(path)
         left, top, right, bottom = np.asarray(mat["bbox"], dtype=np.float64).ravel()

@@ -10,9 +10,7 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,8 +18,10 @@ from pathlib import Path
 
 import torch
 
+from cleandift_command import guard
+
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
-from ..errors import DependencyError, InputError, MissingFileError
+from ..errors import InputError, MissingFileError, needs, resource_errors
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..images import check_folder
 from ..progress import tqdm
@@ -114,33 +114,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return result
 
 
+@guard("what was computed is stored, the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> Report | None:
-    """Extracts; exits with status 2 and one line for what cannot be used, 130 or 143 where it was stopped."""
-    command = parser()
-    args = command.parse_args(arguments)
+    """Extracts. See `cleandift_command.guard` for exit codes."""
+    args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
-    if threading.current_thread() is threading.main_thread():
-        old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    else:
-        old = None
-    try:
-        _check(args)
+    _check(args)
+    with resource_errors("lower --batch-size, --workers or --shard-size, or give --max-side"):
         return extract_all(args)
-    except (ValueError, OSError, ImportError) as error:
-        command.exit(2, f"{command.prog}: error: {error}\n")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        told = str(error).splitlines()[0]
-        command.exit(2, f"{command.prog}: error: {told}; if memory ran out, lower --workers or give --max-side\n")
-    except MemoryError:
-        command.exit(2, f"{command.prog}: error: out of memory; lower --batch-size, --shard-size or --workers\n")
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        command.exit(code, f"{command.prog}: stopped; what was computed is stored, the same command goes on\n")
-    finally:
-        if old is not None:
-            signal.signal(signal.SIGTERM, old)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -161,12 +142,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.format == "parquet":
         if args.store_dtype == "bfloat16":
             raise InputError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
-        try:
+        with needs("extract"):
             import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise DependencyError(
-                "--format parquet needs pyarrow: pip install 'cleandift_backbones[extract]'"
-            ) from None
     if args.weights and not Path(args.weights).is_file():
         raise MissingFileError(f"--weights {args.weights}: no such file")
     check_folder(args.out)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoints.writing import write_file
-from ..errors import DependencyError, FileError, InputError
+from ..errors import FileError, InputError, needs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GROUP_BYTES = 2**22  # of a row group of Parquet, which is read at once
@@ -156,10 +156,8 @@ class Parquet:
 
 
 def _parquet():
-    try:
+    with needs("extract"):
         import pyarrow.parquet
-    except ImportError as error:
-        raise DependencyError("Parquet needs pyarrow: pip install 'cleandift_backbones[extract]'") from error
     return pyarrow.parquet
 
 
