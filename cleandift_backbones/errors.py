@@ -46,3 +46,7 @@ class MissingFileError(FileError, FileNotFoundError):
 
 class FileTakenError(FileError, FileExistsError):
     """Something else stands where a file or folder should be written."""
+
+
+class FolderInUseError(FileError):
+    """Another process works in the folder; the message names it."""
