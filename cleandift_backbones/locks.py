@@ -77,6 +77,14 @@ def hold(
                     one.rmdir()
 
 
+def tidy(folder: str | os.PathLike) -> None:
+    """Removes the lock files that killed processes left in a folder."""
+    for path in Path(folder).glob(".cleandift-*.lock"):
+        name = path.name.removeprefix(".cleandift-").removesuffix(".lock")
+        with suppress(FileError), hold(folder, name):
+            pass
+
+
 def _acquire(path: Path) -> int | dict:
     """The descriptor of the lock, or what is known about its holder ({} if nothing)."""
     while True:

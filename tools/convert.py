@@ -23,6 +23,7 @@ import torch
 import cleandift_backbones  # noqa: F401
 from cleandift_backbones.convert import to_diffusers, to_native
 from cleandift_backbones.errors import InputError
+from cleandift_backbones.files import readable_size
 from cleandift_backbones.models import ARCHITECTURES
 
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     files = sorted(options.out.glob("*.safetensors")) if options.out.is_dir() else [options.out]
     print(f"found {weights.form} with {weights.describe()}, of {name}")
     for file in files:
-        print(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
+        print(f"wrote {file}: {readable_size(file.stat().st_size)}")
     return 0
 
 

@@ -28,7 +28,7 @@ import timm
 import torch
 from tqdm import tqdm
 
-from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
+from cleandift_backbones.arguments import check_noise, check_ranges, map_items, model_arguments
 from cleandift_backbones.errors import FileError
 from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
 from cleandift_backbones.extractor import (
@@ -64,8 +64,6 @@ def main() -> None:
         return command.main(sys.argv[1:])
     parser = _parser()
     args = parser.parse_args()
-    if args.timesteps is None:
-        args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
     if args.limit_concepts is None and not args.full:
         args.limit_concepts = 120
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -113,8 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         type=command.numbers(int),
         action=command.Flat,
         metavar="N",
-        default=[1, 8],
-        help="noises averaged by dift_* models",
+        help="noises averaged by dift_* models; 1 8 unless given",
     )
     parser.add_argument("--maps", "--map", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
@@ -150,6 +147,8 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
         ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 64, 4096), ("placements", 1, 1000),
         ("limit_concepts", 2, None), ("batch_size", 1, None), ("threads", 1, None), ("seed", 0, None),
     ))  # fmt: skip
+    noisy = any(name.startswith("dift_") for name in args.models)
+    check_noise(", ".join(args.models), noisy, timesteps=args.timesteps, ensemble=args.ensemble)
     check_folder(args.out)
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
@@ -158,6 +157,9 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
+    if args.timesteps is None:
+        args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
+    args.ensemble = args.ensemble or [1, 8]
     if args.threads:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
@@ -208,7 +210,7 @@ def _twin_weights(name: str) -> dict:
 def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
     if args.maps == ["all"] or model == PIXELS:
         return None
-    return [map_item(text) for text in args.maps]
+    return map_items(args.maps)
 
 
 def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device: torch.device) -> report.Report:

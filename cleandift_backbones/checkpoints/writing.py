@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
-from ..files import replacing
+from ..files import readable_size, replacing
 from .reading import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, open_weights
 
 CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
@@ -55,8 +55,8 @@ def write_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
     try:
         save_file(tensors, path, meta)
     except SafetensorError as error:
-        needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        raise FileError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
+        needed = readable_size(sum(tensor.nbytes for tensor in tensors.values()))
+        raise FileError(f"{path.parent} did not take a file of {needed}: {error}. Is the disk full?") from error
     _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes it readable for its owner alone
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..arguments import check_ranges, load_model, model_arguments, pick_maps
+from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..images import ImageError, check_folder, find_pictures
@@ -228,6 +228,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> list[Run]:
     """Every run, its maps found."""
+    noisy = any(name.removeprefix("random:").startswith("dift_") for name in args.model)
+    ensemble = getattr(args, "ensemble", None)
+    check_noise(", ".join(args.model), noisy, timesteps=args.timesteps, ensemble=ensemble)
     files = {}
     for entry in args.weights:
         name, _, file = entry.rpartition("=")
