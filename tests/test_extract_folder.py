@@ -2,12 +2,12 @@
 
 import os
 import pickle
-import resource
 import signal
 import time
 
 import pytest
 import torch
+from disk_faults import contents, no_more_files
 from extract_runs import RANDOM, command, extract, make_pictures, noise
 
 from cleandift_backbones.extraction import Features
@@ -28,10 +28,6 @@ def refused(capsys, data, out, *arguments, **kwargs):
     said = capsys.readouterr().err
     assert stop.value.code == 2, said
     return said
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- files of others, damage, and what cannot be read at the moment ---
@@ -83,13 +79,8 @@ def test_an_io_error_stops_and_removes_nothing(folder, tmp_path, format):
     extract(folder, out, "--format", format, "--size", "64")
     before = contents(out)
     store = Store(out, Features(out).meta["settings"], {})
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        with pytest.raises(OSError, match="Too many open files") as error:
-            store.done()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with no_more_files(), pytest.raises(OSError, match="Too many open files") as error:
+        store.done()
     from cleandift_backbones.errors import FileError
 
     assert isinstance(error.value, FileError) and contents(out) == before

@@ -1,26 +1,14 @@
 """Files and folders on disk: written aside, and nothing of others is lost."""
 
 import os
-import resource
-from contextlib import contextmanager
 
 import pytest
 import torch
+from disk_faults import no_more_files
 from safetensors.torch import save_file
 
 from cleandift_backbones.errors import FileError, FileTakenError, MissingFileError
 from cleandift_backbones.files import DamagedFileError, leftovers, open_tensors, replacing, set_aside
-
-
-@contextmanager
-def no_more_files():
-    """The system opens no more files, with "Too many open files"."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_damage_is_told_from_what_cannot_be_read(tmp_path):
