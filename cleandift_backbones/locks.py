@@ -53,7 +53,6 @@ def hold(
     owner, end = os.getpid(), time.monotonic() + wait
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             while isinstance(found := _acquire(path), dict):
                 if time.monotonic() >= end:
                     raise FolderInUseError(f"{_describe(folder, path, found)}; wait for it, or give another folder")
@@ -89,8 +88,11 @@ def _acquire(path: Path) -> int | dict:
     """The descriptor of the lock, or what is known about its holder ({} if nothing)."""
     while True:
         new = True
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileNotFoundError:  # the folder was made for the last holder, and removed with its lock
+            continue
         except FileExistsError:
             new = False
             try:

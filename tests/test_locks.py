@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -129,6 +130,24 @@ def test_folders_that_were_made_for_nothing_go(tmp_path, flock):
     with pytest.raises(FileError, match="cannot be written to"), hold(tmp_path / "file"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_was_made_for_the_last_holder(tmp_path):
+    """It goes with that holder's lock, while another one waits."""
+    folder = tmp_path / "a/b"
+    entered = threading.Event()
+
+    def wait():
+        with hold(folder, wait=30, log=lambda _: waiting.set()):
+            entered.set()
+
+    waiting = threading.Event()
+    with hold(folder):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert waiting.wait(10)
+    thread.join()
+    assert entered.is_set() and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_many_at_once_exclude_each_other(tmp_path, flock):

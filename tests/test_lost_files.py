@@ -187,3 +187,122 @@ def test_a_readme_in_the_folder_of_latents_stays(pictures, tmp_path):
     cache = LatentCache(tmp_path, {})
     cache.fill([], DecodeOptions(64), None, None, show=False)
     assert (tmp_path / "README.txt").read_text() == "mine"
+
+
+# --- folders that runs write to ---
+
+
+def test_a_recipe_and_a_log_of_others_are_kept(tmp_path, caplog, capsys):
+    from finetune_runs import RECIPE
+
+    from cleandift_backbones.distill.recipe import load_recipe, save_recipe
+    from cleandift_backbones.distill.trainer import JsonLog
+
+    path, log = tmp_path / "recipe.yaml", tmp_path / "log.jsonl"
+    path.write_text("base: mine  # with a comment\n")
+    log.write_text("what I did on Monday\n")
+    recipe = load_recipe(RECIPE, [f"data.path={tmp_path}", f"output_dir={tmp_path}"])
+    for _ in range(2):
+        save_recipe(recipe, path)
+        JsonLog(log, 0).write(step=1, loss=2.0)
+    assert (tmp_path / "recipe.yaml.other").read_text().startswith("base: mine")
+    assert (tmp_path / "log.jsonl.other").read_text() == "what I did on Monday\n"
+    assert "recipe.yaml was not written by a run: kept as recipe.yaml.other" in caplog.text
+    assert "log.jsonl was not written by a run: kept as log.jsonl.other" in capsys.readouterr().err
+    assert load_recipe(str(path), []) == recipe and len(list(tmp_path.iterdir())) == 4
+
+
+def test_weights_of_others_are_not_replaced(tmp_path):
+    """A folder with the names that this package writes, but from another program."""
+    from cleandift_backbones.checkpoints import check_replaceable
+    from cleandift_backbones.checkpoints.writing import write_file
+    from cleandift_backbones.errors import FileTakenError
+
+    for names in (["README.md"], ["config.json", "model.safetensors"], ["notes.txt"]):
+        folder = tmp_path / names[-1]
+        folder.mkdir()
+        for name in names:
+            save_file({"x": torch.zeros(2)}, folder / name)
+        with pytest.raises(FileTakenError, match=f"holds other files .{names[0]}.*, which were not written by"):
+            check_replaceable(folder)
+    own = tmp_path / "own"
+    own.mkdir()
+    check_replaceable(own)
+    write_file({"x": torch.zeros(2)}, own / "model.safetensors", None)
+    (own / "config.json").write_text("{}")
+    check_replaceable(own)
+    check_replaceable(tmp_path / "nowhere")
+
+
+def test_a_native_folder_with_files_of_others_stops_a_training_at_once(pictures, tmp_path, capsys):
+    from finetune_runs import refused
+
+    theirs = tmp_path / "run/native/thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    refused(pictures, tmp_path / "run", capsys, "native holds other files (thesis.txt)")
+    assert contents(tmp_path) == {"run/native/thesis.txt": b"mine"}
+
+
+def test_what_lies_in_a_trainers_folders_stays(tmp_path):
+    """The parts of a pipeline replace those of an earlier export, not what lies beside them."""
+    from tools.train_teacher import export
+
+    class Part(torch.nn.Linear):
+        pass
+
+    class Pipeline:
+        def __init__(self, **parts):
+            self.__dict__.update(parts)
+
+        def save_pretrained(self, folder):
+            for name in ("unet", "tokenizer"):
+                (folder / name).mkdir()
+            for name in ("model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"):
+                (folder / name).write_text("{}")
+
+    pipeline = Pipeline(**{name: Part(1, 1) for name in ("unet", "vae", "text_encoder")}, tokenizer=1, scheduler=1)
+    for name in ("unet/mine", "unet/config.json", "mine"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.train_teacher.build_pipeline", Pipeline)
+        export(pipeline, torch.float32, tmp_path)
+    found = contents(tmp_path)
+    assert found["mine"] == found["unet/mine"] == b"mine" and found["unet/config.json"] == b"{}"
+    assert set(found) == {
+        "mine",
+        "unet/mine",
+        "unet/config.json",
+        "tokenizer/tokenizer_config.json",
+        "model_index.json",
+    }
+
+
+def test_scenes_are_not_written_among_others(tmp_path, capsys):
+    from tools.make_scenes import main
+
+    theirs = tmp_path / "coco/images/train/cat.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "coco"), "--train", "1", "--val", "1", "--size", "64"])
+    assert "holds other files (images/train/cat.png)" in capsys.readouterr().err
+    assert contents(tmp_path) == {"coco/images/train/cat.png": b"mine"}
+
+
+def test_a_damaged_row_of_the_emoji_suite_is_told_apart(tmp_path, broken_disk):
+    from cleandift_backbones.evaluation.report import Row
+    from cleandift_backbones.files import DamagedFileError
+
+    path = tmp_path / "row.safetensors"
+    Row("a", "clean", {}).save(path)
+    with broken_disk(), pytest.raises(FileError):
+        Row.load(path)
+    assert Row.load(path).label == "a"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DamagedFileError):
+        Row.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(DamagedFileError, match="no row"):
+        Row.load(path)

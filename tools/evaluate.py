@@ -38,7 +38,9 @@ from cleandift_backbones.extractor import (
     load_extractor,
     resolve_device,
 )
+from cleandift_backbones.files import DamagedFileError, set_aside
 from cleandift_backbones.images import ImageError, check_folder
+from cleandift_backbones.locks import hold
 
 ABOUT = """# Held-out emoji: what the features are worth
 
@@ -69,16 +71,14 @@ def main() -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         plan, device = _check(args)
-        suite = emoji.load_suite(
-            args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
-        )
-        result = _run(args, plan, suite, device)
-        paths = result.write(
-            args.out,
-            ABOUT.format(
-                k=emoji_probes.K, alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND
-            ),
-        )
+        with hold(args.out, "emoji"):
+            suite = emoji.load_suite(
+                args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
+            )
+            result = _run(args, plan, suite, device)
+            low, high = emoji.SCALES
+            about = ABOUT.format(k=emoji_probes.K, alpha=emoji.ALPHA, low=low, high=high, grey=emoji.BACKGROUND)
+            paths = result.write(args.out, about)
     except (ModelError, emoji.SuiteError, ImageError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(result.table(), *result.verdicts(), sep="\n")
@@ -226,9 +226,12 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
         path = Path(args.out, "runs", f"{_key(args, run, data)}.safetensors")
         # The weights behind a name such as hf-hub:... are not known before they are loaded: never taken from disk.
         if path.is_file() and ":" not in run["model"]:
-            rows.append(report.Row.load(path))
-            tqdm.write(f"{run['label']}: taken from {path}; delete it to measure again")
-            continue
+            try:
+                rows.append(report.Row.load(path))
+                tqdm.write(f"{run['label']}: taken from {path}; delete it to measure again")
+                continue
+            except DamagedFileError as error:
+                tqdm.write(f"{error}; kept as {set_aside(path).name}, measured again")
         clock = time.perf_counter()
         torch.manual_seed(args.seed)
         extractor: Extractor = load_extractor(

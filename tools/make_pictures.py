@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -36,6 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cleandift_backbones.files import replacing, write_text
+from cleandift_backbones.locks import hold
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
 from emoji_concepts import (
@@ -326,7 +328,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleandift_backbones" / "npm"
         names = list(PACKAGES)
-        folders = find_packages(names, args.packages) if args.packages else fetch_packages(names, cache)
+        if args.packages:
+            folders = find_packages(names, args.packages)
+        else:
+            with hold(cache, wait=math.inf, log=print):
+                folders = fetch_packages(names, cache)
         if args.make_split:
             concepts, sources = collect(folders, list(STYLES))
             styles_of = defaultdict(set)
@@ -338,7 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
             write_json(SPLIT_FILE, split)
             print(f"{SPLIT_FILE.name}: {len(split['train'])} concepts for training, {len(split['heldout'])} held out")
         if args.out is not None:
-            counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
+            with hold(args.out):
+                counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
             for (side, style), count in sorted(counts.items()):
                 print(f"{side:8} {style:10} {count:5}")
             print(f"{sum(counts.values())} pictures in {args.out}")

@@ -39,6 +39,7 @@ from cleandift_backbones.encoders import load_latent_encoder
 from cleandift_backbones.errors import InputError
 from cleandift_backbones.files import replacing
 from cleandift_backbones.latents import TinyLatentEncoder
+from cleandift_backbones.locks import hold
 from cleandift_backbones.models import architecture_of, with_encoder
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
@@ -93,6 +94,11 @@ def export(light: TinyLatentEncoder, config: dict, dtype: torch.dtype, folder: P
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")

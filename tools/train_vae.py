@@ -31,6 +31,7 @@ from cleandift_backbones.distill.trainer import (
 )
 from cleandift_backbones.errors import InputError
 from cleandift_backbones.files import replacing, save_png
+from cleandift_backbones.locks import hold
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
 PREVIEW = 16  # pictures on the sheet
@@ -119,6 +120,11 @@ def export(vae: AutoencoderKL, scale: float, dtype: torch.dtype, folder: Path) -
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import timm
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import get_int_from_env, set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 
+from ..checkpoints import check_replaceable
 from ..errors import DivergedError, FileTakenError, InputError
 from ..images import check_folder
 from ..latents import latent_stride
+from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
 from .build import (
@@ -77,6 +79,7 @@ class Training:
     def __init__(self, recipe: Recipe):
         check_folder(recipe.output_dir)
         self.recipe, self.out = recipe, Path(recipe.output_dir)
+        check_replaceable(self.out / "native")  # not only when the training is over
         self.accelerator = accelerator = make_accelerator(recipe)
         if accelerator.device.type == "cuda":  # TF32 in what stays float32; a setting of the whole process
             torch.set_float32_matmul_precision("high")
@@ -362,5 +365,10 @@ def distill(recipe: Recipe) -> int:
 
     Returns:
         exit code: 0, or 128 + the number of the signal that stopped the run (its checkpoint is saved).
+
+    Raises:
+        FolderInUseError: another run is writing to output_dir.
     """
-    return Training(recipe).run()
+    first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    with hold(recipe.output_dir) if first else nullcontext():
+        return Training(recipe).run()

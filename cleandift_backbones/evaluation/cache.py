@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import timm
@@ -23,6 +24,7 @@ from ..errors import InputError
 from ..extractor import Extractor, ModelError
 from ..files import DamagedFileError, open_tensors, reading, replacing, set_aside, write_text
 from ..images import ImageError, to_input
+from ..locks import hold
 from ..version import __version__
 from .items import Item
 
@@ -127,7 +129,10 @@ class FeatureCache:
         missing = [i for i, key in enumerate(keys) if any(key not in found for found in places.values())]
         if missing and len(missing) < len(items):
             self.say(f"{extractor.name}: features of {len(items) - len(missing)} pictures are taken from {self.folder}")
-        self._compute(extractor, [items[i] for i in missing], [keys[i] for i in missing], noisy, folders, places)
+        with ExitStack() as held:
+            for folder in folders.values() if missing else ():
+                held.enter_context(hold(folder))
+            self._compute(extractor, [items[i] for i in missing], [keys[i] for i in missing], noisy, folders, places)
         return {name: Features(keys, places[name]) for name in extractor.maps}
 
     def _folder(self, info: dict, weights: str) -> Path:

@@ -18,6 +18,7 @@ from ..arguments import check_noise, check_ranges, load_model, model_arguments, 
 from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..images import ImageError, check_folder, find_pictures
+from ..locks import hold
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
 from .items import DataError, file_item
@@ -187,15 +188,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check(args)
         device = resolve_device(args.device)
         plan = make_plan(args)
-        if args.task == "noise":
-            check_models(args, plan)
-            paths = _noise(args, plan, device)
-        else:
-            task = make_task(args)
-            check_models(args, plan)
-            result = run(args, plan, task, device)
-            paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
-            print(result.table(), *result.verdicts(), sep="\n")
+        with hold(args.out, args.task):
+            if args.task == "noise":
+                check_models(args, plan)
+                paths = _noise(args, plan, device)
+            else:
+                task = make_task(args)
+                check_models(args, plan)
+                result = run(args, plan, task, device)
+                paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
+                print(result.table(), *result.verdicts(), sep="\n")
     except (ModelError, DataError, ImageError, OSError) as error:
         commands.exit(2, f"{commands.prog}: error: {error}\n")
     except (MemoryError, RuntimeError) as error:
