@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import DamagedFileError, open_tensors
 from ..progress import tqdm
 
 NATIVE_NAME = "model.safetensors"
@@ -242,13 +243,14 @@ def open_weights(path: str | Path) -> safe_open:
 
     Raises:
         CheckpointError: missing, a pickle (refused, never loaded), truncated, or not a safetensors file.
+        FileError: the system cannot open it at the moment.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist")
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
+        return open_tensors(path)
+    except DamagedFileError as error:
         # Only now: a safetensors file may begin with the same bytes, they are the length of its header.
         with open(path, "rb") as file:
             head = file.read(2)
@@ -257,9 +259,9 @@ def open_weights(path: str | Path) -> safe_open:
                 f"{path} is a pickle file, which can run code when loaded: refused. Convert it to safetensors where "
                 "you trust it (safetensors.torch.save_file), then pass that file"
             ) from None
-        size = path.stat().st_size
+        size, why = path.stat().st_size, error.__cause__
         raise CheckpointError(
-            f"{path} ({size} bytes) is truncated or not a safetensors file ({error}): download or convert it again"
+            f"{path} ({size} bytes) is truncated or not a safetensors file ({why}): download or convert it again"
         ) from error
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
-from ..files import replacing
+from ..files import readable_size, reading, replacing
 from .reading import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, open_weights
 
 CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
@@ -55,8 +55,8 @@ def write_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
     try:
         save_file(tensors, path, meta)
     except SafetensorError as error:
-        needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        raise FileError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
+        needed = readable_size(sum(tensor.nbytes for tensor in tensors.values()))
+        raise FileError(f"{path.parent} did not take a file of {needed}: {error}. Is the disk full?") from error
     _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes it readable for its owner alone
 
@@ -102,14 +102,37 @@ def verify(path: str | Path) -> str:
 _OURS = r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|README\.md"
 
 
+def _is_ours(name: str) -> bool:
+    return re.fullmatch(_OURS, name) is not None
+
+
 def check_replaceable(folder: str | Path) -> None:
-    """Raises FileExistsError if a folder holds anything that this module does not write: it would be lost."""
+    """Looks at a folder that will be replaced.
+
+    Raises:
+        FileTakenError: it is a file, or holds anything that this module did not write, by name, or by the checksum in
+            the header of weights: it would be lost.
+        FileError: it cannot be read at the moment.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise FileTakenError(f"{folder} is a file: choose another folder")
-    others = [p.name for p in folder.iterdir() if not re.fullmatch(_OURS, p.name)] if folder.is_dir() else []
+    with reading(folder):
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    weights = {name: _has_checksum(folder / name) for name in names if name.endswith(".safetensors")}
+    others = [name for name in names if not _is_ours(name) or not weights.get(name, any(weights.values()))]
     if others:
-        raise FileTakenError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}): choose another folder")
+        raise FileTakenError(
+            f"{folder} holds other files ({', '.join(others[:3])}), which were not written by cleandift_backbones: "
+            "choose another folder, or move them away"
+        )
+
+
+def _has_checksum(path: Path) -> bool:
+    try:
+        return CHECKSUM in (open_weights(path).metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def save_native(
@@ -159,7 +182,7 @@ def save_folder(
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    with replacing(folder) as aside:
+    with replacing(folder, written=_is_ours) as aside:
         aside.mkdir()
         for file, names in plan.filename_to_tensors.items():
             write_file({name: state[name] for name in names}, aside / file, metadata)
@@ -189,7 +212,7 @@ def save_diffusers_unet(
         OSError: as for `save_folder`.
     """
     check_replaceable(folder)
-    with replacing(folder) as aside:
+    with replacing(folder, written=_is_ours) as aside:
         aside.mkdir()
         write_file(_converted(unet, dtype), aside / DIFFUSERS_NAME, metadata)
         (aside / "config.json").write_text(

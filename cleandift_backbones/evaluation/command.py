@@ -15,10 +15,11 @@ import torch
 
 from cleandift_command import guard
 
-from ..arguments import check_ranges, load_model, model_arguments, pick_maps
+from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..images import check_folder, find_pictures
+from ..locks import hold
 from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
@@ -201,15 +202,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with resource_errors(f"lower --batch-size, {lower}"):
         device = resolve_device(args.device)
         plan = make_plan(args)
-        if args.task == "noise":
-            check_models(args, plan)
-            paths = _noise(args, plan, device)
-        else:
-            task = make_task(args)
-            check_models(args, plan)
-            result = run(args, plan, task, device)
-            paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
-            print(ABOUT[args.task], result.legend(), "", result.table(), *result.verdicts(), sep="\n")
+        with hold(args.out, args.task):
+            if args.task == "noise":
+                check_models(args, plan)
+                paths = _noise(args, plan, device)
+            else:
+                task = make_task(args)
+                check_models(args, plan)
+                result = run(args, plan, task, device)
+                paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
+                print(ABOUT[args.task], result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 
 
@@ -233,6 +235,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> list[Run]:
     """Every run, its maps found."""
+    noisy = any(name.removeprefix("random:").startswith("dift_") for name in args.model)
+    ensemble = getattr(args, "ensemble", None)
+    check_noise(", ".join(args.model), noisy, timesteps=args.timesteps, ensemble=ensemble)
     files = {}
     for entry in args.weights:
         name, _, file = entry.rpartition("=")

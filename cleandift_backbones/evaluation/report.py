@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ..files import replacing, write_text
+from ..files import DamagedFileError, open_tensors, replacing, write_text
 from .bootstrap import Tally, difference, rate_interval, unit_weights
 
 VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy", "scipy", "pillow")
@@ -61,9 +60,16 @@ class Row:
 
     @classmethod
     def load(cls, path: Path) -> Row:
-        """Reads a row that `save` wrote."""
-        with safe_open(path, "np") as file:
-            told = json.loads(file.metadata()["row"])
+        """Reads a row that `save` wrote.
+
+        Raises:
+            DamagedFileError: it is damaged. FileError: it cannot be read at the moment.
+        """
+        with open_tensors(path, "np") as file:
+            try:
+                told = json.loads((file.metadata() or {})["row"])
+            except (KeyError, ValueError):
+                raise DamagedFileError(f"{path} is damaged (no row in its metadata)") from None
             results: dict[str, dict[str, Tally]] = {name: {} for name in told.pop("maps")}
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 name, metric, part = key.rsplit("/", 2)
