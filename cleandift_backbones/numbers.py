@@ -6,7 +6,7 @@ from torch import nn
 
 
 class KeepsNumbers(nn.Module):
-    """A module whose buffers named in `numbers` keep float32 and their values: half() and to(bfloat16) would round them.
+    """A module whose buffers named in `numbers` stay in float32, unrounded, through half() and to(bfloat16).
 
     `checkpoints.dtypes.NUMBERS` lists them for files.
     """
