@@ -55,13 +55,9 @@ def test_pyramids_and_extractor_by_name():
     assert load_extractor("cleandift_tiny", ("us6", 10)).maps == ("us6", "mid")
 
 
-def test_hub_and_transformers_by_name():
+def test_torch_hub_by_name():
     model = torch.hub.load(".", "cleandift_tiny", source="local", features_only=True, out_indices=("us6", "mid"))
     assert model.feature_info.channels() == [112, 112]
-    transformers = pytest.importorskip("transformers")
-    config = transformers.TimmBackboneConfig(backbone="cleandift_tiny", out_indices=["us6", "mid"])
-    backbone = transformers.AutoBackbone.from_config(config)
-    assert [tuple(x.shape[1:]) for x in backbone(X).feature_maps] == [(112, 8, 8), (112, 2, 2)]
 
 
 @pytest.mark.parametrize("given", [("us6", "us12"), "us12", ("US6",), (None,), (True,)])
@@ -129,7 +125,7 @@ def test_graphs_have_no_look_in_them(heard):
         with torch.no_grad():
             compiled(PHOTO)
         program = torch.export.export(model, (PHOTO,))
-        assert not [n for n in program.graph.nodes if "aminmax" in str(n.target) or "item" in str(n.target)]
+        assert not [n for n in program.graph.nodes if any(s in str(n.target) for s in ("aminmax", "scalar_dense"))]
         torch.jit.trace(model, PHOTO, check_trace=False)
         with torch.device("meta"):
             timm.create_model("test_cleandift", features_only=True)(torch.empty(1, 3, 64, 64))
@@ -169,7 +165,9 @@ def test_half_weights_and_float_images_say_what_to_do(name):
 
 def test_output_stride():
     for stride in (8, 16):
-        with pytest.raises(InputTypeError, match=f"output_stride={stride} is not possible.*no dilation.*32.*Unet, .*FPN"):
+        with pytest.raises(
+            InputTypeError, match=f"output_stride={stride} is not possible.*no dilation.*32.*Unet, .*FPN"
+        ):
             make("cleandift_tiny_pyramid", features_only=True, output_stride=stride)
     model = make("cleandift_tiny_pyramid", features_only=True, output_stride=32)
     assert model.feature_info.reduction()[-1] == 32
@@ -187,7 +185,7 @@ def test_decoders_that_want_dilation(decoder):
 def test_decoders_that_fit_run(decoder, options):
     smp = pytest.importorskip("segmentation_models_pytorch")
     model = getattr(smp, decoder)("tu-cleandift_tiny_pyramid", encoder_weights=None, classes=2, **options)
-    assert model(torch.randn(2, 3, 128, 128)).shape == (2, 2, 128, 128)
+    assert model(torch.randn(2, 3, 256, 256)).shape == (2, 2, 256, 256)
 
 
 @pytest.mark.parametrize("weights", ["included", "given"])

@@ -53,7 +53,9 @@ TINY = timm.create_model("cleandift_tiny", pretrained=True, features_only=True).
 def test_files_and_conversions(folder, tmp_path, dtype):
     state = load_file(folder / "model.safetensors")
     checkpoints.save_native(state, tmp_path / "file.safetensors", dtype=dtype)
-    checkpoints.save_native({n: t.to(dtype) for n, t in state.items()} | {"timestep": TIMESTEP}, tmp_path / "b.safetensors")
+    checkpoints.save_native(
+        {n: t.to(dtype) for n, t in state.items()} | {"timestep": TIMESTEP}, tmp_path / "b.safetensors"
+    )
     publishing.save_folder(make(final_map="us10"), tmp_path / "saved", dtype=dtype)
     to_native(str(folder), tmp_path / "converted", dtype=dtype)
     to_native(str(folder), tmp_path / "again.safetensors", dtype=dtype)
@@ -163,6 +165,8 @@ def test_a_timestep_that_is_none(tmp_path, text):
     weights = checkpoints.open_checkpoint(tmp_path / "unet.safetensors")
     from cleandift_backbones.learned import learned_timestep, stored_timestep
 
-    with pytest.raises(checkpoints.CheckpointError, match="unet.safetensors holds the timestep .*not a number in 0..999"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match="unet.safetensors holds the timestep .*not a number in 0..999"
+    ):
         stored_timestep(weights)
     assert learned_timestep(None, weights) == 261  # with a warning

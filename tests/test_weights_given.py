@@ -84,7 +84,10 @@ def test_a_state_dict_is_completed_like_a_file(tmp_path):
     "change, message",
     [
         (lambda s: {}, "the state_dict given must be a mapping .* that is not empty"),
-        (lambda s: {"state_dict": s, "epoch": 3}, r"given must hold tensors.* epoch, state_dict are none.*checkpoint\["),
+        (
+            lambda s: {"state_dict": s, "epoch": 3},
+            r"given must hold tensors.* epoch, state_dict are none.*checkpoint\[",
+        ),
         (lambda s: {"a": torch.zeros(1)}, "the state_dict given is no checkpoint of a form"),
         (lambda s: s | {"unet.surprise": torch.zeros(1)}, "the state_dict given .*not of this model: unet.surprise"),
         (lambda s: s | {"unet.conv_in.bias": torch.zeros(9)}, r"unet.conv_in.bias is \(9,\)"),
@@ -99,7 +102,10 @@ def test_a_state_dict_is_checked_like_a_file(whole, change, message):
 @pytest.mark.parametrize(
     "cfg, message",
     [
-        (dict(url="https://example.org/x.pth"), "url='https://example.org/x.pth' is not fetched: download it and give file"),
+        (
+            dict(url="https://example.org/x.pth"),
+            "url='https://example.org/x.pth' is not fetched: download it and give file",
+        ),
         (dict(file="x.npz", custom_load=True), "custom_load is not taken"),
     ],
 )
@@ -138,7 +144,9 @@ def test_wrappers_of_parts(tmp_path, whole):
     """Of a model whose UNet, or some blocks of it, were compiled, sharded or checkpointed."""
     state = {}
     for name, tensor in whole.state_dict().items():
-        name = name.replace("unet.", "unet._orig_mod.").replace("up_blocks.1.", "up_blocks.1._checkpoint_wrapped_module.")
+        name = name.replace("unet.", "unet._orig_mod.").replace(
+            "up_blocks.1.", "up_blocks.1._checkpoint_wrapped_module."
+        )
         state[name] = tensor
     save_file(state, tmp_path / "file.safetensors")
     assert equal(load_model(tmp_path / "file.safetensors", final_map="us10"), whole)
@@ -164,7 +172,10 @@ def test_a_whole_segmenter(tmp_path, whole, caplog):
 
 def test_two_models_in_one_file(tmp_path, whole):
     state = whole.state_dict()
-    for other, message in (("ema_model.", "several models, under ema_model., model."), ("model.module.", "tensors twice")):
+    for other, message in (
+        ("ema_model.", "several models, under ema_model., model."),
+        ("model.module.", "tensors twice"),
+    ):
         both = {f"{prefix}{n}": t.clone() for prefix in ("model.", other) for n, t in state.items()}
         save_file(both, tmp_path / "file.safetensors")
         with pytest.raises(CheckpointError, match=message):
@@ -225,7 +236,9 @@ def test_repositories_that_hold_a_variant_only(pipeline_parts, hub, offline):
         folder = pipeline_parts("fp16", shards)
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         hub.place(f"me/variant{shards}", files)
-        source = dict(sources=dict(unet=f"me/variant{shards}"), timestep=247.5, features_only=True, out_indices=("us6",))
+        source = dict(
+            sources=dict(unet=f"me/variant{shards}"), timestep=247.5, features_only=True, out_indices=("us6",)
+        )
         model = timm.create_model("test_cleandift", pretrained=True, **source).eval()
         with torch.no_grad():
             torch.testing.assert_close(model(X)[0], standins.expected_maps(X, dtype=torch.float32)["us6"])
