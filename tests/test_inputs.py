@@ -165,9 +165,7 @@ def test_half_weights_and_float_images_say_what_to_do(name):
 
 def test_output_stride():
     for stride in (8, 16):
-        with pytest.raises(
-            InputTypeError, match=f"output_stride={stride} is not possible.*no dilation.*32.*Unet, .*FPN"
-        ):
+        with pytest.raises(InputTypeError, match=f"output_stride={stride} is not possible.*no dilation.*32.*Unet, "):
             make("cleandift_tiny_pyramid", features_only=True, output_stride=stride)
     model = make("cleandift_tiny_pyramid", features_only=True, output_stride=32)
     assert model.feature_info.reduction()[-1] == 32
