@@ -6,7 +6,7 @@ import pytest
 import standins
 import timm
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
 import cleandift_backbones
 import cleandift_backbones.hub as publishing
