@@ -38,7 +38,7 @@ def find_architecture(weights: Weights) -> str:
             return name
     family = weights.unet_family()
     raise CheckpointError(
-        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({', '.join(ARCHITECTURES)})"
+        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({', '.join(n for n in ARCHITECTURES if n != 'test')})"
         + (f", but one of another family: {family}" if family else f", but {weights.describe() or 'nothing'}")
     )
 

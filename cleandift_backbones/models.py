@@ -258,7 +258,7 @@ def _create(
         kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
     refuse_unknown_ways(kwargs, infos)
-    state = take_state(kwargs)
+    state = take_state(kwargs) if pretrained else None
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":

@@ -186,8 +186,10 @@ class Weights:
         tensor = file.get_tensor(inner)
         if name in self._scales and tensor.dtype in STORED:
             scale_file, scale = self._scales[name]
-            factor = scale_file.get_tensor(scale).float()
-            tensor = tensor.float() * (factor.reshape(-1, *[1] * (tensor.ndim - 1)) if factor.numel() > 1 else factor)
+            factor = scale_file.get_tensor(scale).float().flatten()  # of the whole weight, or one for each output
+            if len(factor) not in (1, *tensor.shape[:1]):
+                raise CheckpointError(f"{self.label}: {scale} has {len(factor)} numbers for {tuple(tensor.shape)}")
+            tensor = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
         if name.startswith("vae.") and name.endswith(".weight") and ".attentions.0.to_" in name and tensor.ndim == 4:
             return tensor[:, :, 0, 0]  # the oldest VAE files have 1 x 1 convolutions here
         return tensor

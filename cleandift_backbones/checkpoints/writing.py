@@ -80,7 +80,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     return {name: cast(name, tensor, dtype) for name, tensor in state.items()}
 
 
