@@ -23,6 +23,7 @@ import cleandift_backbones
 
 from .errors import InputError, MissingWeightsError
 from .images import to_tensor
+from .inputs import map_index
 from .progress import tqdm
 from .remembered import RememberedLatents, bytes_of
 
@@ -263,15 +264,11 @@ def map_indices(infos: Sequence[dict], maps: str | int | Iterable[str | int] | N
     if maps is None:
         return list(range(len(names)))
     wanted = [maps] if isinstance(maps, (str, int)) else list(maps)
-    indices = []
-    for item in wanted:
-        if isinstance(item, int) and -len(names) <= item < len(names):
-            indices.append(item % len(names))
-        elif item in names:
-            indices.append(names.index(item))
-        else:
-            raise ModelError(f"map {item!r} is not one of {', '.join(names)} (or an index 0..{len(names) - 1})")
-    return indices
+    found = [map_index(names, item) for item in wanted]
+    if None in found:
+        wrong = wanted[found.index(None)]
+        raise ModelError(f"map {wrong!r} is not one of {', '.join(names)} (or an index 0..{len(names) - 1})")
+    return found
 
 
 def load_extractor(

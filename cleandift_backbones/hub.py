@@ -60,8 +60,16 @@ class CardInfo:
     notes: str | None = None
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """A model out of torch.compile's wrapper, (Distributed)DataParallel or timm's EMA."""
+    for name in ("_orig_mod", "module"):
+        if isinstance(inner := getattr(model, name, None), torch.nn.Module):
+            return _unwrapped(inner)
+    return model
+
+
 def _backbone(model: nn.Module) -> nn.Module:
-    """The CleanDIFT inside a features_only model, or the model itself."""
+    """The CleanDIFT inside a features_only model, or the model itself; both without wrappers."""
     inner = getattr(model, "model", model)
     if not hasattr(inner, "unet") or not hasattr(inner, "pretrained_cfg"):
         raise InputTypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
@@ -200,6 +208,7 @@ def save_folder(
     Raises:
         TypeError: not a model of this package. ValueError: an optimised one. OSError: it could not be written.
     """
+    model = _unwrapped(model)
     if getattr(_backbone(model), "own_keys", False):
         raise InputError("this model is optimised for inference: save it before cleandift_backbones.optimize")
     config = timm_config(model)

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("source", help="file, folder, OWNER/NAME[@REVISION][/PATH], or a model's name")
     result.add_argument("--out", required=True, type=Path, help="folder to write, or a native .safetensors file")
-    result.add_argument("--model", choices=[*NAMES, "test_cleandift"], help="what it is (default: told by its shapes)")
+    result.add_argument("--model", help=f"what it is, one of {', '.join(NAMES)} (default: told by its shapes)")
     result.add_argument("--to", choices=("native", "diffusers"), default="native", help="form to write")
     result.add_argument("--unet", choices=("student", "teacher"), default="student", help="of a full file of CompVis")
     result.add_argument("--vae", help="source of the VAE, where SOURCE has none")

@@ -17,19 +17,24 @@ from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
 from ..files import readable_size, reading, replacing
-from .reading import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, open_weights
+from .dtypes import cast, check_dtype
+from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, listed
+from .reading import open_weights
+from .wrapping import unwrapped
 
 CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under native names: without the `model.` that features_only models put in front.
+    """A state dict under native names: without what features_only, torch.compile and others put in front of them.
 
     Raises:
         ValueError: several prompts are set.
     """
-    if all(name.startswith("model.") for name in state):
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    names, beside = unwrapped(state, "the state dict")
+    if beside:
+        raise InputError(f"tensors of more than the backbone are in the state dict ({listed(beside, 3)}): pass its own")
+    state = {names[name]: tensor for name, tensor in state.items()}
     if "prompt_embeds" in state and len(state["prompt_embeds"]) != 1:
         raise InputError(
             f"{len(state['prompt_embeds'])} prompts are set; weights are saved with one: call set_prompt with a single "
@@ -75,7 +80,8 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {n: t.to(dtype) if dtype and n != "timestep" else t for n, t in state.items()}
+    dtype = check_dtype(dtype)
+    return {name: cast(name, tensor, dtype) for name, tensor in state.items()}
 
 
 def verify(path: str | Path) -> str:
@@ -143,7 +149,7 @@ def save_native(
 ) -> None:
     """Writes a state dict as one safetensors file, aside and renamed.
 
-    `dtype` converts everything but the timestep, which half precision would round.
+    `dtype` converts the weights; `dtypes.NUMBERS`, such as the timestep, are float32 in any case.
 
     Raises:
         OSError: it could not be written (disk full, for one); what stood there before still does.
@@ -171,7 +177,7 @@ def save_folder(
         config: timm's, see `hub.timm_config`.
         card: text of README.md.
         metadata: for the header of each file; a checksum is added.
-        dtype: converts everything but the timestep.
+        dtype: of the weights; `dtypes.NUMBERS`, such as the timestep, are float32 in any case.
         max_shard_size: of one file, as a number of bytes or "5GB".
 
     Raises:

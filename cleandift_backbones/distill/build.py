@@ -23,6 +23,7 @@ from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
 from ..errors import InputError, missing_weights
 from ..heads import ProjectionHeads
+from ..learned import stored_timestep
 from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
@@ -136,7 +137,8 @@ def _load_student(student: FeatureUNet, source: str, timestep: float, latent_enc
     beside = {f"unet.{name}" for name in student.dropped_keys}
     state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)
     student.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
-    return float(weights["timestep"]) if "timestep" in weights else timestep
+    stored = stored_timestep(weights)
+    return timestep if stored is None else stored.item()
 
 
 def parameter_groups(recipe: Recipe, module: Distiller) -> list[dict]:
