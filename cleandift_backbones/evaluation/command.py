@@ -91,24 +91,29 @@ def numbers(kind: type):
     return parse
 
 
+class _TaskParser(argparse.ArgumentParser):
+    """Asks for the TASK where options come first: argparse would take the value of one for it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        given = sys.argv[1:] if args is None else args
+        if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+            self.error(
+                f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
+                "tools/evaluate.py --suite emoji"
+            )
+        return super().parse_args(args, namespace)
+
+
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """All tasks as sub-commands."""
-    result = argparse.ArgumentParser(prog=prog, description="Measure feature maps of any timm model.")
-    commands = result.add_subparsers(dest="task", required=True, metavar="TASK")
+    result = _TaskParser(prog=prog, description="Measure feature maps of any timm model.")
+    kind = argparse.ArgumentParser
+    commands = result.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=kind)
     for task, about in TASKS.items():
         one = commands.add_parser(task, help=about, description=f"{task}: {about}", formatter_class=Formatter)
         _common(one, task)
         _special(one, task)
     return result
-
-
-def check_task(commands: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Exits with status 2 where options come first: argparse would take the value of one for the TASK."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        commands.error(
-            f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
-            "tools/evaluate.py --suite emoji"
-        )
 
 
 def _common(one: argparse.ArgumentParser, task: str) -> None:
@@ -190,7 +195,6 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a task; exits with status 2 and one line for input that cannot be used."""
     commands = parser()
-    check_task(commands, sys.argv[1:] if arguments is None else arguments)
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
