@@ -364,15 +364,8 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
-    return Report(
-        rows,
-        {key: task.measure_name + key for key in metrics},
-        info,
-        args.seed,
-        task.main(metrics),
-        task.lower & set(metrics),
-        task.unit,
-    )
+    names, lower = {key: task.measure_name + key for key in metrics}, task.lower & set(metrics)
+    return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
 
 
 def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) -> tuple[list, str]:
