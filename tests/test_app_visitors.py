@@ -305,13 +305,18 @@ def test_page_says_what_cannot_be_had(page, hub, offline):
     assert not view["error"] and [side["title"] for side in view["sides"]] == ["Clean", "Noisy"]
 
 
-def test_page_says_what_a_model_was_trained_on(page):
+def test_page_says_what_a_model_was_trained_on(page, tmp_path):
     lines = {
         name: page.change_model(name, "us6", ["us6"])[2] for name in ("cleandift_tiny", "cleandift_sd21", "pixels")
     }
     assert "emoji" in lines["cleandift_tiny"] and "choose cleandift_sd21" in lines["cleandift_tiny"]
     assert "photographs and art" in lines["cleandift_sd21"] and "emoji" not in lines["cleandift_sd21"]
     assert lines["pixels"] == ""
+    (tmp_path / "README.md").write_text("Data: <script>alert(1)</script>")  # a stranger's card
+    page.maps[f"local-dir:{tmp_path}"] = ["us6"]
+    shown = page.change_model(f"local-dir:{tmp_path}", "us6", ["us6"])[2]
+    assert shown == "<p>Trained on &lt;script&gt;alert(1)&lt;/script&gt;.</p>"
+    del page.maps[f"local-dir:{tmp_path}"]
     html = next(c for c in page.blocks.config["components"] if c["props"].get("elem_id") == "knowledge")
     assert html["props"]["value"] == lines["cleandift_tiny"]  # that of the first model, when the page opens
 

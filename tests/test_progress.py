@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,13 @@ from PIL import Image
 from test_eval_command import evaluate
 
 from cleandift_backbones import progress
+
+
+def test_every_bar_is_one_of_these():
+    root = Path(progress.__file__).parents[1]
+    files = [path for folder in ("cleandift_backbones", "tools") for path in (root / folder).rglob("*.py")]
+    assert len(files) > 80
+    assert not [path for path in files if "from tqdm" in path.read_text(encoding="utf-8")]
 
 
 class Terminal(io.StringIO):

@@ -214,12 +214,12 @@ def _clock(started: float) -> str:
 def tell_problem(session: Session, error: Exception) -> None:
     """Tells a visitor of one of PROBLEMS: in one sentence; how to get missing weights is folded away."""
     told = how_to_get(error) if isinstance(error, ModelError) else str(error)
-    missing = " cannot be loaded, because of" in told
+    model, missing, _ = told.partition(" cannot be loaded, because of")  # the noisy twin's may be missing
     if missing or isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         told += (
             "\nFor this page: start it with --download where there is a network, or with the folder: --models "
             "local-dir:FOLDER"
         )
-        model = session.settings.model
-        return session.tell(f"The weights of {model} are not on this machine: choose another model.", True, told)
+        name = model if missing else session.settings.model
+        return session.tell(f"The weights of {name} are not on this machine: choose another model.", True, told)
     session.tell(told, True)

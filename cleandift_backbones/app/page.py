@@ -49,6 +49,8 @@ class Page:
     def __init__(self, models: Sequence[str] = MODELS, memory: int = 1 << 30, device: str = "cpu"):
         self.features = Features(memory, device)
         self.maps = {model: map_names(model) for model in models}
+        for model in models:  # cards are read now, not while a visitor waits
+            trained_on(model)
         self.answers = Answers(self.features)
         self.sessions = Sessions(lambda session: self.features.store.forget(session.token))
         self.blocks = self._build()

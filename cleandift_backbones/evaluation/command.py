@@ -94,24 +94,29 @@ def numbers(kind: type):
     return parse
 
 
+class _TaskParser(argparse.ArgumentParser):
+    """Asks for the TASK where options come first: argparse would take the value of one for it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        given = sys.argv[1:] if args is None else args
+        if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+            self.error(
+                f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
+                "tools/evaluate.py --suite emoji"
+            )
+        return super().parse_args(args, namespace)
+
+
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """All tasks as sub-commands."""
-    result = argparse.ArgumentParser(prog=prog, description="Measure feature maps of any timm model.")
-    commands = result.add_subparsers(dest="task", required=True, metavar="TASK")
+    result = _TaskParser(prog=prog, description="Measure feature maps of any timm model.")
+    kind = argparse.ArgumentParser
+    commands = result.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=kind)
     for task, about in TASKS.items():
         one = commands.add_parser(task, help=about, description=f"{task}: {about}", formatter_class=Formatter)
         _common(one, task)
         _special(one, task)
     return result
-
-
-def check_task(commands: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Exits with status 2 where options come first: argparse would take the value of one for the TASK."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        commands.error(
-            f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
-            "tools/evaluate.py --suite emoji"
-        )
 
 
 def _common(one: argparse.ArgumentParser, task: str) -> None:
@@ -194,7 +199,6 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a task. See `cleandift_command.guard` for exit codes."""
     commands = parser()
-    check_task(commands, sys.argv[1:] if arguments is None else arguments)
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     _check(args)
@@ -360,15 +364,8 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
-    return Report(
-        rows,
-        {key: task.measure_name + key for key in metrics},
-        info,
-        args.seed,
-        task.main(metrics),
-        task.lower & set(metrics),
-        task.unit,
-    )
+    names, lower = {key: task.measure_name + key for key in metrics}, task.lower & set(metrics)
+    return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
 
 
 def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) -> tuple[list, str]:
