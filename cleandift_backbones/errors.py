@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 
+from safetensors import SafetensorError
+
 
 class CleanDIFTError(Exception):
     """Base of all errors that this package raises on purpose. Commands print its message and exit with 2."""
@@ -85,7 +87,7 @@ _NEXT_STEPS = {
 
 @contextmanager
 def file_errors(path: str | PathLike) -> Iterator[None]:
-    """Around reading or writing a file or folder: what the operating system refuses becomes a FileError that names it.
+    """Around reading or writing a file or folder: what the system or safetensors refuses becomes a FileError.
 
     Raises:
         MissingFileError: it does not exist.
@@ -96,6 +98,8 @@ def file_errors(path: str | PathLike) -> Iterator[None]:
         yield
     except CleanDIFTError:
         raise
+    except SafetensorError as error:  # a damaged file, or a disk that is full
+        raise FileError(f"{path}: {error}") from error
     except OSError as error:
         kinds = {FileNotFoundError: MissingFileError, FileExistsError: FileTakenError}
         aside = str(error.filename or "").endswith(".part")  # of `files.replacing`, gone already

@@ -39,7 +39,7 @@ with importing(__name__):
     from PIL import Image
     from tqdm import tqdm
 
-    from cleandift_backbones.errors import needs
+    from cleandift_backbones.errors import file_errors, needs
     from cleandift_backbones.files import replacing, write_text
 
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
@@ -244,7 +244,7 @@ def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> se
     if overwrite:
         return set()
     for path in sorted(there):
-        with Image.open(path) as image:
+        with file_errors(path), Image.open(path) as image:
             if image.size != (size, size) or image.mode != "RGBA":
                 what = f"{path} is {image.mode} {image.width}x{image.height}"
                 raise PictureError(f"{what}, wanted RGBA {size}x{size}: add --overwrite")
