@@ -146,9 +146,11 @@ def resource_errors(remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if re.search(r"DataLoader worker .*(killed|exited)|shared memory|unable to write to file </torch", text):
-            raise OutOfMemoryError(f"a process that reads images was killed, perhaps for memory: {remedy}") from error
+            raise OutOfMemoryError(
+                f"a process that reads images was killed, perhaps because memory ran out; {remedy}"
+            ) from error
         if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|not enough memory", text, re.I):
-            raise OutOfMemoryError(f"out of memory: {remedy}") from error
+            raise OutOfMemoryError(f"out of memory; {remedy}") from error
         raise
 
 
