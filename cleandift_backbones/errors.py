@@ -70,6 +70,10 @@ class FileTakenError(FileError, FileExistsError):
     """Something else stands where a file or folder should be written."""
 
 
+class FolderInUseError(FileError):
+    """Another process works in the folder; the message names it."""
+
+
 class OutOfMemoryError(CleanDIFTError, MemoryError):
     """The memory of this machine or of its GPU is used up; the message says what to lower."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .errors import DependencyError, InputError, StateError
-from .models import architecture_of, default_cfgs, default_indices
+from .models import architecture_of, default_cfgs, default_indices, model_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,11 +34,6 @@ class Maps(NamedTuple):
     strides: list[int]
 
 
-def model_names() -> list[str]:
-    """Names that `model_name` may have."""
-    return sorted({name.split(".")[0] for name in default_cfgs})
-
-
 def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> Maps:
     """What a model gives, read off its architecture: nothing is built or loaded.
 
@@ -52,7 +47,7 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     """
     from .backbone import feature_list, take_indices
 
-    if model_name not in model_names():
+    if model_name not in default_cfgs:
         raise InputError(
             f"unknown model_name {model_name!r}: it is one of {', '.join(model_names())}. Weights of yours, here or on "
             "the Hub, go to pretrained="
@@ -62,11 +57,6 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     names = [info["name"] for info in infos]
     if out_indices is None:
         out_indices = default_indices(cfg, infos, pyramid)
-    elif not isinstance(out_indices, int):
-        unknown = [i for i in out_indices if isinstance(i, str) and i not in names]
-        if unknown:
-            raise InputError(f"out_indices {out_indices!r}: {model_name} has no {unknown[0]!r}, but {', '.join(names)}")
-        out_indices = [names.index(i) if isinstance(i, str) else i for i in out_indices]
     taken = take_indices(infos, out_indices)
     return Maps(
         [names[i] for i in taken],

@@ -232,7 +232,7 @@ def test_checkpoints_behind_damaged_ones_stay(tmp_path):
     for step in (3, 4):
         kept.save(step, {"x": torch.zeros(2)}, {})
         kept.path(step).write_bytes(b"cut")
-    (tmp_path / ".step_0000009.safetensors.part").write_bytes(b"killed")
+    (tmp_path / ".step_0000009.safetensors.0123456789ab.part").write_bytes(b"killed")
     assert kept.load() is None
     for step in (1, 2):
         kept.save(step, {"x": torch.full((2,), float(step))}, {})

@@ -153,7 +153,7 @@ def test_memory_that_runs_out(pictures, tmp_path, capsys, monkeypatch):
 
 def test_an_output_folder_that_takes_nothing(pictures, tmp_path, capsys):
     (tmp_path / "file").touch()
-    refused(pictures, tmp_path / "file", capsys, "file is a file, not a folder")
+    refused(pictures, tmp_path / "file", capsys, "give another folder")
 
 
 # --- the documentation ---

@@ -36,7 +36,7 @@ def test_maps_by_index_and_by_name():
     [
         (("resnet50",), "unknown model_name 'resnet50': it is one of cleandift_sd15.*pretrained="),
         (("cleandift_tiny", [11]), "out_indices.*11.*0 = us10"),
-        (("cleandift_tiny", ["us11"]), "has no 'us11', but us10, us9"),
+        (("cleandift_tiny", ["us11"]), "no map 'us11'. This model has 0 = us10, 1 = us9"),
         (("cleandift_tiny", []), "out_indices"),
     ],
 )

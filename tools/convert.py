@@ -27,6 +27,8 @@ with importing(__name__):
     import cleandift_backbones  # noqa: F401
     from cleandift_backbones.convert import to_diffusers, to_native
     from cleandift_backbones.errors import InputError
+    from cleandift_backbones.files import readable_size
+    from cleandift_backbones.locks import hold
     from cleandift_backbones.models import ARCHITECTURES
 
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("source", help="file, folder, OWNER/NAME[@REVISION][/PATH], or a model's name")
     result.add_argument("--out", required=True, type=Path, help="folder to write, or a native .safetensors file")
-    result.add_argument("--model", choices=[*NAMES, "test_cleandift"], help="what it is (default: told by its shapes)")
+    result.add_argument("--model", help=f"what it is, one of {', '.join(NAMES)} (default: told by its shapes)")
     result.add_argument("--to", choices=("native", "diffusers"), default="native", help="form to write")
     result.add_argument("--unet", choices=("student", "teacher"), default="student", help="of a full file of CompVis")
     result.add_argument("--vae", help="source of the VAE, where SOURCE has none")
@@ -80,25 +82,26 @@ def main(arguments: list[str] | None = None) -> int:
         teacher=options.unet == "teacher",
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
     )
-    if options.out.exists() and not options.overwrite:
-        raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
-    if options.to == "diffusers":
-        name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
-    else:
-        name, weights = to_native(
-            options.source,
-            options.out,
-            parts={part: source for part, source in parts.items() if source},
-            timestep=float(options.timestep) if number else None,
-            cut=options.cut,
-            max_shard_size=options.max_shard_size,
-            latent_encoder=options.latent_encoder,
-            **common,
-        )
+    with hold(options.out.absolute().parent, options.out.name):
+        if options.out.exists() and not options.overwrite:
+            raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
+        if options.to == "diffusers":
+            name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
+        else:
+            name, weights = to_native(
+                options.source,
+                options.out,
+                parts={part: source for part, source in parts.items() if source},
+                timestep=float(options.timestep) if number else None,
+                cut=options.cut,
+                max_shard_size=options.max_shard_size,
+                latent_encoder=options.latent_encoder,
+                **common,
+            )
     files = sorted(options.out.glob("*.safetensors")) if options.out.is_dir() else [options.out]
     print(f"found {weights.form} with {weights.describe()}, of {name}")
     for file in files:
-        print(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
+        print(f"wrote {file}: {readable_size(file.stat().st_size)}")
     return 0
 
 

@@ -30,7 +30,7 @@ with importing(__name__):
     from cleandift_backbones.app.extracting import TIMESTEP
     from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
     from cleandift_backbones.app.pictures import SAMPLES, open_picture
-    from cleandift_backbones.arguments import map_item
+    from cleandift_backbones.arguments import map_items
     from cleandift_backbones.errors import InputError, resource_errors
     from cleandift_backbones.evaluation import correspondence, figures
     from cleandift_backbones.evaluation.figures import Panel
@@ -44,6 +44,7 @@ with importing(__name__):
     )
     from cleandift_backbones.files import save_png
     from cleandift_backbones.images import check_folder, to_tensor
+    from cleandift_backbones.training_data import training_data
 
 POINTS = 4
 BATCH = 8
@@ -93,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{args.model}: {len(pairs)} pairs, points matched on {matched}, {time.perf_counter() - started:.1f} s in all"
     )
+    if not args.random_weights and (known := training_data(args.model)):
+        print(f"{args.model} is trained on {known}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,8 +163,8 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     """The model, its noisy twin if it has one, names of the maps to show, and of the map to match on."""
     infos = list_maps(args.model)
     names = [info["name"] for info in infos]
-    shown = [names[i] for i in map_indices(infos, map(map_item, args.maps))] if args.maps else shown_maps(names)
-    matched = names[map_indices(infos, map_item(args.match_map))[0]] if args.match_map else matched_map(shown)
+    shown = [names[i] for i in map_indices(infos, map_items(args.maps))] if args.maps else shown_maps(names)
+    matched = names[map_indices(infos, map_items([args.match_map]))[0]] if args.match_map else matched_map(shown)
     wanted = list(dict.fromkeys([*shown, matched]))
     pretrained, device = not args.random_weights, resolve_device(args.device)
     size = args.size or own_size(args.model)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -37,10 +38,11 @@ from cleandift_command import blocked, guard, importing
 with importing(__name__):
     import numpy as np
     from PIL import Image
-    from tqdm import tqdm
 
     from cleandift_backbones.errors import file_errors, needs
     from cleandift_backbones.files import replacing, write_text
+    from cleandift_backbones.locks import hold
+    from cleandift_backbones.progress import tqdm
 
     sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
     from emoji_concepts import (
@@ -335,7 +337,11 @@ def main(arguments: list[str] | None = None) -> int:
         import resvg_py  # noqa: F401
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleandift_backbones" / "npm"
     names = list(PACKAGES)
-    folders = find_packages(names, args.packages) if args.packages else fetch_packages(names, cache)
+    if args.packages:
+        folders = find_packages(names, args.packages)
+    else:
+        with hold(cache, wait=math.inf, log=print):
+            folders = fetch_packages(names, cache)
     if args.make_split:
         concepts, sources = collect(folders, list(STYLES))
         styles_of = defaultdict(set)
@@ -347,7 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(SPLIT_FILE, split)
         print(f"{SPLIT_FILE.name}: {len(split['train'])} concepts for training, {len(split['heldout'])} held out")
     if args.out is not None:
-        counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
+        with hold(args.out):
+            counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
         for (side, style), count in sorted(counts.items()):
             print(f"{side:8} {style:10} {count:5}")
         print(f"{sum(counts.values())} pictures in {args.out}")

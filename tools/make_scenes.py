@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -27,12 +28,13 @@ from cleandift_command import guard, importing
 with importing(__name__):
     import numpy as np
     from PIL import Image
-    from tqdm import tqdm
 
     from cleandift_backbones.errors import CleanDIFTError, file_errors
     from cleandift_backbones.files import write_text
     from cleandift_backbones.images import check_folder
+    from cleandift_backbones.locks import hold
     from cleandift_backbones.models import ASSETS
+    from cleandift_backbones.progress import tqdm
 
 # class -> beginnings of Unicode's names of subgroups; configs/*/_base_/datasets/scenes.py name the same classes
 CLASSES = {
@@ -205,6 +207,14 @@ def make_split(out: Path, split: str, pictures: Pictures, count: int, size: int,
     write_text(out / f"{split}.json", json.dumps(coco))
 
 
+def check_out(out: Path) -> None:
+    """Raises SceneError for a folder with files of other names than those that this tool writes."""
+    ours = r"(train|val)\.json|(images|annotations)/(train|val)/\d{4,}\.png|(.*/)?\..*"
+    names = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    if others := sorted(name for name in names if not re.fullmatch(ours, name)):
+        raise SceneError(f"{out} holds other files ({', '.join(others[:3])}): choose another --out")
+
+
 @guard("the data set is not complete; the same command writes it again")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     if missing := sorted(set(train) - set(val)):
         raise SceneError(f"{options.pictures}: no images for validation of the classes {', '.join(missing)}")
     val = {name: val[name] for name in train}
-    with file_errors(options.out):
+    with hold(options.out), file_errors(options.out):
+        check_out(options.out)
         make_split(options.out, "train", train, options.train, options.size, options.seed)
         make_split(options.out, "val", val, options.val, options.size, options.seed)
     print(f"{options.out}: classes {', '.join(train)}")

@@ -40,6 +40,7 @@ with importing(__name__):
     from cleandift_backbones.errors import InputError, missing_weights, resource_errors
     from cleandift_backbones.files import replacing
     from cleandift_backbones.latents import TinyLatentEncoder
+    from cleandift_backbones.locks import hold
     from cleandift_backbones.models import architecture_of, with_encoder
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
@@ -102,6 +103,11 @@ def export(light: TinyLatentEncoder, config: dict, dtype: torch.dtype, folder: P
 @guard("the last checkpoint in --out is kept; the same command continues from it")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")

@@ -32,6 +32,7 @@ with importing(__name__):
     )
     from cleandift_backbones.errors import InputError, resource_errors
     from cleandift_backbones.files import replacing, save_png
+    from cleandift_backbones.locks import hold
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
 PREVIEW = 16  # pictures on the sheet
@@ -121,6 +122,11 @@ def export(vae: AutoencoderKL, scale: float, dtype: torch.dtype, folder: Path) -
 @guard("the last checkpoint in --out is kept; the same command continues from it")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
 from ..errors import InputError, missing_weights
 from ..heads import ProjectionHeads
+from ..learned import stored_timestep
+from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
 from ..prompts import PromptEncoder, encoder_identity
@@ -134,7 +137,8 @@ def _load_student(student: FeatureUNet, source: str, timestep: float, latent_enc
     beside = {f"unet.{name}" for name in student.dropped_keys}
     state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)
     student.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
-    return float(weights["timestep"]) if "timestep" in weights else timestep
+    stored = stored_timestep(weights)
+    return timestep if stored is None else stored.item()
 
 
 def parameter_groups(recipe: Recipe, module: Distiller) -> list[dict]:
@@ -249,7 +253,9 @@ def cache_latents(
             with autocast(accelerator):
                 return encoders(images.to(accelerator.device))
 
-        broken = data.cache.fill(everything, data.options, encode, prompts.embed)
+        # Runs may share a cache: the second one waits, and finds everything there.
+        with hold(recipe.cache_dir, "latents", math.inf, _logger.warning):
+            broken = data.cache.fill(everything, data.options, encode, prompts.embed)
         report_broken(broken, len(broken), recipe.data.max_broken)
     accelerator.wait_for_everyone()
     lost = {picture.name for picture in data.cache.missing(everything)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from ..errors import InputError, MissingFileError, file_errors
+from ..files import set_aside, write_text
 from ..models import ARCHITECTURES
+
+_logger = logging.getLogger(__name__)
 
 
 def _field(default: object, about: str) -> Any:
@@ -314,5 +318,18 @@ def _check(merged: DictConfig) -> None:
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the resolved recipe as YAML."""
-    OmegaConf.save(OmegaConf.structured(recipe), path)
+    """Writes the resolved recipe as YAML. Another file there, such as one written by hand, becomes NAME.other."""
+    path = Path(path)
+    if path.is_file() and not _is_resolved(path):
+        _logger.warning(f"{path} was not written by a run: kept as {set_aside(path, 'other').name}")
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+
+
+def _is_resolved(path: Path) -> bool:
+    """Whether a recipe has all fields and no comments: what a run writes."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = OmegaConf.create(text)
+    except Exception:  # OmegaConf passes on whatever its parser raises
+        return False
+    return "#" not in text and set(found) == {field.name for field in fields(Recipe)}

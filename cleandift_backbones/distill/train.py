@@ -13,16 +13,19 @@ from pathlib import Path
 
 import timm
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import get_int_from_env, set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 
+from ..checkpoints import check_replaceable
 from ..errors import DivergedError, FileTakenError, InputError, resource_errors
 from ..images import check_folder
 from ..latents import latent_stride
+from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
+from ..progress import tqdm
+from ..training_data import training_data
 from .build import (
     Encoders,
     Prompts,
@@ -79,6 +82,7 @@ class Training:
     def __init__(self, recipe: Recipe):
         check_folder(recipe.output_dir)
         self.recipe, self.out, self.started = recipe, Path(recipe.output_dir), time.monotonic()
+        check_replaceable(self.out / "native")  # not only when the training is over
         self.accelerator = accelerator = make_accelerator(recipe)
         self._print([f"loading {recipe.teacher} and the list of images ..."])
         if accelerator.device.type == "cuda":  # TF32 in what stays float32; a setting of the whole process
@@ -361,6 +365,9 @@ class Training:
     def export(self) -> None:
         """The native folder, written by the first process, and pushed if the recipe says so."""
         data = f"{len(self.data.pictures)} {'shards' if self.data.streamed else 'pictures'}, {self.size} px"
+        before = training_data(self.recipe.teacher)
+        if before and not (self.recipe.teacher_weights or self.recipe.student_weights):
+            data += f"; before that on {before}"
         with self.averaged():
             state = student_state(self.module)
             if self.accelerator.is_main_process:
@@ -375,7 +382,14 @@ def distill(recipe: Recipe) -> int:
 
     Returns:
         exit code: 0, or 128 + the number of the signal that stopped the run (its checkpoint is saved).
+
+    Raises:
+        FolderInUseError: another run is writing to output_dir.
     """
     remedy = "set gradient_checkpointing=true, or in a new output_dir a lower batch_size or lora.rank=64"
-    with resource_errors(f"{remedy}; checkpoints written so far are kept"):
+    first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    with (
+        resource_errors(f"{remedy}; checkpoints written so far are kept"),
+        hold(recipe.output_dir) if first else nullcontext(),
+    ):
         return Training(recipe).run()

@@ -25,13 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..checkpoints.writing import write_file
 from ..errors import DivergedError, FileTakenError, InputError, file_errors
-from ..files import replacing, write_text
+from ..files import open_tensors, replacing, set_aside, write_text
+from ..progress import tqdm
 from .engine import pack_optimizer, unpack_optimizer
 
 __all__ = [
@@ -155,14 +154,17 @@ def _step_of(line: str) -> float:
 
 
 class JsonLog:
-    """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes."""
+    """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes.
+
+    A file of that name without any line of such a log becomes NAME.other.
+    """
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        kept = []
-        if start and path.is_file():
-            kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= start]
-        write_text(path, "".join(kept))
+        lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
+        if lines and all(_step_of(line) == math.inf for line in lines):
+            print(f"{path} was not written by a run: kept as {set_aside(path, 'other').name}", file=sys.stderr)
+        write_text(path, "".join(line for line in lines if start and _step_of(line) <= start))
 
     def write(self, **values: float | int | str | list) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON
@@ -348,9 +350,9 @@ class Run:
         self._saved = time.monotonic()
 
     def _load(self, path: Path) -> None:
-        with file_errors(path), safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             if "state" not in (file.metadata() or {}):
-                raise InputError(f"{path} is no checkpoint of this script: choose another --out")
+                raise InputError(f"{path} is no checkpoint of this tool. Give another --out, or move it away")
             state = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         changed = {k: (v, self.settings.get(k)) for k, v in state["settings"].items() if self.settings.get(k) != v}

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import needs
-from ..files import replacing
+from ..files import DamagedFileError, open_tensors, replacing
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_lines, require
 from .probes import Recipe, train_probe
@@ -154,10 +153,10 @@ class BinsProbe(nn.Module):
             DataError: no safetensors file, or not a 1x1 convolution from `channels` to 256.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: not a safetensors file ({str(error).splitlines()[0]})") from None
+        except DamagedFileError as error:
+            raise DataError(f"{path}: not a safetensors file ({error.__cause__})") from None
         weights = [x for x in tensors.values() if x.numel() == BINS * channels and x.shape[0] == BINS]
         biases = [x for x in tensors.values() if x.shape == (BINS,)]
         if len(weights) != 1 or len(biases) > 1 or len(weights) + len(biases) != len(tensors):
