@@ -36,9 +36,9 @@ def find_architecture(weights: Weights) -> str:
         }
         if all(key in weights and weights.shape(key) == shape for key, shape in shapes.items()):
             return name
-    family = weights.unet_family()
+    family, known = weights.unet_family(), [name for name in ARCHITECTURES if name != "test"]
     raise CheckpointError(
-        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({', '.join(n for n in ARCHITECTURES if n != 'test')})"
+        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({', '.join(known)})"
         + (f", but one of another family: {family}" if family else f", but {weights.describe() or 'nothing'}")
     )
 
