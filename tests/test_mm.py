@@ -390,5 +390,5 @@ def test_tensors_in_memory():
     state = timm.create_model("test_cleandift", final_map="us10").state_dict()
     backbone = own(None, pretrained_cfg_overlay=dict(state_dict=state))
     assert torch.equal(backbone.model.unet.conv_in.weight, state["unet.conv_in.weight"])
-    with pytest.raises(InputError, match="pretrained must be True, False, a path.*dict: tensors in memory go to"):
+    with pytest.raises(InputError, match="pretrained must be True, False, a path.*Dict: tensors in memory go to"):
         own(state)
