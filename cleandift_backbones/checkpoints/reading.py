@@ -99,7 +99,7 @@ def _identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
     def any_starts(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
 
-    if any("lora" in name.lower() for name in names):
+    if any(re.search(r"(^|[._])lora([._]|$)", name.lower()) for name in names):
         raise CheckpointError(
             f"{label} is a LoRA, not a whole model: merge it into its base model and save that, then pass the result"
         )
