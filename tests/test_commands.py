@@ -2,6 +2,7 @@
 
 import ast
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import cleandift_command
 from cleandift_backbones import errors
 from cleandift_backbones.files import write_text
+from tools import demo
 
 ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text())
@@ -191,6 +193,20 @@ def test_file_errors_name_the_file(tmp_path):
     assert caught.value.errno == 28
     with pytest.raises(errors.FileError, match="file"):
         write_text(file / "below", "text")
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """The operating system refuses to write more than 20 kB to a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(SystemExit) as stop:
+            demo.main(["--out", str(tmp_path / "out"), "--model", "pixels", "--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "out/matches_" in text and "File too large; " in text, text
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith(".part")]
 
 
 def test_memory_errors_say_what_to_lower():

@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.packages:
         folders = find_packages(names, args.packages)
     else:
-        with hold(cache, wait=math.inf, log=print):
+        with hold(cache, wait=math.inf, log=print), file_errors(cache):
             folders = fetch_packages(names, cache)
     if args.make_split:
         concepts, sources = collect(folders, list(STYLES))
@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(SPLIT_FILE, split)
         print(f"{SPLIT_FILE.name}: {len(split['train'])} concepts for training, {len(split['heldout'])} held out")
     if args.out is not None:
-        with hold(args.out):
+        with hold(args.out), file_errors(args.out):
             counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
         for (side, style), count in sorted(counts.items()):
             print(f"{side:8} {style:10} {count:5}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..checkpoints import check_replaceable
-from ..errors import DivergedError, FileTakenError, InputError, resource_errors
+from ..errors import DivergedError, FileTakenError, InputError, file_errors, resource_errors
 from ..images import check_folder
 from ..latents import latent_stride
 from ..locks import hold
@@ -144,8 +144,9 @@ class Training:
         """Trains to the end, or until a signal; returns the exit code."""
         recipe, accelerator, main = self.recipe, self.accelerator, self.accelerator.is_main_process
         if main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, self.out / "recipe.yaml")
+            with file_errors(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+                save_recipe(recipe, self.out / "recipe.yaml")
         self._print(header(self))
         if main:
             for sentence in data_warnings(self.data, recipe):
