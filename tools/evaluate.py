@@ -150,6 +150,7 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
     noisy = any(name.startswith("dift_") for name in args.models)
     check_noise(", ".join(args.models), noisy, timesteps=args.timesteps, ensemble=args.ensemble)
     check_folder(args.out)
+    report.check_report(args.out, "results")
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise FileError(f"--{name.replace('_', '-')} {path}: no such file")

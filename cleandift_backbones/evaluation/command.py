@@ -26,7 +26,7 @@ from .matching import ALPHAS
 from .noise import noise_shares
 from .noise_report import write_shares
 from .probes import Recipe
-from .report import Report, Row
+from .report import Report, Row, check_report
 
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
@@ -218,6 +218,7 @@ def _check(args: argparse.Namespace) -> None:
     ))  # fmt: skip
     check_folder(args.out)
     check_folder(getattr(args, "cache", None) or args.out)
+    check_report(args.out, args.task)
     if (window := getattr(args, "soft_argmax", 0)) and (window < 3 or window % 2 == 0):
         raise ModelError(f"--soft-argmax {window} has no middle pixel with others around; give 3, 5, 7, ..., or 0")
     try:
