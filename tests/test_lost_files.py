@@ -331,3 +331,29 @@ def test_results_do_not_replace_files_of_others(tmp_path, capsys, name):
     theirs.unlink()
     for _ in range(2):
         main(words)
+
+
+def test_metadata_of_others_is_not_replaced(tmp_path):
+    """A data set of JPEGs with captions, in the layout of tools/make_pictures.py."""
+    from tools.make_pictures import PictureError, check_folder
+
+    path = tmp_path / "train/metadata.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"file_name": "a.jpg", "text": "mine"}\n')
+    with pytest.raises(PictureError, match="metadata.jsonl was not written by this command"):
+        check_folder(tmp_path, set(), 64, overwrite=True)
+    path.write_text('{"file_name": "a.png", "text": "a", "style": "b", "concept": "c", "family": "c"}\n')
+    assert check_folder(tmp_path, set(), 64, overwrite=True) == set()
+
+
+def test_adapters_of_others_are_kept(tmp_path, caplog):
+    from cleandift_backbones.checkpoints.writing import keep_other, save_native
+
+    path = tmp_path / "lora.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    before = path.read_bytes()
+    for _ in range(2):
+        keep_other(path)
+        save_native({"x": torch.zeros(2)}, path)
+    assert "kept as lora.safetensors.other" in caplog.text
+    assert (tmp_path / "lora.safetensors.other").read_bytes() == before and len(list(tmp_path.iterdir())) == 2

@@ -77,7 +77,6 @@ class Training:
     """One run. Reads from top to bottom: `run`, then what it calls."""
 
     def __init__(self, recipe: Recipe):
-        check_folder(recipe.output_dir)
         self.recipe, self.out = recipe, Path(recipe.output_dir)
         check_replaceable(self.out / "native")  # not only when the training is over
         self.accelerator = accelerator = make_accelerator(recipe)
@@ -370,5 +369,6 @@ def distill(recipe: Recipe) -> int:
         FolderInUseError: another run is writing to output_dir.
     """
     first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    check_folder(recipe.output_dir)
     with hold(recipe.output_dir) if first else nullcontext():
         return Training(recipe).run()
