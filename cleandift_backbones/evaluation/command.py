@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..app.naming import is_noisy
 from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
@@ -231,9 +232,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> list[Run]:
     """Every run, its maps found."""
-    noisy = any(name.removeprefix("random:").startswith("dift_") for name in args.model)
-    ensemble = getattr(args, "ensemble", None)
-    check_noise(", ".join(args.model), noisy, timesteps=args.timesteps, ensemble=ensemble)
+    check_noise(args.model, timesteps=args.timesteps, ensemble=getattr(args, "ensemble", None))
     files = {}
     for entry in args.weights:
         name, _, file = entry.rpartition("=")
@@ -251,7 +250,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
         random, bare = name.startswith("random:"), name.removeprefix("random:")
         maps = _maps(args, name, bare)
         weights = files.get(name)
-        if bare.startswith("dift_"):
+        if is_noisy(bare):
             steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
             counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
             for count in counts:
