@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,8 +82,12 @@ def set_aside(path: str | Path, ending: str = "damaged") -> Path:
     for number in count(1):
         target = path.with_name(f"{path.name}.{ending}{f'-{number}' if number > 1 else ''}")
         if not os.path.lexists(target):
-            with suppress(FileNotFoundError):
+            try:
                 os.rename(path, target)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise FileError(f"{path} is {ending}, but cannot be renamed ({error}); move it away") from error
             return target
 
 
@@ -132,6 +136,9 @@ def replacing(path: str | Path, written: Callable[[str], bool] = lambda name: Fa
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{path.parent} cannot be made: {error}") from error
+    try:
         yield aside
         if path.exists() and path.is_dir() != aside.is_dir():
             raise FileTakenError(f"{path} is a {'folder' if path.is_dir() else 'file'}; choose another place")
@@ -149,7 +156,8 @@ def replacing(path: str | Path, written: Callable[[str], bool] = lambda name: Fa
             os.replace(aside, path)
     except OSError as error:
         # What names another file is an error of the block's reading.
-        if isinstance(error, FileError) or not str(error.filename or path).startswith((str(path), str(aside))):
+        own = str(error.filename or path).startswith((str(path), str(aside.with_suffix(""))))
+        if isinstance(error, FileError) or not own:
             raise
         raise FileError(f"{path} cannot be written: {error}") from error
     finally:
