@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -271,8 +270,21 @@ def _check_repository(
         raise InputError(f"{repo_id} has a tag {tag!r} already: take another, or delete that one first")
 
 
-def _operations(folder: Path, repo_id: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """All files of the folder but hidden ones; shards of an earlier push that are not among them go."""
+def _pushed(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """Weights of a repository as a push wrote them: the one file, or the index and the shards that it names."""
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    index = f"{checkpoints.NATIVE_NAME}.index.json"
+    names = {checkpoints.NATIVE_NAME, index}
+    if index in there:
+        with tempfile.TemporaryDirectory() as cache:
+            path = api.hf_hub_download(repo_id, index, revision=revision, cache_dir=cache)
+            with suppress(CheckpointError):  # of a damaged index nothing is known
+                names |= set(checkpoints.shard_names(path))
+    return names & there
+
+
+def _operations(folder: Path, repo_id: str, pushed: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """All files of the folder but hidden ones; weights of an earlier push that are not among them go."""
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -281,8 +293,7 @@ def _operations(folder: Path, repo_id: str, there: set[str]) -> list[CommitOpera
             if name == "README.md":
                 content = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()
             operations.append(CommitOperationAdd(name, content))
-    stale = {name for name in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)}
-    stale -= {operation.path_in_repo for operation in operations}
+    stale = pushed - {operation.path_in_repo for operation in operations}
     return operations + [CommitOperationDelete(name) for name in sorted(stale)]
 
 
@@ -350,7 +361,7 @@ def push_to_hub(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(
             repo_id,
-            _operations(folder, repo_id, set(api.list_repo_files(repo_id, revision=revision))),
+            _operations(folder, repo_id, _pushed(api, repo_id, revision)),
             commit_message=commit_message or f"Add {name}",
             revision=revision,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import struct
 from collections.abc import Mapping
@@ -16,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
-from ..files import readable_size, reading, replacing
+from ..files import readable_size, reading, replacing, set_aside
 from .dtypes import cast, check_dtype
 from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, listed
 from .reading import open_weights
 from .wrapping import unwrapped
 
+_logger = logging.getLogger(__name__)
 CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
 
 
@@ -132,6 +134,12 @@ def check_replaceable(folder: str | Path) -> None:
             f"{folder} holds other files ({', '.join(others[:3])}), which were not written by cleandift_backbones: "
             "choose another folder, or move them away"
         )
+
+
+def keep_other(path: Path) -> None:
+    """Renames a weights file that this module did not write to NAME.other, before one of that name is written."""
+    if path.is_file() and not _has_checksum(path):
+        _logger.warning(f"{path} was not written by cleandift_backbones: kept as {set_aside(path, 'other').name}")
 
 
 def _has_checksum(path: Path) -> bool:

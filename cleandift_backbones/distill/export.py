@@ -40,6 +40,7 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
     """
     out = Path(recipe.output_dir)
     if adapters is not None:
+        checkpoints.writing.keep_other(out / "lora.safetensors")
         checkpoints.save_native(adapters, out / "lora.safetensors")
     # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
     base, encoder = load_teacher(recipe).state_dict(), load_student_encoder(recipe)
