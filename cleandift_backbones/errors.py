@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 
+from safetensors import SafetensorError
+
 
 class CleanDIFTError(Exception):
     """Base of all errors that this package raises on purpose. Commands print its message and exit with 2."""
@@ -89,7 +91,7 @@ _NEXT_STEPS = {
 
 @contextmanager
 def file_errors(path: str | PathLike, failure: str = "", step: str = "") -> Iterator[None]:
-    """Around reading or writing a file or folder: what the operating system refuses becomes a FileError that names it.
+    """Around reading or writing a file or folder: what the system or safetensors refuses becomes a FileError.
 
     Args:
         path: named in the message, unless the system names another file.
@@ -105,6 +107,8 @@ def file_errors(path: str | PathLike, failure: str = "", step: str = "") -> Iter
         yield
     except CleanDIFTError:
         raise
+    except SafetensorError as error:  # a damaged file, or a disk that is full
+        raise FileError(f"{path}: {error}") from error
     except OSError as error:
         kinds = {FileNotFoundError: MissingFileError, FileExistsError: FileTakenError}
         aside = str(error.filename or "").endswith(".part")  # of `files.replacing`, gone already
@@ -154,9 +158,11 @@ def resource_errors(remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if re.search(r"DataLoader worker .*(killed|exited)|shared memory|unable to write to file </torch", text):
-            raise OutOfMemoryError(f"a process that reads images was killed, perhaps for memory: {remedy}") from error
+            raise OutOfMemoryError(
+                f"a process that reads images was killed, perhaps because memory ran out; {remedy}"
+            ) from error
         if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|not enough memory", text, re.I):
-            raise OutOfMemoryError(f"out of memory: {remedy}") from error
+            raise OutOfMemoryError(f"out of memory; {remedy}") from error
         raise
 
 

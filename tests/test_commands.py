@@ -232,10 +232,21 @@ def raised(tree):
         name for name in dir(__import__("builtins")) if name.endswith(("Error", "Exception", "Interrupt", "Exit"))
     }
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    caught = {  # where it is raised already
+        (node, name.id)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.Try)
+        for handler in block.handlers
+        for name in ast.walk(handler.type or ast.Pass())
+        if isinstance(name, ast.Name)
+        for statement in block.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Raise)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
             name = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            if isinstance(name, ast.Name) and name.id in builtin:
+            if isinstance(name, ast.Name) and name.id in builtin and (node, name.id) not in caught:
                 inside = [f for f in functions if f.lineno <= node.lineno <= f.end_lineno]
                 yield node.lineno, name.id, max(inside, key=lambda f: f.lineno).name if inside else ""
 

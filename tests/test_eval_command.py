@@ -178,7 +178,10 @@ def test_noise(classes, tmp_path, monkeypatch, capsys):
         (["noise", "--model", "pixels"], "pixels draws no noise; give dift_* models"),
         (["noise", "--model", "dift_tiny", "--ensemble", "2"], "unrecognized arguments: --ensemble 2"),
         (["knn", "--model", "pixels", "--map", "resnet51=us3"], "--map is given for resnet51, which is not among"),
-        (["knn", "--model", "pixels", "dift_sd21", "--k", "1"], "dift_sd21: "),  # no weights: found before any work
+        (
+            ["knn", "--model", "pixels", "dift_sd21", "--k", "1"],
+            "dift_sd21 cannot be loaded, because of unet: ",
+        ),  # no weights: found before any work
         (["correspondence", "--model", "pixels", "--soft-argmax", "4"], "--soft-argmax 4 has no middle pixel"),
     ],
 )

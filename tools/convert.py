@@ -15,6 +15,7 @@ the timestep; config.json; README.md. Then: timm.create_model("local-dir:FOLDER"
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,12 @@ with importing(__name__):
     from cleandift_backbones.models import ARCHITECTURES
 
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+ *[KMGT]B", text, re.I):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a size such as 5GB or 500MB")
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: as SOURCE's UNet"
     )
     result.add_argument("--cut", action="store_true", help="leave out what runs after the finest map (1 %% of SD)")
-    result.add_argument("--max-shard-size", default="5GB", help="of a file in a folder (default: 5GB)")
+    result.add_argument("--max-shard-size", type=_size, default="5GB", help="of a file in a folder (default: 5GB)")
     result.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
     return result
 

@@ -39,7 +39,7 @@ with importing(__name__):
     import numpy as np
     from PIL import Image
 
-    from cleandift_backbones.errors import needs
+    from cleandift_backbones.errors import file_errors, needs
     from cleandift_backbones.files import replacing, write_text
     from cleandift_backbones.locks import hold
     from cleandift_backbones.progress import tqdm
@@ -257,7 +257,7 @@ def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> se
     if overwrite:
         return set()
     for path in sorted(there):
-        with Image.open(path) as image:
+        with file_errors(path), Image.open(path) as image:
             if image.size != (size, size) or image.mode != "RGBA":
                 what = f"{path} is {image.mode} {image.width}x{image.height}"
                 raise PictureError(f"{what}, wanted RGBA {size}x{size}: add --overwrite")

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     _check(args)
     lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
-    with resource_errors(f"lower --batch-size, {lower}"):
+    with resource_errors(f"lower {lower}"):
         device = resolve_device(args.device)
         plan = make_plan(args)
         with hold(args.out, args.task):
