@@ -13,11 +13,12 @@ from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
 from .download import HubFile
 from .errors import InputError
-from .hub import CardInfo, model_card, timm_config
+from .hub import CardInfo, save_folder
+from .last_map import last_map_of, trained_last_map
 from .latents import latent_stride
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
 from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_header, open_parts
-from .unet import FeatureUNet
+from .unet import FeatureUNet, map_infos
 
 
 def find_architecture(weights: Weights) -> str:
@@ -53,17 +54,6 @@ def find_model(weights: Weights, teacher: bool = False) -> str:
     return f"{'dift' if teacher or weights.form == 'diffusers folder' else 'cleandift'}_{arch}"
 
 
-def deepest_map(weights: Weights, cfg: dict) -> str:
-    """The finest map whose UNet is held whole; "mid" if not even that is."""
-    with torch.device("meta"):
-        unet = FeatureUNet.build(cfg["unet"])
-    for name in reversed(unet.map_names):
-        unet.truncate(name)
-        if all(f"unet.{key}" in weights for key in unet.state_dict()):
-            return name
-    return "mid"
-
-
 def _unet_names(cfg: dict, last_map: str | None = None) -> list[str]:
     """Native names of the UNet's tensors down to a map, or of all of them, also of those that run after the last."""
     with torch.device("meta"):
@@ -93,12 +83,12 @@ def _stored_arguments(main: Path | HubFile, weights: Weights) -> dict:
     folder = main if isinstance(main, Path) else Path(weights.label)
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
-    kept = ("in_chans", "global_pool", "ensemble_size", "noise_seed", "timestep")
+    kept = ("in_chans", "global_pool", "ensemble_size", "noise_seed", "timestep", "final_map", "heads")
     arguments = {key: value for key, value in config.get("model_args", {}).items() if key in kept}
     if weights.has("head."):
         if not config.get("num_classes"):
             raise CheckpointError(f"{weights.label} holds a classifier, but no config.json says how it was built")
-        arguments |= dict(num_classes=config["num_classes"], final_map=config["model_args"].get("final_map", "mid"))
+        arguments["num_classes"] = config["num_classes"]
     return arguments
 
 
@@ -150,17 +140,23 @@ def to_native(
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
+    heads, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
         constants["timestep"] = torch.tensor(float(timestep))
     elif noisy:  # DIFT's is an argument; a file holds one all the same
         constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
     dtype = dtype or weights["unet.conv_in.weight"].dtype
-    deepest = deepest_map(weights, cfg)
+    infos = map_infos(cfg["unet"])
+    last = trained_last_map(weights, infos) or "mid"
+    depth = final_map or "mid" if arguments.get("num_classes") else last
     with torch.device("meta"):
-        built = timm.create_model(name, latent_encoder=latent_encoder, **{"final_map": deepest, **arguments})
+        built = timm.create_model(name, latent_encoder=latent_encoder, final_map=depth, **arguments)
     built.fixed.clear()
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
-    more = _unet_names(cfg, deepest if cut else None)
+    cut = cut or last != last_map_of(weights.names(), infos)
+    more = _unet_names(cfg, last if cut else None)
+    if weights.form == "native checkpoint":  # their arguments are in its config.json
+        more += sorted(key for key in weights.names() if key.startswith("heads."))
     state |= {key: weights[key].to(dtype) for key in more if key not in state and key in weights}
     label = main.name if isinstance(main, Path) else str(main)
     kept = {key: value for key, value in weights.metadata.items() if key not in ("format", "sha256", "timestep")}
@@ -168,17 +164,9 @@ def to_native(
     if out.suffix == ".safetensors":
         checkpoints.save_native(state, out, metadata)
     else:
-        config = timm_config(built)
-        for key in ("held", "final_map"):
-            config["model_args"].pop(key, None)
-        if deepest != built.unet.infos[-1].name:
-            config["model_args"]["held"] = deepest
-        if arguments.get("final_map", "mid") != "mid":
-            config["model_args"]["final_map"] = arguments["final_map"]
-        card = model_card(
-            config, CardInfo(recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form}).")
-        )
-        checkpoints.save_folder(state, out, config, card, metadata, max_shard_size=max_shard_size)
+        card = CardInfo(recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form}).")
+        stored = {"final_map": final_map, "heads": heads}
+        save_folder(built, out, card, metadata, max_shard_size=max_shard_size, state=state, arguments=stored)
     return name, found
 
 

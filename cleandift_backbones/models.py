@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 
 from .errors import InputError
 
@@ -245,7 +245,9 @@ def _create(
     """Builds a model through timm, only as deep as its finest map needs, and loads its weights."""
     from . import prompts
     from .backbone import CleanDIFT, feature_list, finest_map, take_indices
+    from .last_map import settled_last_map
     from .pretrained import Sources, load_pretrained
+    from .unet import map_infos
 
     if noisy:
         from .noisy import DIFT as model_cls
@@ -258,6 +260,9 @@ def _create(
     if text_encoder is None:
         kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
+    if held is not None and kwargs.get("features_only") and kwargs.get("out_indices") is None:
+        stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"))
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
@@ -314,8 +319,8 @@ _ARGUMENTS = """
         timestep: overrides the stored one, 0..999. prompt: text, or one per image (needs transformers).
         dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored; default: float32. device: of the model.
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
-            for weights that are put together from published parts. held: the finest map that the weights hold, which
-            narrows the default out_indices (a folder's config.json says it).
+            for weights that are put together from published parts. held: the last map of a truncated UNet, to which
+            the default out_indices are restricted (config.json of a folder gives it; the tensors in the file decide).
         latent_encoder: "tiny" for a light encoder in the VAE's place, of diffusers' AutoencoderTiny form (TAESD's
             weights for sd15 and sd21): much less work, slightly other latents; sources=dict(vae=) gives another one.
         projected_timestep: features as the projection heads map them to this timestep of the teacher (cleandift_*);

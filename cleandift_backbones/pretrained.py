@@ -18,6 +18,7 @@ from . import checkpoints, download, prompts
 from .checkpoints import Weights
 from .download import HubError, HubFile, RemoteFile
 from .errors import DependencyError, InputError, StateError
+from .last_map import check_reaches
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
@@ -371,6 +372,9 @@ def fit_model(
         weights: of `checkpoints.open_checkpoint`.
         given: tensors to use instead of those in the file, by name (what the model's arguments fix is kept anyway).
         dtype: of everything but the timestep (default: as the model has it).
+
+    Raises:
+        CheckpointError: the UNet of the weights ends at a coarser map; see also `checkpoints.fit`.
     """
 
     def ignorable(name: str) -> bool:
@@ -382,6 +386,7 @@ def fit_model(
             return adapt_input_conv(model.in_chans, tensor)
         return tensor
 
+    check_reaches(weights, model.unet)
     expected = model.state_dict()
     fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
     state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)
