@@ -11,13 +11,23 @@ from torch import Tensor
 
 from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
+from .checkpoints.ldm import TEXT
 from .download import HubFile
-from .errors import InputError
+from .errors import InputError, StateError
 from .hub import CardInfo, save_folder
 from .last_map import last_map_of, trained_last_map
-from .latents import latent_stride
+from .latents import build_latent_encoder, latent_stride
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
-from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_header, open_parts
+from .pretrained import (
+    START_TIMESTEP,
+    Sources,
+    check_configs,
+    fit_model,
+    missing_message,
+    open_encoder,
+    open_header,
+    open_parts,
+)
 from .unet import FeatureUNet, map_infos
 
 
@@ -44,14 +54,18 @@ def find_architecture(weights: Weights) -> str:
 
 
 def find_model(weights: Weights, teacher: bool = False) -> str:
-    """The model that weights are of: as their metadata says, else by shapes; a diffusers folder is taken for DIFT's."""
+    """The model that weights are of: as their metadata says, else by shapes.
+
+    A diffusers folder and an LDM file are taken for DIFT's: base models come so.
+    """
     stored = weights.metadata.get("model")
     if stored and timm.is_model(stored) and timm.model_entrypoint(stored).__module__.startswith(__package__):
         return stored
     arch = find_architecture(weights)
     if arch == "test":
         return "test_cleandift"
-    return f"{'dift' if teacher or weights.form == 'diffusers folder' else 'cleandift'}_{arch}"
+    base = weights.form == "diffusers folder" or "LDM" in weights.form
+    return f"{'dift' if teacher or base else 'cleandift'}_{arch}"
 
 
 def _unet_names(cfg: dict, last_map: str | None = None) -> list[str]:
@@ -170,6 +184,40 @@ def to_native(
     return name, found
 
 
+def _open_whole(
+    source: str, model: str | None, teacher: bool, fill: str | None
+) -> tuple[str, Weights, dict[str, Tensor], dict[str, str]]:
+    """A source whose UNet is whole, or is completed: (model's name, weights, like, metadata for what is written).
+
+    `like` are the tensors of the whole UNet, under native names, on the meta device.
+
+    Raises:
+        CheckpointError: not the whole UNet, and `fill` does not have the rest.
+    """
+    main, weights = open_main(source)
+    if weights.form != "CompVis full checkpoint":
+        weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main))
+    if teacher:
+        weights = weights.teacher()
+    name = model or find_model(weights, teacher)
+    with torch.device("meta"):
+        unet = FeatureUNet(**architecture_of(name)["unet"])
+    like = {f"unet.{key}": tensor for key, tensor in unet.state_dict().items()}
+    if fill:
+        other = open_main(fill)[1]
+        lacking = other.names() - weights.names()
+        weights.fill(other, [key for key in lacking if key in like or key.startswith(LDM_PARTS)])
+    missing = sorted(key for key in like if key not in weights)
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors of the whole UNet ({', '.join(missing[:3])}, ...): it was saved "
+            "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
+        )
+    metadata = {"model": name, "source": main.name if isinstance(main, Path) else str(main)}
+    timestep = str(weights["timestep"].item()) if "timestep" in weights else weights.metadata.get("timestep")
+    return name, weights, like, metadata | ({"timestep": timestep} if timestep else {})
+
+
 def to_diffusers(
     source: str,
     out: Path,
@@ -190,32 +238,71 @@ def to_diffusers(
     import diffusers
 
     checkpoints.check_replaceable(out)
-    main, weights = open_main(source)
-    if weights.form != "CompVis full checkpoint":
-        weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main))
-    if teacher:
-        weights = weights.teacher()
-    name = model or find_model(weights, teacher)
+    name, weights, like, metadata = _open_whole(source, model, teacher, fill)
     cfg = architecture_of(name)
-    with torch.device("meta"):
-        like = {f"unet.{key}": tensor for key, tensor in FeatureUNet(**cfg["unet"]).state_dict().items()}
-    missing = sorted(key for key in like if key not in weights)
-    if missing and fill:
-        weights.fill(open_main(fill)[1], missing)
-        missing = [key for key in missing if key not in weights]
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} tensors of the whole UNet ({', '.join(missing[:3])}, ...): it was saved "
-            "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
-        )
     dtype = dtype or weights["unet.conv_in.weight"].dtype
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     side = timm.get_pretrained_cfg(name).input_size[-1] // latent_stride(cfg["vae"])
     config = {**cfg["unet"], "sample_size": side, "_diffusers_version": diffusers.__version__}
-    label = main.name if isinstance(main, Path) else str(main)
-    metadata = {"model": name, "source": label}
-    if "timestep" in weights:
-        metadata["timestep"] = str(weights["timestep"].item())
     state = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
     checkpoints.save_diffusers_unet(state, out, config, metadata)
+    return name, weights
+
+
+#: what an LDM file holds that no feature needs: copied where the source or `fill` has it
+LDM_PARTS = ("vae.decoder.", "vae.post_quant_conv.", TEXT)
+
+
+def to_ldm(
+    source: str,
+    out: Path,
+    model: str | None = None,
+    teacher: bool = False,
+    vae: str | None = None,
+    fill: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[str, Weights]:
+    """Writes one safetensors file with the keys of the original Stable Diffusion code: UNet, VAE, and a text encoder.
+
+    The timestep goes into its metadata. VAE decoder and text encoder are those of the source or of `fill`, or absent.
+
+    Args:
+        source, model, teacher, dtype: as for `to_native`.
+        out: file to write.
+        vae: source of the VAE (default: the one in the source, else where it is published).
+        fill: source of what is lacking: tensors that run after the last map, VAE decoder, an LDM file's text encoder.
+
+    Returns:
+        the model's name, and the weights that were written, with what was added to the source.
+
+    Raises:
+        CheckpointError: unfit weights, not the whole UNet, or an encoder of AutoencoderTiny's form, for which LDM has
+            no keys. StateError: the VAE is unavailable. OSError: not written.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"an LDM checkpoint is one file: give an output NAME.safetensors, not {out}")
+    name, weights, like, metadata = _open_whole(source, model, teacher, fill)
+    cfg, sources = architecture_of(name), Sources(name, SOURCES.get(name, {}), {"vae": vae} if vae else {})
+    held = weights.latent_encoder()
+    if held == "tiny" and not vae:
+        raise CheckpointError(
+            f"{source} has a light encoder of AutoencoderTiny's form, for which LDM has no keys: give --vae SOURCE"
+        )
+    if vae or held is None:
+        place = sources.get("vae")
+        if place is None:
+            raise StateError(f"{source} holds no VAE, and none is published for {name}: give --vae SOURCE")
+        try:
+            found = open_encoder(place, "default")
+        except (download.HubError, FileNotFoundError) as error:
+            raise StateError(missing_message(sources, [f"vae: {error}"])) from error
+        weights.drop("vae.").put(found, "vae.")
+    check_configs(weights, cfg)
+    with torch.device("meta"):
+        like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(cfg["vae"]).state_dict().items()}
+    dtype = dtype or weights["unet.conv_in.weight"].dtype
+    state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
+    for key in sorted(key for key in weights.names() if key.startswith(LDM_PARTS)):
+        state[key] = weights[key].to(dtype) if weights[key].is_floating_point() else weights[key]
+    checkpoints.save_ldm(state, out, metadata)
     return name, weights

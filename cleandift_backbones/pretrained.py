@@ -346,8 +346,8 @@ def load_pretrained(
 
 
 _FIRST = ("vae.encoder.conv_in.weight", "vae.encoder.layers.0.weight")  # made for another number of channels
-#: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint
-BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.")
+#: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint, LDM's rest
+BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.", "ldm.")
 
 
 def load_weights(

@@ -304,7 +304,6 @@ def test_foreign_checkpoints_are_told_apart(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             opened(tmp_path, save({name: torch.zeros(1) for name in state}))
 
-    refused(["model.diffusion_model.input_blocks.0.0.weight"], "original Stable Diffusion code.*from_single_file")
     refused(["unet_encoder.lora_A.weight"], "is a LoRA.*merge it")
     for text in ("{}", "[]", '{"weight_map": {"a": "../b.safetensors"}}', "not json"):
         (tmp_path / "model.safetensors.index.json").write_text(text)

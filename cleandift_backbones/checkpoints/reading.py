@@ -8,6 +8,7 @@
 | diffusers folder | `unet/`, `vae/` | `unet.*`, `vae.*`, configs |
 | diffusers' VAE, also with its old attention names | `encoder.conv_in.weight` | `vae.*` |
 | diffusers' AutoencoderTiny (TAESD) | `encoder.layers.0.weight` | `vae.*` |
+| LDM single file of SD 1.x, 2.x; UNet or VAE of one | `model.diffusion_model.*`, ... | `unet.*`, `vae.*`, `ldm.*` |
 
 Only safetensors is ever read; pickle is refused unopened.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
+from . import ldm
 
 NATIVE_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
@@ -71,6 +73,8 @@ _PARTS = {
     "prompt_embeds": "prompt",
     "heads.": "projection heads",
     "head.": "classifier",
+    ldm.TEXT: "text encoder, not read",
+    ldm.EMA: "EMA weights, not read",
 }
 
 
@@ -108,22 +112,23 @@ def _identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
         return "native checkpoint", lambda name: name.removeprefix("model.")
     if "conv_in.weight" in names and any_starts("down_blocks."):
         return "UNet in diffusers' layout", lambda name: f"unet.{name}"
-    if "encoder.conv_in.weight" in names:
-        return "VAE in diffusers' layout", lambda name: f"vae.{_vae_name(name)}"
-    if "encoder.layers.0.weight" in names:
-        return "AutoencoderTiny in diffusers' layout", lambda name: f"vae.{name}"
-    if any_starts("model.diffusion_model.", "first_stage_model."):
-        raise CheckpointError(
-            f"{label} is a checkpoint of the original Stable Diffusion code: turn it into a diffusers folder first "
-            "(StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)), then pass that folder"
-        )
     if any("lora" in name.lower() for name in names):
         raise CheckpointError(
             f"{label} is a LoRA, not a whole model: merge it into its base model and save that, then pass the result"
         )
+    foreign = ldm.foreign_family(names)
+    if foreign is not None:
+        raise CheckpointError(f"{label} is of {foreign}: the models here are of Stable Diffusion 1.x and 2.x")
+    found = ldm.identify(names)
+    if found is not None:
+        return found
+    if "encoder.conv_in.weight" in names:
+        return "VAE in diffusers' layout", lambda name: f"vae.{_vae_name(name)}"
+    if "encoder.layers.0.weight" in names:
+        return "AutoencoderTiny in diffusers' layout", lambda name: f"vae.{name}"
     raise CheckpointError(
         f"{label} is no checkpoint of a form that this package knows (native vae.* and unet.*, CompVis unet or full, "
-        f"diffusers' UNet, VAE or folder): it holds {_listed(names)}"
+        f"diffusers' UNet, VAE or folder, LDM single file): it holds {_listed(names)}"
     )
 
 
