@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import checkpoints
 from .checkpoints import NATIVE_NAME, CheckpointError
+from .checkpoints.reading import PICKLES, pickle_refusal
 from .errors import FileError, MissingFileError
 from .files import replacing
 
@@ -246,13 +247,15 @@ def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None 
 
     Raises:
         FileNotFoundError: no such path, and not of the Hub's form.
-        HubError: not to be had.
+        HubError: not to be had. CheckpointError: a pickle file.
     """
     place = parse_source(source)
     if isinstance(place, Path):
         return place
     if place.path.endswith(".safetensors"):
         return fetch(place, cache_dir)
+    if place.path.endswith(PICKLES):
+        raise pickle_refusal(place)
     with explained(place):
         try:
             listed = HfApi().list_repo_files(place.repo, revision=place.revision)

@@ -1,6 +1,7 @@
 """Single-file checkpoints with the key names of the original Stable Diffusion code, both ways."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import standins
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cleandift_backbones import checkpoints
 from cleandift_backbones.checkpoints import ldm
+from cleandift_backbones.convert import find_model
 from cleandift_backbones.distill.build import load_teacher
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.download import HubFile
@@ -84,6 +86,22 @@ def test_names_of_the_published_files():
             "first_stage_model.quant_conv.weight": (8, 8, 1, 1),
         }
         assert {name: tuple(written[name].shape) for name in shapes} == shapes
+
+
+class Shapes(dict):
+    """Tensors on the meta device as an open file."""
+
+    def metadata(self):
+        return None
+
+    def get_slice(self, name):
+        return SimpleNamespace(get_shape=lambda: self[name].shape)
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sd21", "tiny"])
+def test_a_base_model_is_taken_for_dift(arch):
+    weights = checkpoints.open_files("v1-5-pruned.safetensors", [Shapes(ldm.ldm_state(native(*parts(arch))))])
+    assert find_model(weights) == f"dift_{arch}" and weights.latent_encoder() == "default"
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -276,7 +294,12 @@ def test_a_damaged_file_names_what_is_missing(tmp_path, known, gone):
         load(file)
 
 
-def test_a_pickle_is_refused(tmp_path, known):
+def test_a_pickle_is_refused(tmp_path, known, hub):
     torch.save({"state_dict": rest()}, tmp_path / "v1-5-pruned.ckpt")
-    with pytest.raises(checkpoints.CheckpointError, match="is a pickle file.*refused. Convert it to safetensors"):
-        load(tmp_path / "v1-5-pruned.ckpt")
+    hub.place("me/sd", {"v1-5-pruned.ckpt": (tmp_path / "v1-5-pruned.ckpt").read_bytes()})
+    for place in (tmp_path / "v1-5-pruned.ckpt", "me/sd/v1-5-pruned.ckpt"):
+        with pytest.raises(
+            checkpoints.CheckpointError, match="pruned.ckpt is a pickle file.*refused. Convert it"
+        ):
+            load(place)
+    assert not list(hub.cache.rglob("*.ckpt"))

@@ -242,6 +242,16 @@ class Weights:
         return family(self.shape(keys[0])[1], self.has("unet.add_embedding.")) if keys else None
 
 
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+
+def pickle_refusal(place: object) -> CheckpointError:
+    return CheckpointError(
+        f"{place} is a pickle file, which can run code when loaded: refused. Convert it to safetensors where you trust "
+        "it (safetensors.torch.save_file), then pass that file"
+    )
+
+
 def open_weights(path: str | Path) -> safe_open:
     """Opens a safetensors file for reading by key, without reading its tensors.
 
@@ -258,10 +268,7 @@ def open_weights(path: str | Path) -> safe_open:
         with open(path, "rb") as file:
             head = file.read(2)
         if head == b"PK" or head[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path} is a pickle file, which can run code when loaded: refused. Convert it to safetensors where "
-                "you trust it (safetensors.torch.save_file), then pass that file"
-            ) from None
+            raise pickle_refusal(path) from None
         size = path.stat().st_size
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or not a safetensors file ({error}): download or convert it again"
@@ -325,7 +332,7 @@ def open_checkpoint(path: str | Path) -> Weights:
 
 
 def _pickles(folder: Path) -> str:
-    found = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".ckpt", ".pkl")]
+    found = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
     return f" Pickle files ({_listed(found)}) are never loaded: convert them to safetensors." if found else ""
 
 
