@@ -1,4 +1,4 @@
-"""Weights of one form into another: told what they are by keys and shapes, completed, written."""
+"""Weights of one form into another: identified by keys and shapes, completed, written."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ from .pretrained import (
     open_parts,
 )
 from .unet import FeatureUNet, map_infos
+
+#: what LDM files hold and no feature needs: copied from the source, or from `fill`
+LDM_PARTS = ("vae.decoder.", "vae.post_quant_conv.", TEXT)
 
 
 def find_architecture(weights: Weights) -> str:
@@ -247,10 +250,6 @@ def to_diffusers(
     state = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
     checkpoints.save_diffusers_unet(state, out, config, metadata)
     return name, weights
-
-
-#: what an LDM file holds that no feature needs: copied where the source or `fill` has it
-LDM_PARTS = ("vae.decoder.", "vae.post_quant_conv.", TEXT)
 
 
 def to_ldm(

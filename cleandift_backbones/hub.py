@@ -290,11 +290,11 @@ def _corrected(folder: Path) -> dict[str, str]:
     """
     from .unet import map_infos
 
-    config = json.loads((folder / "config.json").read_text())
+    config = {"model_args": {}, **json.loads((folder / "config.json").read_text())}
     infos = map_infos(architecture_of(config["architecture"])["unet"])
     last, arguments = trained_last_map(checkpoints.open_checkpoint(folder), infos), dict(config["model_args"])
     claimed = arguments.pop("held", infos[-1].name)
-    if claimed == last:
+    if last is None or claimed == last:
         return {}
     right = {**config, "model_args": ({} if last == infos[-1].name else {"held": last}) | arguments}
     corrected = {"config.json": json.dumps(right, indent=2) + "\n"}

@@ -118,5 +118,6 @@ def check_reaches(weights: Weights, unet: FeatureUNet) -> None:
     if last is not None and order.index(last) < order.index(unet.last_map):
         raise CheckpointError(
             f"{weights.label} ({weights.form}) ends at map {last!r} and cannot give {unet.last_map!r}: choose from "
-            f"{', '.join(order[: order.index(last) + 1])} (out_indices, final_map), or take weights with the whole UNet"
+            f"{', '.join(order[: order.index(last) + 1])} (out_indices or final_map; maps in training), or take "
+            "weights with the whole UNet"
         )

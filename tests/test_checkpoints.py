@@ -161,7 +161,7 @@ def test_missing_extra_and_wrong_shaped_keys(native):
     with pytest.raises(CheckpointError, match=r"unfit tensors: .*unet.conv_in.bias is \(9,\), the model needs \(4,\)"):
         load(path)
     save_file({k: v for k, v in state.items() if "up_blocks" not in k}, path)
-    with pytest.raises(CheckpointError, match=r"ends at map 'mid' and cannot give 'us9': choose from mid \(out_ind"):
+    with pytest.raises(CheckpointError, match=r"ends at map 'mid' and cannot give 'us9': choose from mid "):
         load(path, features_only=True)
     load(path)  # but a model that ends at mid needs none of them
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from finetune_runs import arguments, equal, finetune, log
+from finetune_runs import arguments, equal, finetune, log, refused
 from safetensors.torch import load_file
 
 from cleandift_backbones.checkpoints import CheckpointError
@@ -88,7 +88,7 @@ FOUR = ["us9", "us6", "us3", "mid"]
     "maps, default, offered",
     [("null", FOUR, [f"us{i}" for i in range(10, 0, -1)] + ["mid"]), ("{us6: 1, us3: 0.5}", FOUR[1:], None)],
 )
-def test_the_native_folder_offers_the_maps_that_were_trained(pictures, tmp_path, maps, default, offered):
+def test_the_native_folder_offers_the_maps_that_were_trained(pictures, tmp_path, capsys, maps, default, offered):
     """The finest trained map is the last: in config.json, in the card, in the file, and in what timm gives."""
     offered = offered or [f"us{i}" for i in range(6, 0, -1)] + ["mid"]
     state = finetune(pictures, tmp_path / "run", f"maps={maps}", "max_steps=1")
@@ -109,6 +109,8 @@ def test_the_native_folder_offers_the_maps_that_were_trained(pictures, tmp_path,
     if len(default) < 4:
         with pytest.raises(CheckpointError, match="ends at map 'us6' and cannot give 'us9'"):
             timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(1,))
+        message = "ends at map 'us6' and cannot give 'us10': choose from mid, us1"
+        refused(pictures, tmp_path / "deeper", capsys, message, f"student_weights={folder}")
 
 
 def test_lora_trains_adapters_alone_and_merges(pictures, tmp_path):

@@ -298,8 +298,6 @@ def test_a_pickle_is_refused(tmp_path, known, hub):
     torch.save({"state_dict": rest()}, tmp_path / "v1-5-pruned.ckpt")
     hub.place("me/sd", {"v1-5-pruned.ckpt": (tmp_path / "v1-5-pruned.ckpt").read_bytes()})
     for place in (tmp_path / "v1-5-pruned.ckpt", "me/sd/v1-5-pruned.ckpt"):
-        with pytest.raises(
-            checkpoints.CheckpointError, match="pruned.ckpt is a pickle file.*refused. Convert it"
-        ):
+        with pytest.raises(checkpoints.CheckpointError, match="pruned.ckpt is a pickle file.*refused. Convert it"):
             load(place)
     assert not list(hub.cache.rglob("*.ckpt"))
