@@ -13,13 +13,13 @@ from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
 from .checkpoints.ldm import TEXT
 from .download import HubFile
-from .errors import InputError, StateError
+from .errors import InputError, MissingWeightsError, StateError
 from .hub import CardInfo, save_folder
 from .last_map import last_map_of, trained_last_map
 from .latents import build_latent_encoder, latent_stride
+from .learned import START_TIMESTEP, stored_timestep
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
 from .pretrained import (
-    START_TIMESTEP,
     Sources,
     check_configs,
     fit_model,
@@ -28,6 +28,7 @@ from .pretrained import (
     open_header,
     open_parts,
 )
+from .training_data import training_data
 from .unet import FeatureUNet, map_infos
 
 #: what LDM files hold and no feature needs: copied from the source, or from `fill`
@@ -49,9 +50,9 @@ def find_architecture(weights: Weights) -> str:
         }
         if all(key in weights and weights.shape(key) == shape for key, shape in shapes.items()):
             return name
-    family = weights.unet_family()
+    family, known = weights.unet_family(), ", ".join(name for name in ARCHITECTURES if name != "test")
     raise CheckpointError(
-        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({', '.join(ARCHITECTURES)})"
+        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({known})"
         + (f", but one of another family: {family}" if family else f", but {weights.describe() or 'nothing'}")
     )
 
@@ -162,7 +163,7 @@ def to_native(
         constants["timestep"] = torch.tensor(float(timestep))
     elif noisy:  # DIFT's is an argument; a file holds one all the same
         constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
-    dtype = dtype or weights["unet.conv_in.weight"].dtype
+    dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     infos = map_infos(cfg["unet"])
     last = trained_last_map(weights, infos) or "mid"
     depth = final_map or "mid" if arguments.get("num_classes") else last
@@ -174,14 +175,17 @@ def to_native(
     more = _unet_names(cfg, last if cut else None)
     if weights.form == "native checkpoint":  # their arguments are in its config.json
         more += sorted(key for key in weights.names() if key.startswith("heads."))
-    state |= {key: weights[key].to(dtype) for key in more if key not in state and key in weights}
+    state |= {key: checkpoints.cast(key, weights[key], dtype) for key in more if key not in state and key in weights}
     label = main.name if isinstance(main, Path) else str(main)
     kept = {key: value for key, value in weights.metadata.items() if key not in ("format", "sha256", "timestep")}
     metadata = {**kept, "model": name, "source": label, "form": weights.form}
     if out.suffix == ".safetensors":
         checkpoints.save_native(state, out, metadata)
     else:
-        card = CardInfo(recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form}).")
+        known = training_data(source if source in SOURCES else f"local-dir:{source}")
+        card = CardInfo(
+            data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."
+        )
         stored = {"final_map": final_map, "heads": heads}
         save_folder(built, out, card, metadata, max_shard_size=max_shard_size, state=state, arguments=stored)
     return name, found
@@ -217,8 +221,10 @@ def _open_whole(
             "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
         )
     metadata = {"model": name, "source": main.name if isinstance(main, Path) else str(main)}
-    timestep = str(weights["timestep"].item()) if "timestep" in weights else weights.metadata.get("timestep")
-    return name, weights, like, metadata | ({"timestep": timestep} if timestep else {})
+    timestep = stored_timestep(weights)
+    if timestep is not None:
+        metadata["timestep"] = str(timestep.item())
+    return name, weights, like, metadata
 
 
 def to_diffusers(
@@ -243,7 +249,7 @@ def to_diffusers(
     checkpoints.check_replaceable(out)
     name, weights, like, metadata = _open_whole(source, model, teacher, fill)
     cfg = architecture_of(name)
-    dtype = dtype or weights["unet.conv_in.weight"].dtype
+    dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     side = timm.get_pretrained_cfg(name).input_size[-1] // latent_stride(cfg["vae"])
     config = {**cfg["unet"], "sample_size": side, "_diffusers_version": diffusers.__version__}
@@ -294,14 +300,16 @@ def to_ldm(
         try:
             found = open_encoder(place, "default")
         except (download.HubError, FileNotFoundError) as error:
-            raise StateError(missing_message(sources, [f"vae: {error}"])) from error
+            missing = [f"vae: {error}"]
+            raise MissingWeightsError(missing_message(sources, missing), name, missing) from error
         weights.drop("vae.").put(found, "vae.")
     check_configs(weights, cfg)
     with torch.device("meta"):
         like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(cfg["vae"]).state_dict().items()}
-    dtype = dtype or weights["unet.conv_in.weight"].dtype
+    dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     for key in sorted(key for key in weights.names() if key.startswith(LDM_PARTS)):
-        state[key] = weights[key].to(dtype) if weights[key].is_floating_point() else weights[key]
+        tensor = weights[key]
+        state[key] = checkpoints.cast(key, tensor, dtype) if tensor.is_floating_point() else tensor
     checkpoints.save_ldm(state, out, metadata)
     return name, weights

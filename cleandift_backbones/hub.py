@@ -21,8 +21,8 @@ from . import checkpoints
 from .checkpoints import CheckpointError
 from .download import HubError, HubFile, explained
 from .errors import InputError, InputTypeError
-from .last_map import last_map_of, trained_last_map
-from .models import architecture_of, offered_maps
+from .last_map import last_map_of, offered_maps, trained_last_map
+from .models import architecture_of
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -61,8 +61,16 @@ class CardInfo:
     notes: str | None = None
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """A model out of torch.compile's wrapper, (Distributed)DataParallel or timm's EMA."""
+    for name in ("_orig_mod", "module"):
+        if isinstance(inner := getattr(model, name, None), torch.nn.Module):
+            return _unwrapped(inner)
+    return model
+
+
 def _backbone(model: nn.Module) -> nn.Module:
-    """The CleanDIFT inside a features_only model, or the model itself."""
+    """The CleanDIFT inside a features_only model, or the model itself; both without wrappers."""
     inner = getattr(model, "model", model)
     if not hasattr(inner, "unet") or not hasattr(inner, "pretrained_cfg"):
         raise InputTypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
@@ -80,7 +88,9 @@ def timm_config(model: nn.Module, names: Collection[str] | None = None) -> dict:
         names: native names of the tensors to be written, whose last map is `held` (default: the model's own).
     """
     inner = _backbone(model)
-    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load")
+    # What belongs to the published weights; a card says what other weights were trained on.
+    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load",
+               "description")  # fmt: skip
     nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
     cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
     arguments = {}
@@ -218,6 +228,7 @@ def save_folder(
     Raises:
         TypeError: not a model of this package. ValueError: an optimised one. OSError: it could not be written.
     """
+    model = _unwrapped(model)
     if getattr(_backbone(model), "own_keys", False):
         raise InputError("this model is optimised for inference: save it before cleandift_backbones.optimize")
     config = timm_config(model, state)

@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    _registry,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
+from .checkpoints.dtypes import check_dtype
 from .errors import InputError
+from .inputs import refuse_unknown_ways, take_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,9 +162,14 @@ def _hub(name: str, **kwargs: Any) -> dict:
     return _cfg(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path, **kwargs)
 
 
-_SD15 = partial(_hub, size=512, stride=64)
-_SD21 = partial(_hub, size=768, stride=64)
-_TINY = partial(_cfg, 128, 32, license="apache-2.0")
+TRAINED_ON = "Trained on "  # how the description of weights begins: `training_data` reads what follows
+#: in the description of weights that find no good matches on photographs
+NOT_PHOTOGRAPHS = "matches on photographs are unreliable; for photographs choose cleandift_sd21"
+_WEB = TRAINED_ON + "photographs and art from the web (Stable Diffusion {}, subsets of LAION-{}B)"
+_SD15 = partial(_hub, size=512, stride=64, description=_WEB.format(1.5, 2))
+_SD21 = partial(_hub, size=768, stride=64, description=_WEB.format(2.1, 5))
+_EMOJI = f"{TRAINED_ON}emoji (small demo model): {NOT_PHOTOGRAPHS}"
+_TINY = partial(_cfg, 128, 32, license="apache-2.0", description=_EMOJI)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -172,6 +185,11 @@ default_cfgs = generate_default_cfgs(
         "test_cleandift": _cfg(128, 64, license="apache-2.0"),
     }
 )
+
+
+def model_names() -> list[str]:
+    """Names of the models that are meant for users, sorted."""
+    return sorted({name for name in default_cfgs if not name.startswith("test_")})
 
 
 def architecture_of(model: str) -> dict:
@@ -199,36 +217,6 @@ def with_encoder(cfg: dict, latent_encoder: str) -> dict:
     return {**cfg, "vae": cfg["vae_tiny"]} if latent_encoder == "tiny" else cfg
 
 
-def default_indices(cfg: dict, infos: list[dict], pyramid: bool, held: str | None = None) -> tuple[int, ...]:
-    """Features that features_only gives by default: the block outputs that the paper evaluates (us9, us6, us3, mid),
-    a pyramid's levels; of them, those that weights hold which end at the map `held`."""
-    from .backbone import held_features
-
-    found = held_features(cfg, infos, held)
-    blocks = [i for i in found if pyramid or infos[i]["module"].endswith(("upsamplers.0", "mid_block"))]
-    return tuple(blocks or found)
-
-
-def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[str]]:
-    """Names of the maps of weights that end at the map `held`: all of them, and those given by default."""
-    from .backbone import feature_list, held_features
-
-    cfg, pyramid = architecture_of(model), model.endswith("_pyramid")
-    infos = feature_list(cfg, pyramid)
-    names = [info["name"] for info in infos]
-    return [names[i] for i in held_features(cfg, infos, held)], [
-        names[i] for i in default_indices(cfg, infos, pyramid, held)
-    ]
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """A floating-point dtype by itself or its name; "auto" and None stay."""
-    found = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-    if found in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
-    raise InputError(f"dtype must be float32, float16, bfloat16 or 'auto' (that of the weights), got {dtype!r}")
-
-
 def _create(
     variant: str,
     arch: str,
@@ -245,7 +233,7 @@ def _create(
     """Builds a model through timm, only as deep as its finest map needs, and loads its weights."""
     from . import prompts
     from .backbone import CleanDIFT, feature_list, finest_map, take_indices
-    from .last_map import settled_last_map
+    from .last_map import default_indices, settled_last_map
     from .pretrained import Sources, load_pretrained
     from .unet import map_infos
 
@@ -253,16 +241,18 @@ def _create(
         from .noisy import DIFT as model_cls
     else:
         model_cls = CleanDIFT
-    cfg, dtype = with_encoder(ARCHITECTURES[arch], latent_encoder), _dtype(dtype)
+    cfg, dtype = with_encoder(ARCHITECTURES[arch], latent_encoder), check_dtype(dtype, auto=True)
     name = variant.removesuffix("_pyramid")
     parts = Sources(name, SOURCES.get(name, {}), sources or {}, latent_encoder)
     text_encoder = kwargs.setdefault("text_encoder", parts.given.get("text_encoder"))
     if text_encoder is None:
         kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
+    refuse_unknown_ways(kwargs, infos)
+    state = take_state(kwargs) if pretrained else None
     if held is not None and kwargs.get("features_only") and kwargs.get("out_indices") is None:
         stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"))
+        held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"), state)
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
@@ -299,7 +289,7 @@ def _create(
         backbone.cache_dir = kwargs.get("cache_dir")
         if prompt is not None:
             backbone.fixed.add("prompt_embeds")
-        place = load_pretrained(backbone, cfg, parts, backbone.cache_dir, dtype)
+        place = load_pretrained(backbone, cfg, parts, backbone.cache_dir, dtype, state)
         if text_encoder is None and place is not None:
             backbone.text_encoder = place
         if prompt is not None:
@@ -311,13 +301,15 @@ def _create(
 _ARGUMENTS = """
 
     Args:
-        pretrained: load weights; pretrained_cfg_overlay=dict(file=PATH) names a file or folder of yours.
-        features_only: return a list of maps instead of pooled features; out_indices chooses them (0 = us10, the finest,
-            ... 10 = mid; default (1, 4, 7, 10) = us9, us6, us3, mid).
+        pretrained: load weights; pretrained_cfg_overlay=dict(file=PATH) names a file or folder of yours,
+            dict(state_dict=...) gives tensors in memory.
+        features_only: return a list of maps instead of pooled features; out_indices chooses them by name or index (0 =
+            us10, the finest, ... 10 = mid; default (1, 4, 7, 10) = us9, us6, us3, mid).
         final_map: without features_only, the map that the model ends at (default "mid").
         num_classes, global_pool, in_chans, drop_rate: as everywhere in timm.
         timestep: overrides the stored one, 0..999. prompt: text, or one per image (needs transformers).
-        dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored; default: float32. device: of the model.
+        dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored (8-bit floats become float16); default:
+            float32. device: of the model.
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
             for weights that are put together from published parts. held: the last map of a truncated UNet, to which
             the default out_indices are restricted (config.json of a folder gives it; the tensors in the file decide).
@@ -393,3 +385,7 @@ def dift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def test_cleandift(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A few thousand random parameters in SD's four-level topology, for tests."""
     return _create("test_cleandift", "test", pretrained, **kwargs)
+
+
+# timm.list_models() leaves out deprecated names; this one, for this project's tests, can be created all the same.
+getattr(_registry, "_deprecated_models", {})["test_cleandift"] = None

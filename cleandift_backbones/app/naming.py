@@ -11,8 +11,8 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 
 from ..download import parse_source
 from ..extractor import PIXELS, ModelError, list_maps
-from ..last_map import checked_last_map
-from ..models import architecture_of, offered_maps
+from ..last_map import checked_last_map, offered_maps
+from ..models import architecture_of
 from ..unet import map_infos
 
 DEFAULT_SIDE = 224  # of models that do not say

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError, MissingFileError
+from ..progress import tqdm
 
 __all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures"]
 

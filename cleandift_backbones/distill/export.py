@@ -56,7 +56,6 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
     folder = hub.save_folder(
         model, out / "native", card, {"recipe": method(recipe)}, dtype, state=state, arguments=dict(heads=heads)
     )
-    print(f"wrote {folder} after {recipe.max_steps} steps; learned timestep {float(state['timestep']):.2f}")
     if recipe.push_to_hub:
         print(f"pushed to {hub.push_to_hub(folder, recipe.push_to_hub)}")
 

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..extractor import Extractor, extract
 from ..images import read_image, to_tensor
+from ..progress import tqdm
 from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally
 

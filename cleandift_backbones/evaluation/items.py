@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..images import ImageError, read_image
+from ..progress import tqdm
 
 
 class DataError(InputError):

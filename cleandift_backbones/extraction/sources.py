@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..images import ENDINGS, ImageError, find_pictures, read_image
+from ..progress import tqdm
 from ..tars import SUFFIXES, find_shards
 
 _ENDINGS = (*ENDINGS, ".gif")
