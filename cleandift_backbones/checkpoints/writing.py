@@ -20,6 +20,7 @@ from ..errors import FileError, FileTakenError, InputError
 from ..files import readable_size, reading, replacing, set_aside
 from .dtypes import cast, check_dtype
 from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, listed
+from .ldm import ldm_state
 from .reading import open_weights
 from .wrapping import unwrapped
 
@@ -206,6 +207,16 @@ def save_folder(
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (aside / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)
+
+
+def save_ldm(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors with native names as one single-file checkpoint with LDM's keys, aside and renamed.
+
+    Raises:
+        OSError: as for `save_native`.
+    """
+    with replacing(path) as aside:
+        write_file(ldm_state(state), aside, metadata)
 
 
 def save_diffusers_unet(
