@@ -90,8 +90,13 @@ _NEXT_STEPS = {
 
 
 @contextmanager
-def file_errors(path: str | PathLike) -> Iterator[None]:
+def file_errors(path: str | PathLike, failure: str = "", step: str = "") -> Iterator[None]:
     """Around reading or writing a file or folder: what the system or safetensors refuses becomes a FileError.
+
+    Args:
+        path: named in the message, unless the system names another file.
+        failure: e.g. "cannot be read", between the name and the system's reason.
+        step: what to do, for reasons that have no next step of their own.
 
     Raises:
         MissingFileError: it does not exist.
@@ -108,8 +113,11 @@ def file_errors(path: str | PathLike) -> Iterator[None]:
         kinds = {FileNotFoundError: MissingFileError, FileExistsError: FileTakenError}
         aside = str(error.filename or "").endswith(".part")  # of `files.replacing`, gone already
         named = path if aside or error.filename is None else error.filename
-        step = f"; {_NEXT_STEPS[error.errno]}" if error.errno in _NEXT_STEPS else ""
-        raised = kinds.get(type(error), FileError)(f"{named}: {error.strerror or error}{step}")
+        reason, step = error.strerror or str(error), _NEXT_STEPS.get(error.errno, step)
+        message = f"{named} {failure} ({reason})" if failure else f"{named}: {reason}"
+        if isinstance(error, FileNotFoundError):
+            message, step = f"{named} does not exist", ""
+        raised = kinds.get(type(error), FileError)(message + (f"; {step}" if step else ""))
         raised.errno = error.errno
         raise raised from error
 

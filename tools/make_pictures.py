@@ -235,6 +235,14 @@ def read_names(concepts: dict, folders: dict[str, Path]) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
+def is_own_metadata(path: Path) -> bool:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError:
+        return False
+    return all(isinstance(line, dict) and {"style", "concept", "family"} <= line.keys() for line in lines)
+
+
 def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> set[Path]:
     """What of `wanted` is already there; an error for pictures that do not belong there or have another size."""
     there = set(out.glob("*/*/*.png"))
@@ -243,6 +251,9 @@ def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> se
             f"{out} holds {len(foreign)} pictures that this command would not make, first {foreign[0]}: remove them or "
             "choose an empty folder"
         )
+    for path in sorted(out.glob("*/metadata.jsonl")):
+        if not is_own_metadata(path):
+            raise PictureError(f"{path} was not written by this command: move it away, or choose an empty folder")
     if overwrite:
         return set()
     for path in sorted(there):

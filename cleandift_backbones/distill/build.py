@@ -23,6 +23,7 @@ from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
 from ..errors import InputError, missing_weights
 from ..heads import ProjectionHeads
+from ..last_map import check_reaches
 from ..learned import stored_timestep
 from ..locks import hold
 from ..models import ARCHITECTURES
@@ -133,6 +134,7 @@ def _load_student(student: FeatureUNet, source: str, timestep: float, latent_enc
             f"student_weights={source} learnt on the latents of the {kind} encoder that it holds: give "
             f"latent_encoder={kind} too, or a student of the VAE's latents"
         )
+    check_reaches(weights, student)
     expected = {f"unet.{name}": tensor for name, tensor in student.state_dict().items()}
     beside = {f"unet.{name}" for name in student.dropped_keys}
     state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)

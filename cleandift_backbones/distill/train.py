@@ -80,7 +80,6 @@ class Training:
     """One run. Reads from top to bottom: `run`, then what it calls."""
 
     def __init__(self, recipe: Recipe):
-        check_folder(recipe.output_dir)
         self.recipe, self.out, self.started = recipe, Path(recipe.output_dir), time.monotonic()
         check_replaceable(self.out / "native")  # not only when the training is over
         self.accelerator = accelerator = make_accelerator(recipe)
@@ -389,6 +388,7 @@ def distill(recipe: Recipe) -> int:
     """
     remedy = "set gradient_checkpointing=true, or in a new output_dir a lower batch_size or lora.rank=64"
     first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    check_folder(recipe.output_dir)
     with (
         resource_errors(f"{remedy}; checkpoints written so far are kept"),
         hold(recipe.output_dir) if first else nullcontext(),

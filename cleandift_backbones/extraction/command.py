@@ -153,9 +153,7 @@ def _check(args: argparse.Namespace) -> None:
             import pyarrow.parquet  # noqa: F401
     if args.weights and not Path(args.weights).is_file():
         raise MissingFileError(f"--weights {args.weights}: no such file")
-    if ":" not in args.model.removeprefix("random:"):
-        noisy = args.model.removeprefix("random:").startswith("dift_")
-        check_noise(args.model, noisy, timestep=args.timestep, ensemble=args.ensemble)
+    check_noise([args.model], timestep=args.timestep, ensemble=args.ensemble)
     check_folder(args.out)
     check_out(args.out)
     if args.threads:
@@ -181,7 +179,6 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Res
         DTYPES[args.dtype], args.keep_size, **kwargs,
     )  # fmt: skip
     extractor.name = args.model
-    check_noise(args.model, extractor.adds_noise, timestep=args.timestep, ensemble=args.ensemble)
     if not args.keep_size:
         return extractor, Resize(args.resize, extractor.size, mean=extractor.mean)
     if extractor.size:
