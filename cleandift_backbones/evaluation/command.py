@@ -17,7 +17,8 @@ from tqdm import tqdm
 from ..arguments import check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
-from ..images import ImageError, check_folder, find_pictures
+from ..images import ImageError, check_folder
+from ..listing import left_out_told, list_folder
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
 from .items import DataError, file_item
@@ -369,9 +370,11 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
 
 def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
     root = Path(args.data)
-    paths = find_pictures(root)
+    listed = list_folder(root)
+    paths = listed.pictures
     if len(paths) < 2:
-        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two")
+        told = left_out_told(listed.left_out)
+        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two {told}".strip())
     paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
     pictures, shares = [file_item(path, root).read() for path in paths], []
     for planned in tqdm(plan, desc="runs", unit="run"):

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..arguments import check_ranges, load_model, model_arguments, pick_maps
 from ..errors import DependencyError, InputError, MissingFileError
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..images import check_folder
+from ..listing import left_out_told
 from ..version import __version__
 from .formats import DTYPES, FORMATS
 from .loading import Resize
@@ -210,7 +212,8 @@ def extract_all(args: argparse.Namespace) -> Report:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    entries, told = list_entries(args.data, args.shard_names)
+    left_out: Counter[str] = Counter()
+    entries, told = list_entries(args.data, args.shard_names, left_out)
     entries = entries[: args.limit]
     extractor, resize = load(args, device)
     prompt = _prompt(args, extractor, entries)
@@ -236,7 +239,7 @@ def extract_all(args: argparse.Namespace) -> Report:
     )  # fmt: skip
     store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank)
     done, damaged = store.done()
-    for sentence in [*(told if rank == 0 else []), *damaged]:
+    for sentence in [*([*told, *filter(None, [left_out_told(left_out)])] if rank == 0 else []), *damaged]:
         tqdm.write(sentence, file=sys.stderr)
     if told and args.strict:
         raise SourceError(told[0])
