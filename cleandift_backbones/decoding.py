@@ -85,9 +85,9 @@ def opened(
         except ImageError:
             raise
         except ValueError:  # of a PNG whose texts are longer than Pillow takes
-            if (file := _without_texts(file)) is None:
+            if (plain := _without_texts(source)) is None:
                 raise
-            image = _open(file, path, load, limit)
+            image = _open(plain, path, load, limit)
         with image:
             yield image
     except ImageError:
@@ -148,10 +148,10 @@ def _check_strips(image: Image.Image) -> None:
         raise OSError(f"{image.width} x {image.height} pixels are declared, the file has {held} of them")
 
 
-def _without_texts(file: Path | io.BytesIO) -> io.BytesIO | None:
+def _without_texts(source: str | os.PathLike | bytes) -> io.BytesIO | None:
     """A PNG without its texts, or None for another file. Pillow refuses texts of more than 1 MB decompressed, and its
     limits hold for the whole process."""
-    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
     if not data.startswith(_PNG):
         return None
     kept, place = [_PNG], len(_PNG)
@@ -193,8 +193,15 @@ def read_image(
 def picture_size(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of what `read_image` gives, from the file's header. Raises ImageError for what is no picture."""
     with opened(path, load=False) as image:
-        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # read_image turns these upright
-        return image.size if sideways else image.size[::-1]
+        if image.format != "PNG":
+            return _upright_size(image)
+    with opened(path) as image:  # in a PNG the orientation may stand behind the pixels
+        return _upright_size(image)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # read_image turns these upright
+    return image.size if sideways else image.size[::-1]
 
 
 def to_rgb(image: Image.Image, path: str = "image", background: Sequence[int] = (255, 255, 255)) -> Image.Image:

@@ -181,7 +181,7 @@ def read_rgba(picture: Picture, size: int) -> Tensor:
         image = image.convert("RGBA")
     if image.width != image.height:
         if max(image.size) ** 2 > HUGE:  # the square of a thin picture is larger than any memory
-            image = ImageOps.contain(image, (size, size))
+            image = image.resize([max(1, round(side * size / max(image.size))) for side in image.size])
         image = ImageOps.pad(image, [max(image.size)] * 2, color=(0, 0, 0, 0))
     return rgba_tensor(image, size)
 
