@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from .errors import InputError
+from .errors import CleanDIFTError, InputError
 
 MIN_SIDE = 64
 LARGE = 2**20  # pixels; larger pictures are handled in strips
@@ -90,7 +90,7 @@ def opened(
             image = _open(plain, path, load, limit)
         with image:
             yield image
-    except ImageError:
+    except CleanDIFTError:
         raise
     except UnidentifiedImageError:
         known = ", ".join(formats())

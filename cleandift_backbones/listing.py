@@ -27,10 +27,15 @@ def is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name in _OTHER_SYSTEMS
 
 
-def left_out_told(left_out: Counter[str], what: str = "files") -> str:
+def counted(number: int, what: str) -> str:
+    """A number and what it counts: "1 file", "2,000 files"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def left_out_told(left_out: Counter[str], what: str = "file") -> str:
     """A count by kind in words, such as "left out: 3 files (.heic 2, hidden 1)"; "" for none."""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
-    return f"left out: {left_out.total():,} {what} ({kinds})" if left_out.total() else ""
+    return f"left out: {counted(left_out.total(), what)} ({kinds})" if left_out.total() else ""
 
 
 def suffix_of(name: str) -> str:

@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from .decoding import endings
 from .errors import InputError
-from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, expand, is_hidden, list_names, suffix_of
+from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, counted, expand, is_hidden, list_names, suffix_of
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}
@@ -88,8 +88,8 @@ def shards_of(text: str | Path) -> list[str]:
             return []
         if found and (pictures := list_names(text, endings())):
             raise InputError(
-                f"{text} holds {len(found)} .tar shards and {len(pictures)} pictures, such as {pictures[0]}: give "
-                f"{os.path.join(text, '*.tar')} for the shards, or move one kind elsewhere"
+                f"{text} holds {counted(len(found), '.tar shard')} and {counted(len(pictures), 'picture')}, such as "
+                f"{pictures[0]}: give {os.path.join(text, '*.tar')} for the shards, or move one kind elsewhere"
             )
         return found
     strange = [path for path in found if not path.lower().endswith(TAR_ENDINGS) or os.path.isdir(path)]

@@ -189,9 +189,9 @@ def test_brackets_in_both_tools(tmp_path, pictures):
 def test_a_folder_of_both_kinds_is_refused_in_both_tools(tmp_path, capsys):
     pack(tmp_path / "a.tar", {"a.png": png()})
     (tmp_path / "b.png").write_bytes(png())
-    with pytest.raises(SourceError, match=r"1 .tar shards and 1 pictures, such as .*b.png"):
+    with pytest.raises(SourceError, match=r"1 .tar shard and 1 picture, such as .*b.png"):
         list_entries(str(tmp_path))
-    refused(tmp_path, tmp_path / "out", capsys, "1 .tar shards and 1 pictures", f"data.heldout={tmp_path}")
+    refused(tmp_path, tmp_path / "out", capsys, "1 .tar shard and 1 picture", f"data.heldout={tmp_path}")
 
 
 # --- captions ---
@@ -294,14 +294,14 @@ def test_a_run_without_captions_is_warned_of(tmp_path, caplog, text):
     summary = list_data(recipe, 64).summary
     assert ("none of the 2 pictures looked at has a caption" in caplog.text) == (text != "empty")
     assert summary.lines() == [
-        "data: 2 pictures, 0 of 2 have a caption; 1 pictures held out", "left out: 3 files (.words 3)"
+        "data: 2 pictures, 0 of 2 have a caption; 1 picture held out", "left out: 3 files (.words 3)"
     ]  # fmt: skip
     caplog.clear()
     pack(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a", "b.png": png(), "b.json": b'{"url": "b"}', "c.heic": b""})
     recipe.data.path, recipe.data.heldout = str(tmp_path / "a.tar"), str(tmp_path / "data")
     summary = list_data(recipe, 64).summary
     assert not caplog.text and summary.lines() == [
-        "data: 1 shards, 1 of the first 2 have a caption; 3 pictures held out", "left out: 1 files (.heic 1)"
+        "data: 1 shard, 1 of the first 2 have a caption; 3 pictures held out", "left out: 1 file (.heic 1)"
     ]  # fmt: skip
 
 

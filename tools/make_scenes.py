@@ -26,9 +26,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from cleandift_backbones.decoding import opened
 from cleandift_backbones.errors import CleanDIFTError
 from cleandift_backbones.files import write_text
 from cleandift_backbones.models import ASSETS
+from cleandift_backbones.records import read_records
 
 # class -> beginnings of Unicode's names of subgroups; configs/*/_base_/datasets/scenes.py name the same classes
 CLASSES = {
@@ -67,8 +69,7 @@ def sample_pictures() -> tuple[Pictures, Pictures]:
 def emoji_pictures(folder: Path) -> Pictures:
     """A half (train, heldout) of a folder made by tools/make_pictures.py, by CLASSES."""
     found = defaultdict(list)
-    for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for _, entry in read_records(folder / "metadata.jsonl"):
         for name, beginnings in CLASSES.items():
             if entry["subgroup"].startswith(beginnings):
                 found[name].append(folder / entry["file_name"])
@@ -117,7 +118,8 @@ def background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def cut_out(rng: np.random.Generator, path: Path, side: int) -> Image.Image:
     """A picture at a side of `side`, perhaps mirrored, turned a little, cropped to what is not transparent."""
-    picture = Image.open(path)
+    with opened(path) as picture:
+        picture = picture.copy()
     if picture.mode != "RGBA":
         raise SceneError(f"{path} has no transparency ({picture.mode}): objects are cut out by it")
     if rng.random() < 0.5:

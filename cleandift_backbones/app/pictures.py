@@ -19,7 +19,7 @@ SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
 LARGEST = 1024  # pixels of the longer side: figures and models make no use of more
 SMALLEST = 16  # pixels of the shorter side after that
-UPLOAD = 2**27  # pixels; more take gigabytes while they are decoded, and visitors share the machine
+UPLOAD = 2**27  # pixels of what somebody sent: more take gigabytes while they are decoded
 WORKING = 256  # longer side at which points are matched: finer than any map
 
 
@@ -82,7 +82,7 @@ def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None =
         if not path.exists() and (SAMPLES / path.name).is_file() and path.parent == Path():
             path = SAMPLES / path.name
         source, name = path, name or path.name
-    image = read_image(source, BACKGROUND, name=name, limit=UPLOAD)
+    image = read_image(source, BACKGROUND, name=name, limit=UPLOAD if isinstance(source, bytes) else None)
     note = _note(source, image, name)
     image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     if min(image.size) < SMALLEST:

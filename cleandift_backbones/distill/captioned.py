@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..decoding import endings
 from ..errors import InputError
-from ..listing import Listing, left_out_told, list_folder
+from ..listing import Listing, counted, left_out_told, list_folder
 from ..records import read_bytes, read_records
 from ..tars import open_shard, read_member, scan
 
@@ -138,9 +138,10 @@ class DataSummary:
     def lines(self) -> list[str]:
         """Sentences for people."""
         captions = f"{self.captioned:,} of {'the first ' if self.shards else ''}{self.looked_at:,} have a caption"
-        data = f"{self.shards:,} shards" if self.shards else f"{self.pictures:,} pictures"
+        data = counted(self.shards, "shard") if self.shards else counted(self.pictures, "picture")
         left_out = left_out_told(self.left_out)
-        return [f"data: {data}, {captions}; {self.heldout:,} pictures held out", *([left_out] if left_out else [])]
+        told = f"data: {data}, {captions}; {counted(self.heldout, 'picture')} held out"
+        return [told, *filter(None, [left_out]), *self.damage]
 
     def warning(self, text: str) -> str:
         """A sentence if a run with this `text` (of the recipe) needs captions and finds none; or ""."""

@@ -16,7 +16,7 @@ from ..models import ARCHITECTURES
 
 @dataclass
 class DataRecipe:
-    path: str = MISSING  # folder of pictures (metadata.jsonl, or side-car .txt or .json), or .tar shards of img2dataset
+    path: str = MISSING  # folder of pictures with captions, or .tar shards of img2dataset
     heldout: str | None = None  # folder for validation; default: every 20th picture of path; shards need one
     size: int | None = None  # side in pixels, a multiple of the latents' stride; default: the model's own
     crop: str = "center"  # center or random, after the shorter side is resized to size
