@@ -120,8 +120,11 @@ def open_shard(path: str | Path) -> Iterator[BinaryIO]:
 
 def read_member(file: BinaryIO, member: Member) -> bytes:
     """The bytes of a member of an opened shard. Raises InputError if they are not all there."""
-    file.seek(member.offset)
-    data = file.read(member.size)
+    try:
+        file.seek(member.offset)
+        data = file.read(member.size)
+    except (OverflowError, MemoryError):  # of a size that a damaged header tells
+        data = b""
     if len(data) < member.size:
         raise InputError(f"{member.name} is cut short")
     return data
@@ -201,12 +204,15 @@ def _members(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
         InputError: damage that tarfile takes for an end. Others: what tarfile raises.
     """
     archive, start = 0, 0
+    end = os.fstat(file.fileno()).st_size if isinstance(file, io.BufferedReader) else None
     while start is not None:
         file.seek(start)
         tar = tarfile.TarFile(fileobj=file)
         last = start
         while (info := tar.next()) is not None:
             tar.members.clear()  # it would keep them all
+            if info.size < 0 or (end is not None and info.offset_data + info.size > end):
+                raise InputError(f"unexpected end of data in {info.name}")
             yield archive, info
             if tar.offset <= last:
                 raise InputError(f"a header behind byte {last} points back")

@@ -31,7 +31,7 @@ from ..decoding import opened, read_image
 from ..errors import CleanDIFTError, InputError
 from ..extractor import Extractor, extract
 from ..images import to_tensor
-from ..records import read_records
+from ..records import read_records, read_text
 from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally
 
@@ -171,8 +171,8 @@ def _read_metadata(root: Path) -> list[dict]:
 
 def _read_eyes(path: Path) -> dict[str, dict[str, list]]:
     try:
-        eyes = json.loads(path.read_text(encoding="utf-8"))["eyes"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        eyes = json.loads(read_text(path))["eyes"]
+    except (CleanDIFTError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
         raise SuiteError(f"{path}: not a JSON file of eye marks ({error!r})") from None
     for concept, styles in eyes.items():
         for style, points in styles.items():

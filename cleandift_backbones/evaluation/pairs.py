@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..errors import CleanDIFTError
+from ..records import read_text
 from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
 Size = tuple[int, int]
@@ -245,8 +247,10 @@ def read_pairs(path: str | Path, split: str = "test", skip_outside: bool = False
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(read_text(path))
+    except CleanDIFTError as error:
+        raise DataError(str(error)) from None
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file ({error})") from None
 
 
