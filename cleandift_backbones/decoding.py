@@ -1,4 +1,4 @@
-"""Picture files decoded, the same way by every tool: which kinds, how large, and what is said of damaged ones.
+"""Decoding of image files, the same in every tool: formats, size limits, and errors that name the file.
 
 All of Pillow is behind `opened`. `read_image` turns whatever it opens (grey, palette, RGBA, 16-bit, float, CMYK,
 rotated by EXIF, animated) into plain 8-bit RGB or says in one sentence why it cannot.
@@ -19,21 +19,21 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from .errors import CleanDIFTError, InputError
 
 MIN_SIDE = 64
-LARGE = 2**20  # pixels; larger pictures are handled in strips
-# Plain pictures, as Pillow calls them: none of the formats that run another program. Files of the last ones begin with
+LARGE = 2**20  # pixels; larger images are handled in strips
+# Plain images, as Pillow calls them: none of the formats that run another program. Files of the last ones begin with
 # no clear mark, so the others are tried first. HEIF and JXL are there where a plugin of Pillow is.
 FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "JPEG2000", "MPO", "BMP", "PPM", "QOI", "ICO", "HEIF", "JXL", "DIB",
     "TGA",
 )  # fmt: skip
 _CODECS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
-_FIRST = (".jpg", ".jpeg", ".png", ".webp")  # of several pictures of one sample, in this order
+_FIRST = (".jpg", ".jpeg", ".png", ".webp")  # of several images of one sample, in this order
 _PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt")
-_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which way up a picture is
+_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts that say which way up an image is
 
 
 class ImageError(InputError):
-    """A picture that cannot be used; the message names the file and what to do about it."""
+    """An image that cannot be used; the message names the file and what to do about it."""
 
 
 def formats() -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def formats() -> tuple[str, ...]:
 
 
 def endings() -> tuple[str, ...]:
-    """Suffixes of picture files, lower case with their dot: what every tool looks for. The commonest come first."""
+    """Suffixes of image files, lower case with their dot: what every tool looks for. The commonest come first."""
     found = {suffix for suffix, name in Image.registered_extensions().items() if name in formats()}
     return (*(suffix for suffix in _FIRST if suffix in found), *sorted(found - set(_FIRST)))
 
@@ -57,7 +57,7 @@ def _known(_plugins: int) -> tuple[str, ...]:
 def opened(
     source: str | os.PathLike | bytes, name: str | None = None, load: bool = True, limit: int | None = None
 ) -> Iterator[Image.Image]:
-    """A picture file, or the bytes of one, opened by Pillow: its first picture decoded, or the header alone.
+    """An image file, or the bytes of one, opened by Pillow: its first image decoded, or the header alone.
 
     Whatever Pillow raises, here or in the block, becomes an ImageError with the file's name.
 
@@ -67,14 +67,14 @@ def opened(
         limit: of pixels, before any is decoded; None: that of Pillow, twice Image.MAX_IMAGE_PIXELS.
 
     Raises:
-        ImageError: the file is missing, empty, no picture, too large, or damaged.
+        ImageError: the file is missing, empty, no image, too large, or damaged.
     """
     if isinstance(source, bytes):
         path, file, size = name or "image", io.BytesIO(source), len(source)
     else:
         path, file = name or os.fspath(source), Path(source)
         if not file.is_file():
-            what = "a folder, not a picture file" if file.is_dir() else "no such file"
+            what = "a folder, not an image file" if file.is_dir() else "no such file"
             raise ImageError(f"{path}: {what}; check the path")
         size = file.stat().st_size
     if size == 0:
@@ -94,7 +94,7 @@ def opened(
         raise
     except UnidentifiedImageError:
         known = ", ".join(formats())
-        raise ImageError(f"{path}: not an image of a kind that is read here ({known}); save it as PNG") from None
+        raise ImageError(f"{path}: not an image in a supported format ({known}); save it as PNG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: too large to be safe ({error}); shrink it first") from None
     except MemoryError:
@@ -111,7 +111,7 @@ def _too_large(name: str) -> ImageError:
 
 @contextmanager
 def memory_named(name: str) -> Iterator[None]:
-    """A block that makes tensors of a picture: where memory is out, ImageError with its name."""
+    """A block that makes tensors of an image: where memory is out, ImageError with its name."""
     try:
         yield
     except MemoryError:
@@ -170,7 +170,7 @@ def read_image(
     name: str | None = None,
     limit: int | None = None,
 ) -> Image.Image:
-    """Reads a picture file, or the bytes of one, as an 8-bit RGB Pillow image.
+    """Reads an image file, or the bytes of one, as an 8-bit RGB Pillow image.
 
     Transparency is composited on `background` (RGB, 0..255); 16-bit and 0..1 float pixels are scaled to 0..255; EXIF
     orientation is applied; the first frame of an animation is taken. `name` and `limit`: see `opened`.
@@ -179,19 +179,19 @@ def read_image(
         ImageError: the file is missing, empty, no image, truncated, too large, holds pixels that are not finite or out
             of range, or has a side shorter than `min_side` pixels.
     """
-    told = name or ("image" if isinstance(path, bytes) else os.fspath(path))
+    label = name or ("image" if isinstance(path, bytes) else os.fspath(path))
     with opened(path, name, limit=limit) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        rgb = to_rgb(image, told, background)
+        rgb = to_rgb(image, label, background)
     if min(rgb.size) < min_side:
         raise ImageError(
-            f"{told}: {rgb.width}x{rgb.height} pixels, but both sides must be at least {min_side}; give a larger one"
+            f"{label}: {rgb.width}x{rgb.height} pixels, but both sides must be at least {min_side}; give a larger one"
         )
     return rgb
 
 
-def picture_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) of what `read_image` gives, from the file's header. Raises ImageError for what is no picture."""
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of what `read_image` gives, from the file's header. Raises ImageError for what is no image."""
     with opened(path, load=False) as image:
         if image.format != "PNG":
             return _upright_size(image)
@@ -219,7 +219,7 @@ def to_rgb(image: Image.Image, path: str = "image", background: Sequence[int] = 
 
 
 def _on(image: Image.Image, background: Sequence[int]) -> Image.Image:
-    """A transparent picture composited, in strips: the same, without three copies of a large one."""
+    """A transparent image composited, in strips: the same, without three copies of a large one."""
     result = Image.new("RGB", image.size)
     rows = max(1, LARGE // image.width)
     for top in range(0, image.height, rows):

@@ -1,6 +1,6 @@
-"""Pictures as tensors: their way into a model. `decoding` reads them from disk.
+"""Images as tensors: preprocessing for models. `decoding` reads the files.
 
-`to_input` turns a picture into a normalised tensor; `cut_resized` resizes no more of one than is wanted.
+`to_input` turns an image into a normalised tensor; `cut_resized` resizes only the region that is needed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 STRIP = 128  # rows
-HUGE = 2**26  # pixels; above, strips are used in training too
-THIN = 16  # a picture resized to more than so many times the side that is cut out of it is cut first
+HUGE = 2**26  # pixels; larger images are resized in strips in training too
+THIN = 16  # images whose resized side exceeds this many crop sides are cropped before they are resized
 MODES = ("squash", "pad", "crop", "keep")
 
 
@@ -130,15 +130,17 @@ def to_input(
 def cut_resized(
     image: Image.Image | torch.Tensor, size: tuple[int, int], top: int, left: int, cut: tuple[int, int]
 ) -> torch.Tensor:
-    """A part of a resized picture: 3 x h x w in 0..1.
+    """A crop of a resized image: 3 x h x w in 0..1.
 
-    Memory is bounded whatever the shape: of a picture that would become far longer than the part, such as one of
-    2000 x 1 pixels, only what the part needs is resized, the same up to the rounding
-    of torch's places (1e-4).
+    Memory is bounded for any aspect ratio: if the resized image would be much longer than the crop (an image of
+    2000 x 1 pixels), only the region that the crop needs is resized. The result equals the crop of the whole resized
+    image to 1e-4, the rounding of torch's sampling positions.
 
     Args:
-        image: RGB, or 3 x H x W in 0..1. size: height and width of the whole, resized.
-        top, left, cut: the part: its place in the resized picture, its height and width.
+        image: RGB, or 3 x H x W in 0..1.
+        size: height and width of the whole resized image.
+        top, left: position of the crop in the resized image.
+        cut: height and width of the crop.
     """
     height, width = cut
     if max(size) > THIN * max(cut):
@@ -161,8 +163,13 @@ def _cut_thin(image, size, top: int, left: int, cut: tuple[int, int]) -> torch.T
 
 
 def _taps(whole: int, size: int, start: int, count: int) -> tuple[int, torch.Tensor]:
-    """One side of `_resize`, whole -> size, at `count` places from `start` on: the first pixel that they need, and
-    weights, count x pixels. Cubic with a = -0.5 over 4 pixels of the smaller grid, as torch's antialiased bicubic."""
+    """Weights of `_resize` along one side, from `whole` to `size` pixels, for outputs start..start+count.
+
+    The filter is torch's antialiased bicubic one: Keys' cubic with a = -0.5, widened when downsampling.
+
+    Returns:
+        The first input pixel that is used, and weights, count x pixels.
+    """
     step = whole / size
     reach = max(step, 1.0)
     centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * step

@@ -16,7 +16,7 @@ from pathlib import Path
 from .decoding import endings
 from .errors import DependencyError, FileError, InputError, MissingFileError
 
-CAPTION_ENDINGS = (".txt", ".caption", ".json")  # of a picture's side-car; the first that is there counts
+CAPTION_ENDINGS = (".txt", ".caption", ".json")  # of an image's side-car; the first that is there counts
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face's imagefolder
 _OTHER_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
 HIDDEN = "hidden"
@@ -32,10 +32,10 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def left_out_told(left_out: Counter[str], what: str = "file") -> str:
-    """A count by kind in words, such as "left out: 3 files (.heic 2, hidden 1)"; "" for none."""
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in left_out.most_common())
-    return f"left out: {counted(left_out.total(), what)} ({kinds})" if left_out.total() else ""
+def left_out_report(left_out: Counter[str], what: str = "file") -> str:
+    """A count by suffix or reason in words, such as "left out: 3 files (.heic 2, hidden 1)"; "" for none."""
+    parts = ", ".join(f"{name} {count:,}" for name, count in left_out.most_common())
+    return f"left out: {counted(left_out.total(), what)} ({parts})" if left_out.total() else ""
 
 
 def suffix_of(name: str) -> str:
@@ -48,13 +48,13 @@ class Listing:
     """What lies below a folder.
 
     Attributes:
-        pictures: sorted.
-        captions: side-cars of a picture, in the order of CAPTION_ENDINGS; pictures without any are not in it.
+        images: sorted.
+        captions: side-cars of an image, in the order of CAPTION_ENDINGS; images without any are not in it.
         metadata: metadata.* files by their folder, in the order of METADATA.
-        left_out: count of other files by kind: their suffix, or "hidden" (a hidden folder counts as one).
+        left_out: count of other files by suffix, or as "hidden" (a hidden folder counts as one).
     """
 
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     captions: dict[Path, list[Path]] = field(default_factory=dict)
     metadata: dict[Path, list[Path]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -65,12 +65,12 @@ def list_folder(
     unreadable: Callable[[OSError], None] | None = None,
     without: Iterable[str | os.PathLike] = (),
 ) -> Listing:
-    """The picture files below a folder (see `decoding.endings`), at any depth. Nothing is opened.
+    """The image files below a folder (see `decoding.endings`), at any depth. Nothing is opened.
 
     Links to folders are followed, but not into a folder that they lie in. Hidden files and folders are left out.
 
     Args:
-        unreadable: is told of folders that cannot be read, which are left out; None: the error is raised.
+        unreadable: called with the error of each folder that cannot be read, which is left out; None: it is raised.
         without: folders that are not looked into.
 
     Raises:
@@ -92,7 +92,7 @@ def list_folder(
                 raise kind(f"{folder}: cannot be listed ({error.strerror}); check the path") from None
             unreadable(error)
             continue
-        pictures: list[str] = []
+        images: list[str] = []
         beside: dict[str, dict[str, str]] = {}  # stem -> suffix -> name of what may be a side-car
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
@@ -101,7 +101,7 @@ def list_folder(
             elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 waiting.append((entry.path, above | {real}))
             elif (suffix := suffix.lower()) in known:
-                pictures.append(entry.name)
+                images.append(entry.name)
             elif entry.name in METADATA:
                 found.metadata.setdefault(Path(folder), []).append(Path(entry.path))
             elif suffix in CAPTION_ENDINGS:
@@ -109,22 +109,22 @@ def list_folder(
             else:
                 found.left_out[suffix_of(entry.name)] += 1
         stems = set()
-        for name in pictures:
-            found.pictures.append(path := Path(folder, name))
+        for name in images:
+            found.images.append(path := Path(folder, name))
             stems.add(stem := os.path.splitext(name)[0])
             if stem in beside:
                 found.captions[path] = [Path(folder, beside[stem][s]) for s in CAPTION_ENDINGS if s in beside[stem]]
         for stem in beside.keys() - stems:
             found.left_out.update(beside[stem].keys())
-    found.pictures.sort()
+    found.images.sort()
     for paths in found.metadata.values():
         paths.sort(key=lambda path: METADATA.index(path.name))
     return found
 
 
 def find_pictures(root: str | os.PathLike, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
-    """The pictures of `list_folder`, sorted."""
-    return list_folder(root, unreadable).pictures
+    """The images of `list_folder`, sorted."""
+    return list_folder(root, unreadable).images
 
 
 def list_names(folder: str | os.PathLike, ending: str | tuple[str, ...]) -> list[str]:

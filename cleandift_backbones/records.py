@@ -46,7 +46,7 @@ def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     """The lines of a table as dicts, with their numbers, from 1 on: JSON lines, CSV with a header, or Parquet.
 
     Raises:
-        InputError: not a table of its kind, or a line that is no object. FileError: it cannot be read.
+        InputError: not a table of this format, or a line that is no object. FileError: it cannot be read.
         DependencyError: Parquet without pyarrow.
     """
     path = Path(path)

@@ -1,8 +1,8 @@
-"""WebDataset shards on disk: which there are, and the pictures and captions in each.
+"""WebDataset shards on disk: which there are, and the images and captions in each.
 
-One index of a shard serves extraction and training, so that both see the same pictures under the same keys. A key is a
-file's path up to the first dot of its name, as WebDataset says. A picture whose name has more dots ("img_0.5.png",
-"x.left.png") counts for itself, under its path without the last suffix, where its sample has no picture of one suffix.
+One index of a shard serves extraction and training, so that both see the same images under the same keys. A key is a
+file's path up to the first dot of its name, as WebDataset says. An image whose name has more dots ("img_0.5.png",
+"x.left.png") counts for itself, under its path without the last suffix, where its sample has no image of one suffix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, counted, expand, is_hidd
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}
 _OWN = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes
-FURTHER, TWICE = "further pictures of a sample", "names that come twice"
+FURTHER, TWICE = "further images of a sample", "names that come twice"
 
 
 class Member(NamedTuple):
@@ -40,10 +40,10 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A picture in a shard, and what may be its caption, in the order of CAPTION_ENDINGS."""
+    """An image in a shard, and what may be its caption, in the order of CAPTION_ENDINGS."""
 
     key: str
-    picture: Member
+    image: Member
     captions: list[Member]
 
 
@@ -52,7 +52,7 @@ class Shard:
     """What is in a shard.
 
     Attributes:
-        samples: in the order of their pictures.
+        samples: in the order of their images.
         damage: a sentence about what is wrong with it, or "". Samples are those in front of the damage.
         left_out: count of other files, by suffix or reason.
         compressed: as a whole: its members cannot be read at their places.
@@ -69,11 +69,11 @@ def shards_of(text: str | Path) -> list[str]:
     """The shards that a path or pattern stands for (see `listing.expand`): a file, a folder's .tar files, or several.
 
     Returns:
-        Paths, sorted; none for a folder without .tar files, or with a metadata file, and for a file of another kind:
-        then it is about pictures.
+        Paths, sorted; [] for what stands for images: a folder without .tar files or with a metadata file, or a file
+        with another suffix.
 
     Raises:
-        InputError: nothing there; a folder of both shards and pictures; a pattern of other files.
+        InputError: nothing there; a folder of both shards and images; a pattern of other files.
     """
     text = os.fspath(text)
     found = expand(text)
@@ -86,15 +86,15 @@ def shards_of(text: str | Path) -> list[str]:
         found = list_names(text, ".tar")
         if found and list_names(text, METADATA):
             return []
-        if found and (pictures := list_names(text, endings())):
+        if found and (images := list_names(text, endings())):
             raise InputError(
-                f"{text} holds {counted(len(found), '.tar shard')} and {counted(len(pictures), 'picture')}, such as "
-                f"{pictures[0]}: give {os.path.join(text, '*.tar')} for the shards, or move one kind elsewhere"
+                f"{text} holds {counted(len(found), '.tar shard')} and {counted(len(images), 'image')}, such as "
+                f"{images[0]}: give {os.path.join(text, '*.tar')} for the shards, or move the images elsewhere"
             )
         return found
     strange = [path for path in found if not path.lower().endswith(TAR_ENDINGS) or os.path.isdir(path)]
     if strange:
-        raise InputError(f"{text}: {strange[0]} is no .tar shard; patterns are for shards, give a folder of pictures")
+        raise InputError(f"{text}: {strange[0]} is no .tar shard; patterns are for shards, give a folder of images")
     return found
 
 
@@ -131,7 +131,7 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
 
 
 def scan(path: str | Path, most: int | None = None) -> Shard:
-    """An index of a shard: nothing but headers is read, and damage is told, not raised.
+    """An index of a shard: only headers are read, and damage is reported in the result, not raised.
 
     Several archives in one file, as `cat a.tar b.tar` makes, are read to the end.
 
@@ -139,7 +139,7 @@ def scan(path: str | Path, most: int | None = None) -> Shard:
         most: look at so many files only.
     """
     shard, known = Shard(str(path)), frozenset(endings())
-    pictures: dict[tuple[int, str], list[Member]] = {}
+    images: dict[tuple[int, str], list[Member]] = {}
     captions: dict[tuple[int, str], dict[str, Member]] = {}
     seen: set[tuple[int, str]] = set()
     try:
@@ -162,14 +162,14 @@ def scan(path: str | Path, most: int | None = None) -> Shard:
                     member = Member(name, info.offset_data, info.size)
                     stem, suffix = os.path.splitext(name)
                     if (suffix := suffix.lower()) in known:
-                        pictures.setdefault((archive, _key(name)), []).append(member)
+                        images.setdefault((archive, _key(name)), []).append(member)
                     elif suffix in CAPTION_ENDINGS:
                         captions.setdefault((archive, stem), {})[suffix] = member
                     else:
                         shard.left_out[suffix_of(name)] += 1
     except Exception as error:  # tarfile raises nearly anything on damaged files
         shard.damage = f"{path} is damaged or no plain .tar ({error}): what follows is left out; fetch it again"
-    _pair(shard, pictures, captions)
+    _pair(shard, images, captions)
     return shard
 
 
@@ -178,10 +178,10 @@ def _key(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _pair(shard: Shard, pictures: dict, captions: dict) -> None:
+def _pair(shard: Shard, images: dict, captions: dict) -> None:
     """Fills in the samples, and counts the files that are in none."""
     rank, used = {suffix: place for place, suffix in enumerate(endings())}, set()
-    for (archive, key), members in pictures.items():
+    for (archive, key), members in images.items():
         plain = [member for member in members if os.path.splitext(member.name)[0] == key]
         if plain:
             plain = [min(plain, key=lambda member: rank[os.path.splitext(member.name)[1].lower()])]

@@ -1,4 +1,4 @@
-"""Odd and hostile picture files: read, or told by name, wherever pictures are opened; bounded in time and memory."""
+"""Unusual and malicious image files: decoded, or reported by name, in every tool; bounded time and memory."""
 
 import resource
 import struct
@@ -29,7 +29,7 @@ def chunk(name, data):
 
 
 def bomb(width=20_000, height=20_000, colours=6):
-    """A PNG that declares so many pixels, in less than a hundred bytes."""
+    """A PNG of less than a hundred bytes whose header declares width x height pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, colours, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -37,8 +37,8 @@ def bomb(width=20_000, height=20_000, colours=6):
 # --- too many pixels ---
 
 
-def test_a_picture_of_400_megapixels_is_told_and_left_out(tmp_path, caplog, capsys):
-    """Also where transparent pictures are looked for, which opens files of its own."""
+def test_an_image_of_400_megapixels_is_reported_and_left_out(tmp_path, caplog, capsys):
+    """Also where headers are read to find transparent images."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(4):
@@ -51,9 +51,9 @@ def test_a_picture_of_400_megapixels_is_told_and_left_out(tmp_path, caplog, caps
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_it_is_told_by_name_wherever_pictures_are_opened(tmp_path, strict):
+def test_it_is_reported_by_name_in_every_reader(tmp_path, strict):
     path = tmp_path / "bomb.png"
-    # With warnings as errors, half as many are enough.
+    # With warnings as errors the limit is half as high.
     path.write_bytes(bomb(10_000, 10_000) if strict else bomb())
     picture = Picture("bomb.png", path, "")
     (tmp_path / "metadata.jsonl").write_text(
@@ -78,7 +78,7 @@ def test_it_is_told_by_name_wherever_pictures_are_opened(tmp_path, strict):
         assert not is_transparent(picture)
 
 
-def test_memory_that_runs_out_is_told_by_name(tmp_path, monkeypatch):
+def test_out_of_memory_is_reported_by_name(tmp_path, monkeypatch):
     noise(0, 64, 64).save(tmp_path / "a.png")
 
     def full(*_args, **_kwargs):
@@ -92,15 +92,15 @@ def test_memory_that_runs_out_is_told_by_name(tmp_path, monkeypatch):
 
 
 def test_uploads_have_a_lower_limit():
-    """Before a pixel is decoded; on the page many visitors share one machine."""
+    """Checked before any pixel is decoded."""
     with pytest.raises(ImageError, match=r"mine.png: too large: 13000 x 13000 pixels are more than the 134 million"):
         open_picture(bomb(13_000, 13_000), "mine.png")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode, copies", [("RGB", 1.3), ("RGBA", 2.6)])
-def test_memory_for_a_large_picture(tmp_path, mode, copies):
-    """Pillow keeps 4 bytes for each pixel; at most `copies` of the whole picture are in memory at a time."""
+def test_memory_for_a_large_image(tmp_path, mode, copies):
+    """Peak memory, in copies of the decoded image at 4 bytes per pixel."""
     side = 8000
     Image.new(mode, (side, side), (90, 80, 70, 60)[: len(mode)]).save(tmp_path / "a.png", compress_level=1)
     code = (
@@ -117,7 +117,7 @@ def test_memory_for_a_large_picture(tmp_path, mode, copies):
 
 @pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt", "behind"])
 def test_long_texts_in_a_png_do_not_hide_its_pixels(tmp_path, kind):
-    """As ComfyUI and others write their workflows."""
+    """ComfyUI writes its workflows like this."""
     image, info = noise(5, 70, 66, "RGBA"), PngImagePlugin.PngInfo()
     words = "workflow " * 200_000
     if kind == "iTXt":
@@ -149,7 +149,7 @@ def test_long_texts_in_a_png_do_not_hide_its_pixels(tmp_path, kind):
         read_image(data[: len(data) // 2 if kind != "behind" else 900], name="comfy.png")
 
 
-def test_texts_that_say_which_way_up_a_picture_is_are_kept():
+def test_orientation_is_kept_when_texts_are_skipped():
     exif = Image.Exif()
     exif[0x0112] = 6
     info = PngImagePlugin.PngInfo()
@@ -162,7 +162,7 @@ def test_texts_that_say_which_way_up_a_picture_is_are_kept():
 
 @pytest.mark.parametrize("size", [(2000, 1), (1, 2000), (20_000, 3)])
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_thin_pictures_are_cut_before_they_are_resized(tmp_path, size, crop):
+def test_thin_images_are_cropped_before_they_are_resized(tmp_path, size, crop):
     noise(1, *size).save(tmp_path / "thin.png")
     clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     picture = Picture("thin", tmp_path / "thin.png", "")
@@ -176,7 +176,7 @@ def test_thin_pictures_are_cut_before_they_are_resized(tmp_path, size, crop):
 
 @pytest.mark.parametrize("size", [(1500, 20), (20, 1500), (700, 33), (64, 2000), (1_100_000, 2)])
 def test_cut_first_is_the_same_as_resized_first(size):
-    """A 2000th of the range of values: torch computes places in float32."""
+    """To 5e-4: torch computes sampling positions in float32."""
     image, side = noise(2, *size), 48
     whole = to_input(image, mode="keep", mean=(0, 0, 0), std=(1, 1, 1))
     new = [max(side, round(length * side / min(size))) for length in (size[1], size[0])]
@@ -190,7 +190,7 @@ def test_cut_first_is_the_same_as_resized_first(size):
     assert (found - wanted).abs().max() < 5e-4
 
 
-def test_a_thin_transparent_picture_is_padded_small(tmp_path):
+def test_a_thin_transparent_image_is_padded_after_resizing(tmp_path):
     Image.new("RGBA", (60_000, 2), (200, 0, 0, 255)).save(tmp_path / "thin.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rgba = read_rgba(Picture("thin", tmp_path / "thin.png", ""), 64)
@@ -198,8 +198,8 @@ def test_a_thin_transparent_picture_is_padded_small(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
-def test_huge_pictures_are_trained_on_in_strips(tmp_path, monkeypatch):
-    """The same up to rounding."""
+def test_huge_images_are_resized_in_strips_in_training(tmp_path, monkeypatch):
+    """Equal up to rounding."""
     noise(1, 300, 200).save(tmp_path / "a.png")
     picture = Picture("a", tmp_path / "a.png", "")
     plain = decode(picture, DecodeOptions(64), torch.Generator().manual_seed(0))
@@ -213,7 +213,7 @@ def test_huge_pictures_are_trained_on_in_strips(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8])
 def test_a_tiff_that_declares_a_million_rows_is_refused_at_once(tmp_path, dtype):
-    """Pillow fills rows that no strip holds with zeros: 17 s and gigabytes for a file of 30 kB."""
+    """Pillow fills missing rows with zeros, which took 17 s and gigabytes for a file of 30 kB."""
     data = bytearray(encoded(Image.fromarray(np.zeros((80, 96), dtype)), "TIFF"))
     place = data.index(struct.pack("<HHI", 257, 4, 1))  # ImageLength
     data[place + 8 : place + 12] = struct.pack("<I", 1_704_016)
@@ -234,7 +234,7 @@ def test_whole_tiffs_are_read(compression, mode):
     assert read_image(data).size == (423, 577)
 
 
-def test_files_that_another_program_would_run_are_no_pictures(tmp_path):
+def test_formats_that_run_other_programs_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (64, 64)), "EPS"))
-    with pytest.raises(ImageError, match="a.png: not an image of a kind that is read here"):
+    with pytest.raises(ImageError, match="a.png: not an image in a supported format"):
         read_image(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""What counts as a picture, a shard, a caption: the same in training, extraction and evaluation."""
+"""Listing of images, shards and captions: the same in training, extraction and evaluation."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def png(number=0, side=64):
 
 
 def pack(path, files):
-    """A tar of {name: bytes}, in that order."""
+    """Writes a tar of {name: bytes}, in this order."""
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
@@ -38,7 +38,7 @@ def pack(path, files):
 
 
 def trained(path, count):
-    """(captions of the first `count` pictures, what was broken) as training sees them."""
+    """(captions of the first `count` images, errors) in training."""
     batches = iter(ShardBatches(find_shards(path), DecodeOptions(64), 0, 1, buffer=1))
     found = [next(batches) for _ in range(count)]
     return [batch.captions[0] for batch in found], [reason for batch in found for reason in batch.broken]
@@ -60,15 +60,15 @@ def test_names_with_dots_in_shards(tmp_path):
     assert captions == ["half", "three quarters", "both", "both", "plain"] and not broken
 
 
-def test_masks_beside_the_picture_of_a_sample_are_no_pictures(tmp_path):
+def test_masks_of_a_sample_are_not_taken_as_images(tmp_path):
     files = {"a.jpg": png(), "a.seg.png": png(1), "a.png": png(2), "a.txt": b"one", "b.jpg": png(3), "b.cls": b"7"}
     shard, left_out = pack(tmp_path / "a.tar", files), Counter()
     assert keys(shard, left_out=left_out) == ["a", "b"]
-    assert left_out == {"further pictures of a sample": 2, ".cls": 1}
+    assert left_out == {"further images of a sample": 2, ".cls": 1}
     assert trained(shard, 2) == (["one", ""], [])
 
 
-def test_captions_that_do_not_lie_beside_their_pictures(tmp_path):
+def test_captions_anywhere_in_a_shard_are_paired(tmp_path):
     files = {"a.png": png(), "b.png": png(1), "a.txt": b"first", "b.caption": b"second"}
     assert trained(pack(tmp_path / "a.tar", files), 2) == (["first", "second"], [])
 
@@ -86,8 +86,8 @@ def test_concatenated_shards_are_read_to_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [700, 1024, 1536, 20_480 - 512])
-def test_a_shard_that_was_cut_short_is_told(tmp_path, cut):
-    """Also where nothing but the mark of an archive's end is missing."""
+def test_a_truncated_shard_is_reported(tmp_path, cut):
+    """Also if only the end-of-archive blocks are missing."""
     shard = pack(tmp_path / "a.tar", {"a.png": png(), "b.png": bytes(10_000), "a.txt": b"a"})
     data = shard.read_bytes()
     end = 512 * 2 + 512 * 21 + 512 * 2 if cut > 2000 else cut
@@ -157,7 +157,7 @@ def test_hidden_shards_and_flat_folders(tmp_path):
 # --- paths and patterns ---
 
 
-def test_what_exists_is_a_path(tmp_path):
+def test_existing_paths_are_not_patterns(tmp_path):
     folder = tmp_path / "photos [2024] {a}"
     folder.mkdir()
     (folder / "x.png").write_bytes(png())
@@ -186,19 +186,19 @@ def test_brackets_in_both_tools(tmp_path, pictures):
     finetune(folder, tmp_path / "run", "max_steps=1", f"data.heldout={folder}")
 
 
-def test_a_folder_of_both_kinds_is_refused_in_both_tools(tmp_path, capsys):
+def test_a_folder_with_shards_and_images_is_refused(tmp_path, capsys):
     pack(tmp_path / "a.tar", {"a.png": png()})
     (tmp_path / "b.png").write_bytes(png())
-    with pytest.raises(SourceError, match=r"1 .tar shard and 1 picture, such as .*b.png"):
+    with pytest.raises(SourceError, match=r"1 .tar shard and 1 image, such as .*b.png"):
         list_entries(str(tmp_path))
-    refused(tmp_path, tmp_path / "out", capsys, "1 .tar shard and 1 picture", f"data.heldout={tmp_path}")
+    refused(tmp_path, tmp_path / "out", capsys, "1 .tar shard and 1 image", f"data.heldout={tmp_path}")
 
 
 # --- captions ---
 
 
-def test_lines_end_where_lines_end(tmp_path):
-    """U+2028 is not an end of a line, in tables, lists, captions, and names."""
+def test_lines_end_at_newlines_only(tmp_path):
+    """U+2028 does not end a line in tables, lists, captions or file names."""
     for name in ("a.png", f"b{SEPARATOR}c.png"):
         (tmp_path / name).write_bytes(png())
     lines = [
@@ -214,7 +214,7 @@ def test_lines_end_where_lines_end(tmp_path):
     assert keys(tmp_path / "list.txt") == [f"b{SEPARATOR}c.png"]
 
 
-def test_split_files_of_evaluation_end_their_lines_there_too(tmp_path):
+def test_lines_of_split_files_end_at_newlines_only(tmp_path):
     from cleandift_backbones.evaluation.depth import read_nyu
     from cleandift_backbones.evaluation.items import read_lines
 
@@ -228,7 +228,7 @@ def test_split_files_of_evaluation_end_their_lines_there_too(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_metadata_files_hold_captions(tmp_path, kind):
-    """As Hugging Face's imagefolder has them, in the folder or in folders below it."""
+    """The imagefolder convention of Hugging Face datasets, in the folder or in subfolders."""
     for name in ("a.png", "b.png", "part/c.png", "part/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(png())
@@ -280,7 +280,7 @@ def test_prompts_of_a_csv_list(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["caption", "distilled", "empty"])
-def test_a_run_without_captions_is_warned_of(tmp_path, caplog, text):
+def test_a_run_without_captions_warns(tmp_path, caplog, text):
     from finetune_runs import RECIPE
 
     from cleandift_backbones.distill.build import list_data
@@ -292,16 +292,16 @@ def test_a_run_without_captions_is_warned_of(tmp_path, caplog, text):
         (tmp_path / f"data/{number}.words").write_text("not seen")
     recipe = load_recipe(RECIPE, [f"data.path={tmp_path / 'data'}", "output_dir=x", f"text={text}"])
     summary = list_data(recipe, 64).summary
-    assert ("none of the 2 pictures looked at has a caption" in caplog.text) == (text != "empty")
+    assert ("none of the 2 images looked at has a caption" in caplog.text) == (text != "empty")
     assert summary.lines() == [
-        "data: 2 pictures, 0 of 2 have a caption; 1 picture held out", "left out: 3 files (.words 3)"
+        "data: 2 images, 0 of 2 have a caption; 1 image held out", "left out: 3 files (.words 3)"
     ]  # fmt: skip
     caplog.clear()
     pack(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a", "b.png": png(), "b.json": b'{"url": "b"}', "c.heic": b""})
     recipe.data.path, recipe.data.heldout = str(tmp_path / "a.tar"), str(tmp_path / "data")
     summary = list_data(recipe, 64).summary
     assert not caplog.text and summary.lines() == [
-        "data: 1 shard, 1 of the first 2 have a caption; 3 pictures held out", "left out: 1 file (.heic 1)"
+        "data: 1 shard, 1 of the first 2 have a caption; 3 images held out", "left out: 1 file (.heic 1)"
     ]  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def test_a_run_without_captions_is_warned_of(tmp_path, caplog, text):
 KINDS = {"jfif": "JPEG", "jpe": "JPEG", "webp": "WEBP", "gif": "GIF", "avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA"}
 
 
-def test_kinds_of_pictures_are_the_same_everywhere(tmp_path, capsys):
+def test_image_formats_are_the_same_everywhere(tmp_path, capsys):
     have = {"avif": features.check("avif"), "jp2": features.check("jpg_2000"), "webp": features.check("webp")}
     names = {}
     for ending, kind in KINDS.items():

@@ -19,7 +19,7 @@ SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
 LARGEST = 1024  # pixels of the longer side: figures and models make no use of more
 SMALLEST = 16  # pixels of the shorter side after that
-UPLOAD = 2**27  # pixels of what somebody sent: more take gigabytes while they are decoded
+UPLOAD = 2**27  # pixels of an upload: larger ones take gigabytes while they are decoded
 WORKING = 256  # longer side at which points are matched: finer than any map
 
 

@@ -1,4 +1,4 @@
-"""Pictures with their captions: of a folder, by its metadata files or side-cars; and what there is, in numbers."""
+"""Images with their captions: of a folder, by its metadata files or side-cars; and what there is, in numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..decoding import endings
 from ..errors import InputError
-from ..listing import Listing, counted, left_out_told, list_folder
+from ..listing import Listing, counted, left_out_report, list_folder
 from ..records import read_bytes, read_records
 from ..tars import open_shard, read_member, scan
 
@@ -23,7 +23,7 @@ NOT_NAMED = "not in the metadata file"
 
 
 class Picture(NamedTuple):
-    """A picture that is not decoded yet: its name for messages, a path or the file's bytes, its caption."""
+    """An image that is not decoded yet: its name for messages, a path or the file's bytes, its caption."""
 
     name: str
     source: Path | bytes
@@ -60,57 +60,56 @@ def read_caption(name: str, data: bytes) -> str:
 def list_pictures(
     folder: str | Path, without: str | Path | Iterable[str | Path] | None = None, left_out: Counter[str] | None = None
 ) -> list[Picture]:
-    """The pictures of a folder with their captions.
+    """The images of a folder with their captions.
 
-    Every picture below it (`listing.list_folder`), sorted, with the caption of its side-car: .txt, else .caption, else
+    Every image below it (`listing.list_folder`), sorted, with the caption of its side-car: .txt, else .caption, else
     .json; without one the caption is "". Folders with a metadata file (Hugging Face's imagefolder: metadata.jsonl, .csv
     or .parquet with file_name, and text or caption) come after these, and hold just what it names, in its order.
 
     Args:
         without: folders that are not looked into, such as a run's own.
-        left_out: counts files that are no pictures, see `listing.Listing`, and pictures that metadata leave out.
+        left_out: counts files that are no images, see `listing.Listing`, and images that metadata leave out.
 
     Raises:
-        InputError: no pictures there, a line of metadata without file_name, a caption that is no string.
+        InputError: no images there, a line of metadata without file_name, a caption that is no string.
     """
     folder, found = Path(folder), Listing()
     skip = [without] if isinstance(without, (str, os.PathLike)) else list(without or ())
     if folder.is_dir():
         found = list_folder(folder, without=skip)
-    pictures, tables = [], {place: _read_metadata(files) for place, files in sorted(found.metadata.items())}
-    named = {picture.source for table in tables.values() for picture in table}
-    for path in found.pictures:
+    images, tables = [], {place: _read_metadata(files) for place, files in sorted(found.metadata.items())}
+    named = {image.source for table in tables.values() for image in table}
+    for path in found.images:
         if any(place in tables for place in path.parents):
             found.left_out[NOT_NAMED] += path not in named
             continue
         beside = found.captions.get(path)
         caption = read_caption(str(beside[0]), read_bytes(beside[0])) if beside else ""
-        pictures.append(Picture(str(path), path, caption))
-    pictures += [picture for table in tables.values() for picture in table]
+        images.append(Picture(str(path), path, caption))
+    images += [image for table in tables.values() for image in table]
     if left_out is not None:
         left_out.update(+found.left_out)
-    if not pictures:
-        kinds = f"{', '.join(endings()[:8])} and the like"
-        told = left_out_told(+found.left_out)
-        raise InputError(f"no pictures in {folder}: give a folder of {kinds}, or .tar shards {told}".strip())
-    return pictures
+    if not images:
+        suffixes, report = ", ".join(endings()), left_out_report(+found.left_out)
+        raise InputError(f"no pictures in {folder}: give a folder of {suffixes} files, or .tar shards {report}".strip())
+    return images
 
 
 def _read_metadata(files: list[Path]) -> list[Picture]:
     if len(files) > 1:
         raise InputError(f"{files[0].parent} has both {files[0].name} and {files[1].name}: keep one of them")
     (path,) = files
-    pictures = []
+    images = []
     for number, line in read_records(path):
         name = line.get("file_name")
         if not isinstance(name, str) or not name:
             raise InputError(f"{path}: every line needs a file_name, a string; line {number} has none")
         try:
             source = path.parent / name
-            pictures.append(Picture(str(source), source, caption_of_json(line)))
+            images.append(Picture(str(source), source, caption_of_json(line)))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
-    return pictures
+    return images
 
 
 @dataclass
@@ -118,16 +117,16 @@ class DataSummary:
     """What a run trains and validates on, in numbers.
 
     Attributes:
-        pictures: to train on; None for shards, which are not counted.
-        heldout: pictures for validation.
-        captioned, looked_at: how many pictures have a caption that is not empty, of how many that were looked at: all
+        images: to train on; None for shards, which are not counted.
+        heldout: images for validation.
+        captioned, looked_at: how many images have a caption that is not empty, of how many that were looked at: all
             of a folder's, the first ones of shards.
         shards: how many.
         left_out: count of files by suffix or reason, in what was looked at.
         damage: sentences about damaged shards, among those looked at.
     """
 
-    pictures: int | None
+    images: int | None
     heldout: int
     captioned: int
     looked_at: int
@@ -138,29 +137,29 @@ class DataSummary:
     def lines(self) -> list[str]:
         """Sentences for people."""
         captions = f"{self.captioned:,} of {'the first ' if self.shards else ''}{self.looked_at:,} have a caption"
-        data = counted(self.shards, "shard") if self.shards else counted(self.pictures, "picture")
-        left_out = left_out_told(self.left_out)
-        told = f"data: {data}, {captions}; {counted(self.heldout, 'picture')} held out"
-        return [told, *filter(None, [left_out]), *self.damage]
+        data = counted(self.shards, "shard") if self.shards else counted(self.images, "image")
+        left_out = left_out_report(self.left_out)
+        line = f"data: {data}, {captions}; {counted(self.heldout, 'image')} held out"
+        return [line, *filter(None, [left_out]), *self.damage]
 
     def warning(self, text: str) -> str:
         """A sentence if a run with this `text` (of the recipe) needs captions and finds none; or ""."""
         if text == "empty" or self.captioned or not self.looked_at:
             return ""
         return (
-            f"text={text}, but none of the {self.looked_at:,} pictures looked at has a caption: the run uses empty "
-            "prompts. Captions are read from a .txt, .caption or .json file beside each picture, or from "
+            f"text={text}, but none of the {self.looked_at:,} images looked at has a caption: the run uses empty "
+            "prompts. Captions are read from a .txt, .caption or .json file beside each image, or from "
             "metadata.jsonl or metadata.csv (file_name, text); give text=empty if there are none"
         )
 
 
-def summarize(pictures: list[Picture], heldout: int, left_out: Counter[str]) -> DataSummary:
+def summarize(images: list[Picture], heldout: int, left_out: Counter[str]) -> DataSummary:
     """Of a folder."""
-    return DataSummary(len(pictures), heldout, sum(bool(p.caption) for p in pictures), len(pictures), left_out=left_out)
+    return DataSummary(len(images), heldout, sum(bool(p.caption) for p in images), len(images), left_out=left_out)
 
 
 def peek(shards: list[str], heldout: int, most: int = PEEK) -> DataSummary:
-    """Of shards: the first ones, as many as hold `most` files. No picture is read."""
+    """Of shards: the first ones, as many as hold `most` files. No image is read."""
     summary, files = DataSummary(None, heldout, 0, 0, len(shards)), 0
     for path in shards:
         if files >= most:
@@ -170,7 +169,7 @@ def peek(shards: list[str], heldout: int, most: int = PEEK) -> DataSummary:
         summary.looked_at += len(shard.samples)
         summary.left_out.update(shard.left_out)
         summary.damage += [shard.damage] if shard.damage else []
-        with suppress(OSError, EOFError), open_shard(path) as file:  # told when it is trained on
+        with suppress(OSError, EOFError), open_shard(path) as file:  # reported in training
             for sample in shard.samples:
                 with suppress(InputError):
                     beside = sample.captions[:1]

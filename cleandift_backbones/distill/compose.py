@@ -248,7 +248,7 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
 
 
 def rgba_tensor(image: Image.Image, size: int | None) -> Tensor:
-    """An RGBA picture as uint8 4 x H x W, resized to a square of `size` unless that is None."""
+    """An RGBA image as uint8 4 x H x W, resized to size x size unless `size` is None."""
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "decode_batch", "is_transparent", "list_pictures", "plain_images", "read_rgba",
 ]  # fmt: skip
 
+_logger = logging.getLogger(__name__)
 SPARE = 10  # pictures tried where none of a batch can be read
 
 
@@ -64,7 +66,7 @@ def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator)
     with memory_named(picture.name):
         if height * width > HUGE or max(new) > THIN * size:
             image = cut_resized(image, new, top, left, (size, size)) * 2 - 1
-        else:  # other pictures as they always were, to the last bit: runs that go on depend on it
+        else:  # bit-equal in all versions: resumed runs depend on it
             image = to_tensor(image) * 2 - 1
             if new != (height, width):
                 image = F.interpolate(image[None], new, mode="bicubic", antialias=True, align_corners=False)[0]
@@ -161,7 +163,7 @@ class FolderBatches(OrderedBatches):
 
 
 def is_transparent(picture: Picture) -> bool:
-    """Whether a picture in a folder has an opacity, by its header. What cannot be opened is told when it is decoded."""
+    """Whether an image file has an alpha channel, from its header; False for what cannot be opened."""
     if isinstance(picture.source, bytes):
         return False
     try:
@@ -172,7 +174,7 @@ def is_transparent(picture: Picture) -> bool:
 
 
 def read_rgba(picture: Picture, size: int) -> Tensor:
-    """A transparent picture, uint8 4 x size x size: one that is not square is padded with transparency, not squashed.
+    """A transparent image, uint8 4 x size x size; one that is not square is padded with transparent pixels.
 
     Raises:
         ImageError: it cannot be read.
@@ -180,7 +182,7 @@ def read_rgba(picture: Picture, size: int) -> Tensor:
     with opened(picture.source, picture.name) as image:
         image = image.convert("RGBA")
     if image.width != image.height:
-        if max(image.size) ** 2 > HUGE:  # the square of a thin picture is larger than any memory
+        if max(image.size) ** 2 > HUGE:  # a thin image, padded to a square, would not fit into memory
             image = image.resize([max(1, round(side * size / max(image.size))) for side in image.size])
         image = ImageOps.pad(image, [max(image.size)] * 2, color=(0, 0, 0, 0))
     return rgba_tensor(image, size)
@@ -201,8 +203,8 @@ def plain_images(pictures: Sequence[Picture], options: DecodeOptions) -> tuple[T
             else:
                 images.append(decode(picture, plain, torch.Generator()))
             kept.append(picture)
-        except ImageError:
-            continue
+        except ImageError as error:
+            _logger.warning(f"left out of validation: {error}")
     if not images:
         raise ImageError(f"none of the {len(pictures)} pictures for validation can be read, e.g. {pictures[0].name}")
     return torch.stack(images), kept

@@ -102,7 +102,7 @@ class ShardBatches(IterableDataset):
                 for sample in shard.samples:
                     name, data, caption = f"{path}:{sample.key}", b"", ""
                     try:
-                        data = read_member(file, sample.picture)
+                        data = read_member(file, sample.image)
                         if sample.captions:
                             beside = sample.captions[0]
                             caption = read_caption(f"{path}:{beside.name}", read_member(file, beside))

@@ -18,7 +18,7 @@ from ..arguments import check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..images import ImageError, check_folder
-from ..listing import left_out_told, list_folder
+from ..listing import left_out_report, list_folder
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
 from .items import DataError, file_item
@@ -371,10 +371,12 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
 def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
     root = Path(args.data)
     listed = list_folder(root)
-    paths = listed.pictures
+    paths = listed.images
     if len(paths) < 2:
-        told = left_out_told(listed.left_out)
+        told = left_out_report(listed.left_out)
         raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two {told}".strip())
+    if listed.left_out:
+        tqdm.write(f"{root}: {left_out_report(listed.left_out)}", file=sys.stderr)
     paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
     pictures, shares = [file_item(path, root).read() for path in paths], []
     for planned in tqdm(plan, desc="runs", unit="run"):

@@ -26,7 +26,7 @@ from torch import nn
 from ..files import replacing
 from ..records import split_words
 from .bootstrap import Tally
-from .items import DataError, Item, file_item, read_answer, read_lines, require
+from .items import DataError, Item, file_item, read_lines, read_target, require
 from .probes import Recipe, train_probe
 
 PROMPT = "A photo of a room"
@@ -83,7 +83,7 @@ def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
 
 def read_depth(path: Path) -> np.ndarray:
     """A 16-bit PNG in millimetres as metres, H x W. Raises DataError for anything else."""
-    mode, depth = read_answer(path, "depth map")
+    mode, depth = read_target(path, "depth map")
     if not mode.startswith("I"):
         raise DataError(f"{path}: colour mode {mode}; expected a 16-bit grey PNG in millimetres")
     return depth.astype(np.float32) / 1000

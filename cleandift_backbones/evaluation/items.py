@@ -109,13 +109,13 @@ def read_table(path: Path, columns: Sequence[str], layout: str) -> list[dict[str
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) that `file_item` reads, from the file's header. Raises DataError for what is no picture."""
     try:
-        return decoding.picture_size(path)
+        return decoding.image_size(path)
     except ImageError as error:
         raise DataError(f"not a picture: {error}") from None
 
 
-def read_answer(path: Path, what: str) -> tuple[str, np.ndarray]:
-    """A mask or depth map as it is stored: Pillow's mode, and its pixels. Raises DataError if it cannot be decoded."""
+def read_target(path: Path, what: str) -> tuple[str, np.ndarray]:
+    """A mask or depth map as stored: Pillow's mode and the pixels. Raises DataError if it cannot be decoded."""
     try:
         with opened(path) as image:
             return image.mode, np.asarray(image)

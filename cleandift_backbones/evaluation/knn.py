@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..decoding import endings
-from ..listing import is_hidden, left_out_told, list_folder
+from ..listing import is_hidden, left_out_report, list_folder
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_table, require, require_folder
 
@@ -61,13 +61,13 @@ def read_image_folder(folder: str | Path, root: str | Path | None = None, per_cl
     for number, name in enumerate(classes):
         found = list_folder(folder / name)
         left_out.update(found.left_out)
-        if not found.pictures:
+        if not found.images:
             raise DataError(f"{folder / name} holds no pictures ({', '.join(endings())}); fill it or remove it")
-        paths = found.pictures[:per_class]
+        paths = found.images[:per_class]
         items += [file_item(path, Path(root or folder)) for path in paths]
         labels += [number] * len(paths)
     if left_out:
-        _logger.warning(f"{folder}: {left_out_told(left_out)}")
+        _logger.warning(f"{folder}: {left_out_report(left_out)}")
     return Labelled(items, torch.tensor(labels), classes)
 
 

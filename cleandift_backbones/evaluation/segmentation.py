@@ -18,7 +18,7 @@ from torch import nn
 from ..decoding import endings
 from ..listing import list_names
 from .bootstrap import Tally
-from .items import DataError, Item, file_item, read_answer, read_lines, require, require_folder
+from .items import DataError, Item, file_item, read_lines, read_target, require, require_folder
 from .probes import Recipe, train_probe
 
 IGNORED = 255
@@ -91,7 +91,7 @@ def read_mask(path: Path, classes: int, shift: int = 0) -> np.ndarray:
     Raises:
         DataError: a file that cannot be decoded, colours instead of classes, or a class that does not exist.
     """
-    mode, mask = read_answer(path, "mask")
+    mode, mask = read_target(path, "mask")
     if mode not in ("P", "L"):
         raise DataError(f"{path}: colour mode {mode}; expected a palette or grey PNG whose values are the classes")
     mask = mask.copy()

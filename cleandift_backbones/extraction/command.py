@@ -26,7 +26,7 @@ from ..arguments import check_ranges, load_model, model_arguments, pick_maps
 from ..errors import DependencyError, InputError, MissingFileError
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..images import check_folder
-from ..listing import left_out_told
+from ..listing import left_out_report
 from ..version import __version__
 from .formats import DTYPES, FORMATS
 from .loading import Resize
@@ -239,7 +239,7 @@ def extract_all(args: argparse.Namespace) -> Report:
     )  # fmt: skip
     store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank)
     done, damaged = store.done()
-    for sentence in [*([*told, *filter(None, [left_out_told(left_out)])] if rank == 0 else []), *damaged]:
+    for sentence in [*([*told, *filter(None, [left_out_report(left_out)])] if rank == 0 else []), *damaged]:
         tqdm.write(sentence, file=sys.stderr)
     if told and args.strict:
         raise SourceError(told[0])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..decoding import ImageError, endings, read_image
 from ..errors import InputError
-from ..listing import left_out_told, list_folder
+from ..listing import left_out_report, list_folder
 from ..records import TABLES, read_records, read_text, split_lines
 from ..tars import scan, shards_of
 
@@ -93,7 +93,7 @@ def list_entries(
         told.append(f"{len(nameless)} names are no UTF-8 and are left out, e.g. {nameless[0].key!r}; rename them")
         entries = [entry for entry in entries if _is_text(entry.key)]
     if not entries:
-        reasons = "; ".join([*told, *filter(None, [left_out_told(left_out)])])
+        reasons = "; ".join([*told, *filter(None, [left_out_report(left_out)])])
         raise SourceError(
             f"{data} holds no pictures ({', '.join(endings())}, or .tar shards of them) {reasons}".strip()
         )
@@ -117,7 +117,7 @@ def _folder(root: Path, left_out: Counter[str]) -> tuple[list[Entry], list[str]]
     told: list[str] = []
     found = list_folder(root, lambda error: told.append(f"{error}: its pictures are left out"))
     left_out.update(found.left_out)
-    return [Entry(path.relative_to(root).as_posix(), str(path)) for path in found.pictures], told
+    return [Entry(path.relative_to(root).as_posix(), str(path)) for path in found.images], told
 
 
 def _list(path: Path) -> Iterator[Entry]:
@@ -148,7 +148,7 @@ def _shards(shards: list[str], shard_names: bool, left_out: Counter[str]) -> tup
         if shard.damage:
             told.append(shard.damage)
         front = f"{Path(shard.path).stem}/" if shard_names else ""
-        entries += [Entry(front + s.key, shard.path, s.picture.offset, s.picture.size) for s in shard.samples]
+        entries += [Entry(front + s.key, shard.path, s.image.offset, s.image.size) for s in shard.samples]
         if shard.compressed and shard.samples:
             raise SourceError(f"{shard.path} is compressed, and pictures are read at their places: unpack it (gunzip)")
     return entries, told
