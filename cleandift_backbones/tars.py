@@ -26,7 +26,7 @@ from .errors import InputError
 from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, counted, expand, is_hidden, list_names, suffix_of
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}
+_COMPRESSED = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9]1AY&SY": bz2.open, rb"\xfd7zXZ\0": lzma.open}  # by their first bytes
 _OWN = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes
 FURTHER, TWICE = "further images of a sample", "names that come twice"
 
@@ -110,7 +110,7 @@ def find_shards(text: str | Path) -> list[str]:
 def open_shard(path: str | Path) -> Iterator[BinaryIO]:
     """A shard's bytes, decompressed where it is compressed."""
     with open(path, "rb") as file:
-        opener = next((opener for mark, opener in _COMPRESSED.items() if file.peek(4).startswith(mark)), None)
+        opener = next((opener for mark, opener in _COMPRESSED.items() if re.match(mark, file.peek(16))), None)
         if opener is None:
             yield file
         else:
