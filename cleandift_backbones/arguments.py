@@ -33,13 +33,14 @@ def check_ranges(args: argparse.Namespace, ranges: Iterable[tuple[str, float, fl
                 raise ModelError(f"{flag} {value} is out of range; give {low}{f'..{high}' if high else ' or more'}")
 
 
-def map_item(text: str) -> str | int:
-    """A map as it is asked for: an index, or a name."""
-    return int(text) if text.lstrip("-").isdigit() else text
+def map_items(texts: Iterable[str]) -> list[str | int]:
+    """Maps as they are asked for, by name or index: "us6,mid", "us6 mid", and mixtures."""
+    parts = (part.strip() for text in texts for part in text.split(","))
+    return [int(part) if part.lstrip("-").isdigit() else part for part in parts if part]
 
 
 def pick_maps(infos: Sequence[dict], texts: Sequence[str], default: str) -> list[str]:
-    """Names of the maps asked for, see `map_item`; if none is: us6, or `default` of models without it.
+    """Names of the maps asked for, see `map_items`; if none is: us6, or `default` of models without it.
 
     Args:
         infos: of `extractor.list_maps`.
@@ -48,7 +49,25 @@ def pick_maps(infos: Sequence[dict], texts: Sequence[str], default: str) -> list
         ModelError: a map that the model does not have.
     """
     names = [info["name"] for info in infos]
-    return [names[i] for i in map_indices(infos, map(map_item, texts or ["us6" if "us6" in names else default]))]
+    items = map_items(texts) or ["us6" if "us6" in names else default]
+    return list(dict.fromkeys(names[i] for i in map_indices(infos, items)))
+
+
+def check_noise(model: str, adds_noise: bool, **given: object) -> None:
+    """Refuses a timestep, or a number of noises, for a model that adds no noise.
+
+    Args:
+        given: values by the names of their options; None: not given.
+
+    Raises:
+        ModelError: one is given, and `adds_noise` is false.
+    """
+    flags = [f"--{name}" for name, value in given.items() if value is not None]
+    if flags and not adds_noise:
+        raise ModelError(
+            f"{' and '.join(flags)}: {model} adds no noise; leave it out, or take a dift_* model"
+            + (" (--model-arg timestep=T sets a clean model's own timestep)" if flags == ["--timestep"] else "")
+        )
 
 
 def model_arguments(timestep: int | None = None, ensemble: int | None = None, weights: str | None = None) -> dict:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .errors import InputError, InputTypeError, StateError
 from .heads import ProjectionHeads
+from .inputs import CHECKED_CALLS, can_look, map_index, warn_of_range
 from .latents import build_latent_encoder, latent_maps, latent_stride
+from .numbers import KeepsNumbers
 from .prompts import embed
 from .unet import FeatureUNet, map_infos
 
@@ -40,15 +42,25 @@ def feature_list(cfg: dict, pyramid: bool = False) -> list[dict]:
     return stages + [m for m in maps if m["module"].endswith(("upsamplers.0", "mid_block"))]
 
 
-def take_indices(infos: Sequence[dict], indices: int | Sequence[int]) -> list[int]:
+def take_indices(infos: Sequence[dict], indices: int | str | Sequence[int | str]) -> list[int]:
     """Absolute indices into a feature_info: an int means the n coarsest, a sequence keeps its order.
 
+    Args:
+        infos: dicts with `name`.
+        indices: n, a map's name, or a sequence of indices and names, mixed as you like.
+
     Raises:
-        ValueError: out of range, with the list of what there is.
+        ValueError: out of range or unknown, with the list of what there is.
     """
+    names = [info["name"] for info in infos]
     try:
-        whole = isinstance(indices, (int, np.integer))
-        plain = operator.index(indices) if whole else [operator.index(i) for i in indices]
+        if isinstance(indices, (int, np.integer)):
+            plain = operator.index(indices)
+        else:
+            items = [indices] if isinstance(indices, str) else list(indices)
+            plain = [map_index(names, item) for item in items]
+            if None in plain:
+                raise ValueError(f"there is no map {items[plain.index(None)]!r}")
         return feature_take_indices(len(infos), plain)[0]
     except (AssertionError, ValueError, TypeError) as error:  # out of range, none at all, not numbers
         listed = ", ".join(f"{i} = {info['name']}" for i, info in enumerate(infos))
@@ -87,7 +99,7 @@ def lacks_bfloat16(device: torch.device) -> bool:
     return device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
 
 
-class CleanDIFT(nn.Module):
+class CleanDIFT(KeepsNumbers):
     """Image -> latent -> UNet at a fixed timestep -> named maps (CleanDIFT, arXiv 2412.03439).
 
     `feature_info` runs fine to coarse (index 0 = us10 ... 10 = mid): the reverse of the order of execution.
@@ -110,6 +122,9 @@ class CleanDIFT(nn.Module):
     Raises:
         ValueError: unknown final_map; timestep out of range.
     """
+
+    numbers = ("timestep",)
+    _unchecked_calls = CHECKED_CALLS
 
     def __init__(
         self,
@@ -153,7 +168,8 @@ class CleanDIFT(nn.Module):
         embed_shape = (1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"])
         # A given timestep is real even while the model is laid out on the meta device.
         device = None if timestep is None else "cpu"
-        self.register_buffer("timestep", torch.tensor(float(261 if timestep is None else timestep), device=device))
+        number = torch.tensor(261 if timestep is None else timestep, dtype=torch.float32, device=device)
+        self.register_buffer("timestep", number)
         self.register_buffer("prompt_embeds", torch.randn(embed_shape))
         self.num_features = self.head_hidden_size = self.unet.infos[self._position(final_map)].channels
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
@@ -181,13 +197,7 @@ class CleanDIFT(nn.Module):
         self.prompt_embeds = prompt.to(device=device, dtype=self.prompt_embeds.dtype)
 
     def _apply(self, fn, recurse=True):
-        # half() and to(bfloat16) must not round the timestep: bfloat16 has no 261.
-        timestep = self.timestep
         super()._apply(fn, recurse)
-        if timestep.is_meta or self.timestep.is_meta:
-            self.timestep = self.timestep.float()
-        else:
-            self.timestep = timestep.to(self.timestep.device)
         weight = self.unet.conv_in.weight
         if weight.dtype == torch.bfloat16 and lacks_bfloat16(weight.device):
             raise StateError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
@@ -230,7 +240,7 @@ class CleanDIFT(nn.Module):
         """Place of a UNet map in the order of execution; -1 for the VAE's, which run before."""
         return next((i for i, info in enumerate(self.unet.infos) if info.name == name), -1)
 
-    def _take(self, indices: int | Sequence[int] | None) -> list[int]:
+    def _take(self, indices: int | str | Sequence[int | str] | None) -> list[int]:
         """Absolute feature indices: None = all that are held, n = the n coarsest, a sequence = those, in its order."""
         if indices is None:
             last = self._position(self.unet.last_map)
@@ -246,11 +256,29 @@ class CleanDIFT(nn.Module):
             raise InputError(
                 f"images must be at least {MIN_SIDE} x {MIN_SIDE}, got {x.shape[2]} x {x.shape[3]}: resize them"
             )
+        if can_look(x) and self._unchecked_calls:  # in this order, or torch.compile would guard the number
+            self._unchecked_calls -= 1
+            warn_of_range(x)
+
+    def _encode(self, x: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latent encoder's result; its error where images and weights are of different dtypes is explained."""
+        if torch.compiler.is_compiling():
+            return self.vae(x, names)
+        try:
+            return self.vae(x, names)
+        except RuntimeError as error:
+            own = next(self.vae.parameters()).dtype
+            if x.dtype == own or torch.is_autocast_enabled(x.device.type):
+                raise
+            raise InputTypeError(
+                f"the images are {x.dtype}, the weights {own}: cast the images (images.to({own})), or call the model "
+                f"under torch.autocast({x.device.type!r})"
+            ) from error
 
     def _maps(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Named maps of images B x C x H x W."""
         self._check_input(x)
-        latents, found = self.vae(x, names)
+        latents, found = self._encode(x, names)
         prompts = self.prompt_embeds
         if prompts.shape[0] not in (1, x.shape[0]):
             raise InputError(f"{prompts.shape[0]} prompts were set, but the batch has {x.shape[0]} images")
@@ -265,7 +293,7 @@ class CleanDIFT(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | str | Sequence[int | str] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -276,7 +304,8 @@ class CleanDIFT(nn.Module):
 
         Args:
             x: B x in_chans x H x W in [-1, 1], H and W >= 64.
-            indices: into feature_info; the order is kept; int n: the n coarsest; None: all that the model holds.
+            indices: into feature_info, or names of maps ("us6"); the order is kept; int n: the n coarsest; None: all
+                that the model holds.
             norm: ignored, there is no norm.
             stop_early: stop after the deepest map asked for, so that the first return is that map.
             output_fmt: only "NCHW".
@@ -306,7 +335,7 @@ class CleanDIFT(nn.Module):
         return intermediates if intermediates_only else (maps[final], intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | str | Sequence[int | str] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drops what runs after the deepest of these maps, and the classifier; returns absolute indices."""
         take = self._take(indices)

@@ -15,8 +15,10 @@ from .download import HubFile
 from .errors import InputError
 from .hub import CardInfo, model_card, timm_config
 from .latents import latent_stride
+from .learned import START_TIMESTEP, stored_timestep
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
-from .pretrained import START_TIMESTEP, Sources, check_configs, fit_model, open_header, open_parts
+from .pretrained import Sources, check_configs, fit_model, open_header, open_parts
+from .training_data import training_data
 from .unet import FeatureUNet
 
 
@@ -35,9 +37,9 @@ def find_architecture(weights: Weights) -> str:
         }
         if all(key in weights and weights.shape(key) == shape for key, shape in shapes.items()):
             return name
-    family = weights.unet_family()
+    family, known = weights.unet_family(), ", ".join(name for name in ARCHITECTURES if name != "test")
     raise CheckpointError(
-        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({', '.join(ARCHITECTURES)})"
+        f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({known})"
         + (f", but one of another family: {family}" if family else f", but {weights.describe() or 'nothing'}")
     )
 
@@ -154,14 +156,14 @@ def to_native(
         constants["timestep"] = torch.tensor(float(timestep))
     elif noisy:  # DIFT's is an argument; a file holds one all the same
         constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
-    dtype = dtype or weights["unet.conv_in.weight"].dtype
+    dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     deepest = deepest_map(weights, cfg)
     with torch.device("meta"):
         built = timm.create_model(name, latent_encoder=latent_encoder, **{"final_map": deepest, **arguments})
     built.fixed.clear()
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
     more = _unet_names(cfg, deepest if cut else None)
-    state |= {key: weights[key].to(dtype) for key in more if key not in state and key in weights}
+    state |= {key: checkpoints.cast(key, weights[key], dtype) for key in more if key not in state and key in weights}
     label = main.name if isinstance(main, Path) else str(main)
     kept = {key: value for key, value in weights.metadata.items() if key not in ("format", "sha256", "timestep")}
     metadata = {**kept, "model": name, "source": label, "form": weights.form}
@@ -175,8 +177,10 @@ def to_native(
             config["model_args"]["held"] = deepest
         if arguments.get("final_map", "mid") != "mid":
             config["model_args"]["final_map"] = arguments["final_map"]
+        known = training_data(source if source in SOURCES else f"local-dir:{source}")
         card = model_card(
-            config, CardInfo(recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form}).")
+            config,
+            CardInfo(data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."),
         )
         checkpoints.save_folder(state, out, config, card, metadata, max_shard_size=max_shard_size)
     return name, found
@@ -220,14 +224,15 @@ def to_diffusers(
             f"{source} lacks {len(missing)} tensors of the whole UNet ({', '.join(missing[:3])}, ...): it was saved "
             "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
         )
-    dtype = dtype or weights["unet.conv_in.weight"].dtype
+    dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     side = timm.get_pretrained_cfg(name).input_size[-1] // latent_stride(cfg["vae"])
     config = {**cfg["unet"], "sample_size": side, "_diffusers_version": diffusers.__version__}
     label = main.name if isinstance(main, Path) else str(main)
     metadata = {"model": name, "source": label}
-    if "timestep" in weights:
-        metadata["timestep"] = str(weights["timestep"].item())
+    timestep = stored_timestep(weights)
+    if timestep is not None:
+        metadata["timestep"] = str(timestep.item())
     state = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
     checkpoints.save_diffusers_unet(state, out, config, metadata)
     return name, weights

@@ -32,7 +32,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from . import checkpoints
-from .checkpoints import NATIVE_NAME, CheckpointError
+from .checkpoints import NATIVE_NAME, CheckpointError, choose_file
 from .errors import FileError, MissingFileError
 from .files import replacing
 
@@ -164,7 +164,8 @@ def sha256(path: Path) -> str:
 
 
 def commit_of(file: HubFile, cache_dir: str | Path | None = None) -> str:
-    """The commit that a file's revision stands for now; without a network, the one that the cache knows.
+    """The commit that a file's revision stands for now, or else the file's ETag, or ""; without a network, the commit
+    that the cache knows.
 
     Raises:
         HubError: neither the Hub nor the cache knows.
@@ -172,7 +173,7 @@ def commit_of(file: HubFile, cache_dir: str | Path | None = None) -> str:
     with explained(file):
         try:
             meta = get_hf_file_metadata(hf_hub_url(file.repo, file.path, revision=file.revision))
-            return meta.commit_hash or ""
+            return meta.commit_hash or meta.etag or ""  # mirrors leave the first out
         except Exception:
             folder = Path(cache_dir or constants.HF_HUB_CACHE, f"models--{file.repo.replace('/', '--')}")
             known = folder / "refs" / (file.revision or "main")
@@ -216,7 +217,7 @@ def remember_of(what: str, file: HubFile, compute: Callable[[], Tensor], cache_d
     """
     last = f"{what} of {file}"
     try:
-        key = f"{last} at {commit_of(file, cache_dir)}"
+        commit = commit_of(file, cache_dir)
     except HubError:
         tensor = recall(last, cache_dir)
         if tensor is None:
@@ -228,7 +229,8 @@ def remember_of(what: str, file: HubFile, compute: Callable[[], Tensor], cache_d
         _keep(last, tensor, cache_dir)
         return tensor
 
-    return remember(key, compute_and_keep, cache_dir)
+    # Where nobody says which version this is, what was kept may be of another one.
+    return remember(f"{last} at {commit}", compute_and_keep, cache_dir) if commit else compute_and_keep()
 
 
 def _keep(key: str, tensor: Tensor, cache_dir: str | Path | None) -> None:
@@ -237,6 +239,25 @@ def _keep(key: str, tensor: Tensor, cache_dir: str | Path | None) -> None:
             save_file({"tensor": tensor.contiguous()}, aside, {"key": key})
     except (OSError, SafetensorError) as error:  # a cache that cannot be written is no reason to stop
         _logger.warning(f"{key} is not kept ({error}): it will be computed again")
+
+
+def list_files(place: HubFile, cache_dir: str | Path | None = None) -> set[str]:
+    """Names of the files in a folder of a repository; without a network, of those that the cache holds.
+
+    Raises:
+        HubError: neither the Hub nor the cache knows it.
+    """
+    with explained(place):
+        try:
+            names = HfApi().list_repo_files(place.repo, revision=place.revision)
+        except Exception:
+            options = dict(revision=place.revision, cache_dir=cache_dir, local_files_only=True)
+            with suppress(hub_errors.LocalEntryNotFoundError):
+                folder = Path(snapshot_download(place.repo, **options), place.path)
+                return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            raise
+    prefix = f"{place.path}/" if place.path else ""
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
 def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None = None) -> Path:
@@ -253,28 +274,23 @@ def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None 
         return place
     if place.path.endswith(".safetensors"):
         return fetch(place, cache_dir)
-    with explained(place):
-        try:
-            listed = HfApi().list_repo_files(place.repo, revision=place.revision)
-        except Exception:  # no network: what the cache holds of it
-            options = dict(revision=place.revision, cache_dir=cache_dir, local_files_only=True)
-            with suppress(hub_errors.LocalEntryNotFoundError):
-                return Path(snapshot_download(place.repo, **options), place.path)
-            raise
-    prefix = f"{place.path}/" if place.path else ""
-    names = {name.removeprefix(prefix) for name in listed if name.startswith(prefix)}
+    names = list_files(place, cache_dir)
     folder = None
     for stem in (
         NATIVE_NAME,
         checkpoints.DIFFUSERS_NAME,
         *(f"{p}/{checkpoints.DIFFUSERS_NAME}" for p in ("unet", "vae")),
     ):
-        variants = (stem, f"{stem}.index.json", stem.replace(".safetensors", ".fp16.safetensors"))
-        name = next((name for name in variants if name in names), None)
-        if name is None:
+        beside = str(Path(stem).parent)
+        try:
+            chosen = choose_file([Path(n).name for n in names if str(Path(n).parent) == beside], Path(stem).name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{place}: {error}") from None
+        if chosen is None:
             continue
+        name = str(Path(stem).with_name(chosen[0]))
         path = fetch(place.join(name), cache_dir)
-        if name.endswith(".index.json"):
+        if name.endswith(".json"):
             for shard in checkpoints.shard_names(path):
                 fetch(place.join(str(Path(name).with_name(shard))), cache_dir)
         for config in (str(Path(name).with_name("config.json")), "scheduler/scheduler_config.json"):
@@ -286,6 +302,10 @@ def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None 
     if folder is None:
         raise HubError(f"{place} holds no {NATIVE_NAME}, {checkpoints.DIFFUSERS_NAME}, unet/ or vae/")
     return folder
+
+
+class NoRanges(HubError):
+    """A server that sends files only whole."""
 
 
 class RemoteFile:
@@ -303,12 +323,13 @@ class RemoteFile:
         with explained(file):
             url = hf_hub_url(file.repo, file.path, revision=file.revision)
             meta = get_hf_file_metadata(url)
-        self.size, self.commit = meta.size or 0, meta.commit_hash
+        self.size, self.commit = meta.size, meta.commit_hash  # None where the server does not say
         # All ranges come from one commit, whatever happens to the branch meanwhile.
         self._url = hf_hub_url(file.repo, file.path, revision=self.commit or file.revision)
         (length,) = struct.unpack("<Q", self._read(0, 8))
-        if not 2 <= length <= min(self.size - 8, 100 << 20):
-            raise CheckpointError(f"{file} ({self.size} bytes) is not a safetensors file")
+        most = 100 << 20
+        if not 2 <= length <= (most if self.size is None else min(self.size - 8, most)):
+            raise CheckpointError(f"{file} ({self.size or 'unknown number of'} bytes) is not a safetensors file")
         try:
             header = json.loads(self._read(8, 8 + length))
         except ValueError as error:
@@ -323,7 +344,9 @@ class RemoteFile:
             with http_stream_backoff("GET", self._url, headers=headers) as response:
                 hf_raise_for_status(response)
                 if response.status_code != 206:  # the whole file would come
-                    raise HubError(f"{self.file}: the server does not serve ranges of it; download the file whole")
+                    raise NoRanges(f"{self.file}: the server does not serve ranges of it; download the file whole")
+                total = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
+                self.size = int(total[1]) if total else self.size  # of this file, whatever HEAD said
                 data = response.read()
         if len(data) != end - begin:
             raise HubError(f"{self.file}: the server sent {len(data)} bytes for a range of {end - begin}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import checkpoints
 from .download import HubError
-from .errors import StateError
+from .errors import MissingWeightsError, StateError
 from .latents import build_latent_encoder
 from .models import SOURCES, architecture_of, with_encoder
 from .pretrained import BESIDE, Sources, check_configs, missing_message, open_encoder
@@ -37,7 +37,8 @@ def load_latent_encoder(
     try:
         weights = open_encoder(place, latent_encoder, cache_dir)
     except (HubError, FileNotFoundError) as error:
-        raise StateError(missing_message(parts, [f"vae: {error}"])) from error
+        missing = [f"vae: {error}"]
+        raise MissingWeightsError(missing_message(parts, missing), model, missing) from error
     check_configs(weights, {"vae": config, "unet": {}})
     with torch.device("meta"):
         encoder = build_latent_encoder(config)

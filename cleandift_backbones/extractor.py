@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 import cleandift_backbones
 
-from .errors import InputError
+from .errors import InputError, MissingWeightsError
 from .images import to_tensor
+from .inputs import map_index
+from .progress import tqdm
 from .remembered import RememberedLatents, bytes_of
 
 PIXELS = "pixels"
@@ -163,12 +164,17 @@ class Extractor:
         except (ImportError, OSError, ValueError) as error:
             raise ModelError(f"{self.name}: {_line(error)}; or give --prompt none") from error
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the model adds noise to images (DIFT)."""
+        return any(hasattr(module, "noise_seed") for module in self.model.modules())
+
     def reseed(self, seed: int) -> bool:
         """Draws other noises from now on, if the model is one that uses noise (DIFT); says whether it is."""
-        noisy = [module for module in self.model.modules() if hasattr(module, "noise_seed")]
-        for module in noisy:
-            module.noise_seed = seed
-        return bool(noisy)
+        for module in self.model.modules():
+            if hasattr(module, "noise_seed"):
+                module.noise_seed = seed
+        return self.adds_noise
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -258,15 +264,11 @@ def map_indices(infos: Sequence[dict], maps: str | int | Iterable[str | int] | N
     if maps is None:
         return list(range(len(names)))
     wanted = [maps] if isinstance(maps, (str, int)) else list(maps)
-    indices = []
-    for item in wanted:
-        if isinstance(item, int) and -len(names) <= item < len(names):
-            indices.append(item % len(names))
-        elif item in names:
-            indices.append(names.index(item))
-        else:
-            raise ModelError(f"map {item!r} is not one of {', '.join(names)} (or an index 0..{len(names) - 1})")
-    return indices
+    found = [map_index(names, item) for item in wanted]
+    if None in found:
+        wrong = wanted[found.index(None)]
+        raise ModelError(f"map {wrong!r} is not one of {', '.join(names)} (or an index 0..{len(names) - 1})")
+    return found
 
 
 def load_extractor(
@@ -311,6 +313,11 @@ def load_extractor(
         model = timm.create_model(
             model_name, pretrained=pretrained, features_only=True, out_indices=indices, **create_kwargs
         )
+    except MissingWeightsError as error:
+        raise ModelError(
+            f"{model_name} cannot be loaded, because of {'; '.join(error.reasons)}. Where there is a network, run "
+            f"`python tools/convert.py {error.name} --out FOLDER`; then give local-dir:FOLDER as the model here"
+        ) from error
     except Exception as error:
         raise ModelError(f"{model_name}: {_line(error)}") from error
     config = timm.data.resolve_model_data_config(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .errors import InputError
+from .numbers import KeepsNumbers
 
 
 def rms_factor(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -155,15 +156,17 @@ class ResidualBlock(nn.Module):
         return x + self.down_proj(_activate(self.up_proj(self.norm(x, *condition)), self.gated))
 
 
-class FourierFeatures(nn.Module):
+class FourierFeatures(KeepsNumbers):
     """Random Fourier features of a number: B -> B x width; the frequencies are a buffer, kept with the weights."""
+
+    numbers = ("weight",)
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("weight", torch.randn(width // 2, 1))
+        self.register_buffer("weight", torch.randn(width // 2, 1, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        angle = 2 * math.pi * x[:, None] @ self.weight.T
+        angle = 2 * math.pi * x[:, None].float() * self.weight.T  # a matrix product would be 16 bit under autocast
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

@@ -60,8 +60,16 @@ class CardInfo:
     notes: str | None = None
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """A model out of torch.compile's wrapper, (Distributed)DataParallel or timm's EMA."""
+    for name in ("_orig_mod", "module"):
+        if isinstance(inner := getattr(model, name, None), torch.nn.Module):
+            return _unwrapped(inner)
+    return model
+
+
 def _backbone(model: nn.Module) -> nn.Module:
-    """The CleanDIFT inside a features_only model, or the model itself."""
+    """The CleanDIFT inside a features_only model, or the model itself; both without wrappers."""
     inner = getattr(model, "model", model)
     if not hasattr(inner, "unet") or not hasattr(inner, "pretrained_cfg"):
         raise InputTypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
@@ -75,7 +83,9 @@ def timm_config(model: nn.Module) -> dict:
     TimmWrapper breaks. A features_only model leaves `final_map` out: whoever loads it chooses maps.
     """
     inner = _backbone(model)
-    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load")
+    # What belongs to the published weights; a card says what other weights were trained on.
+    sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "architecture", "custom_load",
+               "description")  # fmt: skip
     nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
     cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
     arguments = {}
@@ -198,6 +208,7 @@ def save_folder(
     Raises:
         TypeError: not a model of this package. ValueError: an optimised one. OSError: it could not be written.
     """
+    model = _unwrapped(model)
     if getattr(_backbone(model), "own_keys", False):
         raise InputError("this model is optimised for inference: save it before cleandift_backbones.optimize")
     config = timm_config(model)

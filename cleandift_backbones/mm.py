@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, StateError
-from .mm_checks import Maps, check_model, check_packages, describe
+from .inputs import reach
+from .mm_checks import Maps, check_launcher, check_model, check_packages, describe
 
 check_packages()
+check_launcher()
 
 from mmengine.hooks import Hook  # noqa: E402  (first the check, whose message says what to do)
 from mmengine.model import BaseModule, is_model_wrapper  # noqa: E402
@@ -58,6 +60,11 @@ def _source(pretrained: bool | str | None, init_cfg: Mapping | None) -> bool | s
         return init_cfg is NOT_GIVEN
     if isinstance(pretrained, bool):
         return pretrained
+    if not isinstance(pretrained, (str, Path)):
+        raise InputError(
+            "pretrained must be True, False, a path or OWNER/NAME on the Hub, got "
+            f"{type(pretrained).__name__}: tensors in memory go to pretrained_cfg_overlay=dict(state_dict=...)"
+        )
     place = str(pretrained)
     for prefix in ("local-dir:", "hf-hub:"):  # timm's
         place = place.removeprefix(prefix)
@@ -185,7 +192,7 @@ class CleanDIFT(BaseModule):
                 "True, a path or a Hub name, or load a checkpoint that holds the backbone; to train it from nothing, "
                 "pretrained=False, frozen=False, frozen_parts=()"
             )
-        low, high = (float(value) for value in torch.aminmax(x.detach()))
+        low, high = reach(x)
         # In training, colour jitter that does not clip (mmdetection's) leaves [-1, 1], about as far as other
         # statistics would: there CheckBackboneHook compares mean and std, and only pixels of 0..255 are caught here.
         limit = 5.0 if self.training else 1.1

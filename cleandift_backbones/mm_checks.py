@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import DependencyError, InputError
-from .models import architecture_of, default_cfgs, default_indices
+import torch
+
+from .errors import DependencyError, InputError, StateError
+from .models import architecture_of, default_cfgs, default_indices, model_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,11 +34,6 @@ class Maps(NamedTuple):
     strides: list[int]
 
 
-def model_names() -> list[str]:
-    """Names that `model_name` may have."""
-    return sorted({name.split(".")[0] for name in default_cfgs})
-
-
 def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> Maps:
     """What a model gives, read off its architecture: nothing is built or loaded.
 
@@ -49,7 +47,7 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     """
     from .backbone import feature_list, take_indices
 
-    if model_name not in model_names():
+    if model_name not in default_cfgs:
         raise InputError(
             f"unknown model_name {model_name!r}: it is one of {', '.join(model_names())}. Weights of yours, here or on "
             "the Hub, go to pretrained="
@@ -59,11 +57,6 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     names = [info["name"] for info in infos]
     if out_indices is None:
         out_indices = default_indices(cfg, infos, pyramid)
-    elif not isinstance(out_indices, int):
-        unknown = [i for i in out_indices if isinstance(i, str) and i not in names]
-        if unknown:
-            raise InputError(f"out_indices {out_indices!r}: {model_name} has no {unknown[0]!r}, but {', '.join(names)}")
-        out_indices = [names.index(i) if isinstance(i, str) else i for i in out_indices]
     taken = take_indices(infos, out_indices)
     return Maps(
         [names[i] for i in taken],
@@ -102,6 +95,21 @@ def check_packages() -> None:
         )
     if not found["mmengine"]:
         raise DependencyError('mmengine is not installed: pip install "cleandift_backbones[mmseg]"')
+
+
+def check_launcher() -> None:
+    """Raises StateError where `--launcher` is given on a machine without a GPU.
+
+    mmengine sets a CUDA device for every process before anything else, also with the backend gloo, and would end in
+    "Found no NVIDIA driver". Configs import this package before that.
+    """
+    line = [word for argument in sys.argv for word in argument.split("=", 1)]
+    given = line[line.index("--launcher") + 1 :][:1] if "--launcher" in line else []
+    if given and given != ["none"] and not torch.accelerator.is_available():
+        raise StateError(
+            f"--launcher {given[0]}: mmengine's launchers need a GPU for each process, and PyTorch finds none; leave "
+            "out --launcher and start one process, without torchrun"
+        )
 
 
 # --- heads that do not fit ----------------------------------------------------------------------------------------

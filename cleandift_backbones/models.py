@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
 
+from .checkpoints.dtypes import check_dtype
 from .errors import InputError
+from .inputs import refuse_unknown_ways, take_state
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,9 +156,14 @@ def _hub(name: str, **kwargs: Any) -> dict:
     return _cfg(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path, **kwargs)
 
 
-_SD15 = partial(_hub, size=512, stride=64)
-_SD21 = partial(_hub, size=768, stride=64)
-_TINY = partial(_cfg, 128, 32, license="apache-2.0")
+TRAINED_ON = "Trained on "  # how the description of weights begins: `training_data` reads what follows
+#: in the description of weights that find no good matches on photographs
+NOT_PHOTOGRAPHS = "matches on photographs are unreliable; for photographs choose cleandift_sd21"
+_WEB = TRAINED_ON + "photographs and art from the web (Stable Diffusion {}, subsets of LAION-{}B)"
+_SD15 = partial(_hub, size=512, stride=64, description=_WEB.format(1.5, 2))
+_SD21 = partial(_hub, size=768, stride=64, description=_WEB.format(2.1, 5))
+_EMOJI = f"{TRAINED_ON}emoji (small demo model): {NOT_PHOTOGRAPHS}"
+_TINY = partial(_cfg, 128, 32, license="apache-2.0", description=_EMOJI)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -172,6 +179,11 @@ default_cfgs = generate_default_cfgs(
         "test_cleandift": _cfg(128, 64, license="apache-2.0"),
     }
 )
+
+
+def model_names() -> list[str]:
+    """Names of the models that are meant for users, sorted."""
+    return sorted({name for name in default_cfgs if not name.startswith("test_")})
 
 
 def architecture_of(model: str) -> dict:
@@ -221,14 +233,6 @@ def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[s
     ]
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """A floating-point dtype by itself or its name; "auto" and None stay."""
-    found = getattr(torch, dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-    if found in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return found
-    raise InputError(f"dtype must be float32, float16, bfloat16 or 'auto' (that of the weights), got {dtype!r}")
-
-
 def _create(
     variant: str,
     arch: str,
@@ -251,13 +255,15 @@ def _create(
         from .noisy import DIFT as model_cls
     else:
         model_cls = CleanDIFT
-    cfg, dtype = with_encoder(ARCHITECTURES[arch], latent_encoder), _dtype(dtype)
+    cfg, dtype = with_encoder(ARCHITECTURES[arch], latent_encoder), check_dtype(dtype, auto=True)
     name = variant.removesuffix("_pyramid")
     parts = Sources(name, SOURCES.get(name, {}), sources or {}, latent_encoder)
     text_encoder = kwargs.setdefault("text_encoder", parts.given.get("text_encoder"))
     if text_encoder is None:
         kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
+    refuse_unknown_ways(kwargs, infos)
+    state = take_state(kwargs) if pretrained else None
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
@@ -294,7 +300,7 @@ def _create(
         backbone.cache_dir = kwargs.get("cache_dir")
         if prompt is not None:
             backbone.fixed.add("prompt_embeds")
-        place = load_pretrained(backbone, cfg, parts, backbone.cache_dir, dtype)
+        place = load_pretrained(backbone, cfg, parts, backbone.cache_dir, dtype, state)
         if text_encoder is None and place is not None:
             backbone.text_encoder = place
         if prompt is not None:
@@ -306,13 +312,15 @@ def _create(
 _ARGUMENTS = """
 
     Args:
-        pretrained: load weights; pretrained_cfg_overlay=dict(file=PATH) names a file or folder of yours.
-        features_only: return a list of maps instead of pooled features; out_indices chooses them (0 = us10, the finest,
-            ... 10 = mid; default (1, 4, 7, 10) = us9, us6, us3, mid).
+        pretrained: load weights; pretrained_cfg_overlay=dict(file=PATH) names a file or folder of yours,
+            dict(state_dict=...) gives tensors in memory.
+        features_only: return a list of maps instead of pooled features; out_indices chooses them by name or index (0 =
+            us10, the finest, ... 10 = mid; default (1, 4, 7, 10) = us9, us6, us3, mid).
         final_map: without features_only, the map that the model ends at (default "mid").
         num_classes, global_pool, in_chans, drop_rate: as everywhere in timm.
         timestep: overrides the stored one, 0..999. prompt: text, or one per image (needs transformers).
-        dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored; default: float32. device: of the model.
+        dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored (8-bit floats become float16); default:
+            float32. device: of the model.
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
             for weights that are put together from published parts. held: the finest map that the weights hold, which
             narrows the default out_indices (a folder's config.json says it).
@@ -388,3 +396,7 @@ def dift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def test_cleandift(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A few thousand random parameters in SD's four-level topology, for tests."""
     return _create("test_cleandift", "test", pretrained, **kwargs)
+
+
+# timm.list_models() leaves out deprecated names; this one, for this project's tests, can be created all the same.
+getattr(_registry, "_deprecated_models", {})["test_cleandift"] = None

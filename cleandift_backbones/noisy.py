@@ -90,7 +90,7 @@ class DIFT(CleanDIFT):
         ensemble_size = self.ensemble_size if ensemble_size is None else ensemble_size
         noise_seed = self.noise_seed if noise_seed is None else noise_seed
         step, self.ensemble_size, self.noise_seed = _noise(len(self.alphas), timestep, ensemble_size, noise_seed)
-        self.timestep = torch.tensor(float(step), device=self.timestep.device)
+        self.timestep = torch.tensor(float(step), dtype=torch.float32, device=self.timestep.device)
         self.signal, self.sigma = self.alphas[step] ** 0.5, (1 - self.alphas[step]) ** 0.5
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

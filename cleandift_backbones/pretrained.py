@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from . import checkpoints, download, prompts
 from .checkpoints import Weights
-from .download import HubError, HubFile, RemoteFile
-from .errors import DependencyError, InputError, StateError
+from .download import HubError, HubFile, NoRanges, RemoteFile
+from .errors import DependencyError, InputError, MissingWeightsError, StateError
+from .learned import learned_timestep
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
-
-_logger = logging.getLogger(__name__)
 
 #: parts that weights may come from, and what each gives
 PARTS = {
@@ -32,7 +31,6 @@ PARTS = {
     "text_encoder": "prompt_embeds",
     "heads": "heads.",
 }
-START_TIMESTEP = 261.0  # at which the learned timestep starts (DIFT's; CleanDIFT, section 4)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Sources:
 
 
 def open_parts(
-    main: Path | HubFile,
+    main: Path | HubFile | Weights,
     sources: Sources,
     cfg: Mapping[str, dict],
     fixed: set[str] = frozenset(),
@@ -108,7 +106,7 @@ def open_parts(
     All is asked for before anything large is fetched.
 
     Args:
-        main: a UNet, or more than a UNet.
+        main: a UNet, or more than a UNet; opened already if it is in memory.
         sources: of the rest.
         cfg: entry of `models.ARCHITECTURES`.
         fixed: native names that need not be there.
@@ -118,7 +116,7 @@ def open_parts(
         the weights, and the constants `timestep` and `prompt_embeds` if they come from elsewhere.
 
     Raises:
-        RuntimeError: files are missing; each is named, with the reason, and how to place it.
+        MissingWeightsError: files are missing; each is named, with the reason, and how to place it.
         checkpoints.CheckpointError: see `checkpoints.open_checkpoint`; a UNet of another family; no teacher; an
             encoder of another kind.
     """
@@ -148,7 +146,7 @@ def open_parts(
         if part in lacking:
             attempt(part, check, places[part], cache_dir)
     if missing:
-        raise StateError(missing_message(sources, missing))
+        raise MissingWeightsError(missing_message(sources, missing), sources.name, missing)
     full = weights.form == "CompVis full checkpoint"
     if isinstance(weights.files()[0], RemoteFile) and not full:
         weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
@@ -160,7 +158,7 @@ def open_parts(
         weights.put(open_header(download.parse_source(places["heads"]), cache_dir), "heads.")
     constants = {}
     if "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
-        constants["timestep"] = learned_timestep(places["timestep"], weights.metadata, cache_dir)
+        constants["timestep"] = learned_timestep(places["timestep"], weights, cache_dir)
     if "text_encoder" in lacking:
         constants["prompt_embeds"] = prompts.embed("", places["text_encoder"], cache_dir, keep=True)
     return weights, constants
@@ -205,22 +203,25 @@ def open_encoder(source: str, latent_encoder: str, cache_dir: str | Path | None 
     return weights
 
 
-def open_header(main: Path | HubFile, cache_dir: str | Path | None = None) -> Weights:
-    """Opened; a single file that is not in the cache only by its header, over HTTP."""
+def open_header(main: Path | HubFile | Weights, cache_dir: str | Path | None = None) -> Weights:
+    """Opened; a single file that is not in the cache only by its header, over HTTP, where the server gives ranges."""
+    if isinstance(main, Weights):
+        return main
     if isinstance(main, Path):
         return checkpoints.open_checkpoint(main)
     if main.path.endswith(".safetensors") and not download.cached(main, cache_dir):
-        return checkpoints.open_files(main, [RemoteFile(main)])
+        with suppress(NoRanges):
+            return checkpoints.open_files(main, [RemoteFile(main)])
     return checkpoints.open_checkpoint(download.fetch_checkpoint(main, cache_dir))
 
 
 def own_text_encoder(
-    main: Path | HubFile, weights: Weights | None, cache_dir: str | Path | None = None
+    main: Path | HubFile | Weights, weights: Weights | None, cache_dir: str | Path | None = None
 ) -> Path | HubFile | None:
     """The text encoder that stands beside a UNet in diffusers' layout, if there is one."""
     if isinstance(main, Path):
         return main if (main / "text_encoder").is_dir() else None
-    if weights is None or weights.form != "diffusers folder":
+    if not isinstance(main, HubFile) or weights is None or weights.form != "diffusers folder":
         return None
     try:
         download.check(main.join("text_encoder/config.json"), cache_dir)
@@ -263,34 +264,6 @@ def missing_message(sources: Sources, missing: list[str]) -> str:
     )
 
 
-def learned_timestep(
-    source: str | Path | None, metadata: Mapping[str, str] | None = None, cache_dir: str | Path | None = None
-) -> Tensor:
-    """The learned timestep: of a UNet's metadata (`convert.to_diffusers` writes it), or of a CompVis full checkpoint.
-
-    On the Hub that is read by ranges, a few hundred kB of 3.9 GB, and kept beside the Hub's cache. If it is not to be
-    had, a warning says so, and it is 261.
-    """
-    try:
-        if metadata and "timestep" in metadata:
-            return torch.tensor(float(metadata["timestep"]), device="cpu")
-        if source is None:
-            raise HubError("no source is known")
-        place = download.parse_source(source)
-        if isinstance(place, Path):
-            return checkpoints.open_checkpoint(place)["timestep"].float()
-        return download.remember_of(
-            "timestep", place, lambda: RemoteFile(place).get_tensor("timestep").float(), cache_dir
-        )
-    except (HubError, FileNotFoundError, checkpoints.CheckpointError, KeyError) as error:
-        _logger.warning(
-            f"the learned timestep could not be read from {source} ({error}): {START_TIMESTEP:.0f}, at which its "
-            "training started, is used. Features will differ a little; pass timestep=..., or "
-            "sources=dict(timestep=PATH) with the full checkpoint"
-        )
-        return torch.tensor(START_TIMESTEP, device="cpu")
-
-
 def check_configs(weights: Weights, cfg: Mapping[str, dict]) -> None:
     """Raises CheckpointError where a config of a diffusers folder differs from the architecture's."""
     for part, found in weights.configs.items():
@@ -308,6 +281,7 @@ def load_pretrained(
     sources: Sources,
     cache_dir: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> str | None:
     """Loads the weights that `model.pretrained_cfg` names, strictly; what they lack comes from `sources`.
 
@@ -316,7 +290,8 @@ def load_pretrained(
         cfg: its entry of `models.ARCHITECTURES`.
         sources: of the parts.
         cache_dir: of the Hub's files (default: the Hub's own).
-        dtype: of the parameters; "auto": that of the UNet in the file; None: as the model has it.
+        dtype: of the parameters; "auto": that of the UNet in the file (`Weights.dtype`); None: as the model has it.
+        state: tensors by name, in any of the forms of files, in the place of a file.
 
     Returns:
         source of the text encoder that stands beside these weights, if there is one.
@@ -326,13 +301,16 @@ def load_pretrained(
         RuntimeError: files are missing.
     """
     pretrained_cfg = model.pretrained_cfg
-    main = sources.main(pretrained_cfg)
+    if state is not None and "unet" in sources.given:
+        raise InputError("both a state_dict and sources=dict(unet=...) are given: give one of them")
+    main = sources.main(pretrained_cfg) if state is None else checkpoints.open_state(state)
     noisy = hasattr(model, "ensemble_size")
     fixed = model.fixed | ({"heads."} if model.heads is None else set())
     weights, constants = open_parts(main, sources, cfg, fixed, noisy, cache_dir)
     check_configs(weights, cfg)
     if dtype == "auto":
-        dtype = weights["unet.conv_in.weight"].dtype if "unet.conv_in.weight" in weights else None
+        dtype = weights.dtype()
+    _check_heads(model, weights)
     classes = model.num_classes
     keep_head = classes and classes == pretrained_cfg.get("num_classes")
     if not keep_head:
@@ -347,6 +325,22 @@ def load_pretrained(
 _FIRST = ("vae.encoder.conv_in.weight", "vae.encoder.layers.0.weight")  # made for another number of channels
 #: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint
 BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.")
+
+
+def _check_heads(model: CleanDIFT, weights: Weights) -> None:
+    """Raises CheckpointError where projected features are asked for of maps that no heads were trained for."""
+    if model.heads is None:
+        return
+    held = {name.split(".")[2] for name in weights.names() if name.startswith("heads.adapters.")}
+    lacking = sorted(set(model.heads.adapters) - held)
+    if lacking:
+        have = f"has them for {', '.join(sorted(held))}" if held else "has none"
+        raise checkpoints.CheckpointError(
+            f"projected_timestep={model.projected_timestep} needs projection heads for {', '.join(lacking)}; "
+            f"{weights.label} ({weights.form}) {have}. Ask for other maps, give sources=dict(heads=SOURCE) with a "
+            "checkpoint that holds them (cleandift_sd15 and cleandift_sd21 have published ones), or leave "
+            "projected_timestep out"
+        )
 
 
 def load_weights(
@@ -370,7 +364,7 @@ def fit_model(
     Args:
         weights: of `checkpoints.open_checkpoint`.
         given: tensors to use instead of those in the file, by name (what the model's arguments fix is kept anyway).
-        dtype: of everything but the timestep (default: as the model has it).
+        dtype: of everything but the numbers that are no weights (default: as the model has it).
     """
 
     def ignorable(name: str) -> bool:
@@ -386,5 +380,5 @@ def fit_model(
     fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
     state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)
     for name, tensor in fixed.items():
-        state[name] = tensor.to(dtype if dtype and name != "timestep" else expected[name].dtype)
+        state[name] = checkpoints.cast(name, tensor, dtype or expected[name].dtype)
     return state

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import download
-from .errors import DependencyError, FileError, InputTypeError
+from . import checkpoints, download
+from .errors import DependencyError, FileError, InputTypeError, UnknownKeyError
 
 INSTALL = "pip install 'cleandift_backbones[text]'"
 _logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class PromptEncoder:
         try:
             place = download.parse_source(source)
             options = dict(cache_dir=cache_dir)
+            variant = _variant(place, cache_dir)
             if isinstance(place, download.HubFile):
                 options["revision"] = place.revision
                 folder, prefix = place.repo, place.path
@@ -56,7 +57,11 @@ class PromptEncoder:
                     folder, subfolder=f"{prefix}/tokenizer".lstrip("/"), **options
                 )
                 encoder = CLIPTextModel.from_pretrained(
-                    folder, subfolder=f"{prefix}/text_encoder".lstrip("/"), use_safetensors=True, **options
+                    folder,
+                    subfolder=f"{prefix}/text_encoder".lstrip("/"),
+                    use_safetensors=True,
+                    variant=variant,
+                    **options,
                 )
         except (OSError, ValueError) as error:
             raise FileError(
@@ -80,6 +85,16 @@ class PromptEncoder:
             mask = tokens.attention_mask if getattr(self.encoder.config, "use_attention_mask", False) else None
             mask = None if mask is None else mask.to(self.device)
             return self.encoder(tokens.input_ids.to(self.device), attention_mask=mask).last_hidden_state
+
+
+def _variant(place: Path | download.HubFile, cache_dir: str | Path | None) -> str | None:
+    """The variant of a text encoder's weights ("fp16") where no plain file is there, by the rule of all weights."""
+    if isinstance(place, download.HubFile):
+        names = download.list_files(place.join("text_encoder"), cache_dir)
+    else:
+        names = {path.name for path in (place / "text_encoder").glob("*")}
+    chosen = checkpoints.choose_file(names, checkpoints.NATIVE_NAME)
+    return chosen[1] if chosen else None
 
 
 @contextmanager
@@ -183,4 +198,4 @@ def kept(text: str, source: str | Path, cache_dir: str | Path | None = None) -> 
 
 
 def _not_kept() -> Tensor:
-    raise LookupError
+    raise UnknownKeyError("not kept")

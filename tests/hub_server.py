@@ -97,6 +97,8 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.sent: Counter[str] = Counter()  # bytes of files, by path
+        self.left_out: set[str] = set()  # "METHOD header" that a mirror does not send
+        self.ranges = True  # whether it gives parts of files
         self.lock = threading.Lock()
 
     def start(self) -> None:
@@ -126,6 +128,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if f"{self.command} {keyword}" not in self.server.left_out:
+            super().send_header(keyword, value)
 
     def _serve(self) -> None:
         parts = urlsplit(self.path)
@@ -246,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=oid)
         blob = files[path]
         begin, end = 0, blob.size
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        asked = self.server.ranges and re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked:
             begin, end = int(asked[1]), min(int(asked[2]) + 1 if asked[2] else end, end)
         self.send_response(206 if asked else 200)

@@ -376,7 +376,7 @@ def test_three_lines_of_python_make_the_same_result(kind, features, tmp_path, mo
     Image.open(io.BytesIO(encoded(open_picture("cat_photo.jpg").image))).save("it's mine.png")
     result = RESULTS[kind]([PAIR[0], "it's mine.png"], features)
     lines = result.recipe()
-    assert len(lines.strip().splitlines()) == 3
+    assert len(lines.strip().splitlines()) == 3 and "emoji" in result.trained_on
     exec(compile(lines, "recipe", "exec"), {})
     for suffix in (".png", ".safetensors"):
         assert (tmp_path / f"{result.function}{suffix}").read_bytes() == result.encoded(suffix)

@@ -79,6 +79,9 @@ def test_missing_weights_say_how_to_get_them(visitor):
     visitor.page.get_by_label("Model", exact=True).click()
     visitor.page.get_by_role("option", name="cleandift_sd21", exact=True).click()
     visitor.page.wait_for_selector("#match .notice.error:not([hidden])")
+    sentence = "The weights of cleandift_sd21 are not on this machine: choose another model."
+    assert visitor.notice().splitlines() == [sentence, "How to get them"]  # the rest is folded away
+    visitor.page.locator("#match .notice summary").click()
     assert "python tools/convert.py cleandift_sd21 --out FOLDER" in visitor.notice()
     visitor.page.get_by_label("Model", exact=True).click()
     visitor.after("match", visitor.page.get_by_role("option", name="cleandift_tiny", exact=True).click)

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,25 @@ def test_model_map_and_prompt_change_the_answer(visitor):
     )
 
 
+def test_what_a_model_knows_and_what_a_similarity_means(visitor):
+    knowledge = visitor.page.locator("#knowledge")
+    expect(knowledge).to_have_text(
+        re.compile("Trained on emoji .*photographs are unreliable; .* choose cleandift_sd21")
+    )
+    model = visitor.page.get_by_label("Model", exact=True)
+    assert model.bounding_box()["y"] < knowledge.bounding_box()["y"]
+    for name, words in (("cleandift_sd15", "photographs and art from the web"), ("dift_tiny", "Trained on emoji")):
+        model.click()
+        visitor.page.get_by_role("option", name=name, exact=True).click()
+        expect(knowledge).to_contain_text(words)
+    visitor.settled("match")
+    assert "similar" in visitor.page.locator("#match figcaption .score").first.inner_text()
+    legend = visitor.page.locator("#match p.aside")
+    assert "cosine similarity" in legend.inner_text() and "Mutual: " in legend.inner_text()
+    visitor.after("match", visitor.page.get_by_role("button", name="Clear all").click)
+    assert legend.count() == 0  # nothing is compared
+
+
 def test_uploads_of_every_kind(visitor, tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (90, 120, 3), np.uint8)).save(tmp_path / "mine.jpg")
@@ -95,10 +115,12 @@ def test_uploads_of_every_kind(visitor, tmp_path):
     Image.new("L", (10_000, 10_000), 200).save(tmp_path / "huge.png", compress_level=1)
     (tmp_path / "text.png").write_text("not a picture")
     visitor.upload(tmp_path / "mine.jpg")
-    assert visitor.pictures()[-1] == "mine.jpg" and visitor.notice() == "" and set(visitor.marks(3)) == {1}
+    assert visitor.pictures()[-1] == "mine.jpg" and set(visitor.marks(3)) == {1}
+    assert visitor.notice().startswith("cleandift_tiny is trained on emoji")  # said once
     visitor.upload(tmp_path / "moving.gif", tmp_path / "clear.png")
     assert "moving.gif: animated: its first frame." in visitor.notice()
     assert "clear.png: transparent: drawn on grey." in visitor.notice()
+    assert "trained on emoji" not in visitor.notice()
     visitor.upload(tmp_path / "huge.png")
     assert "scaled down from 10000 x 10000 (100 megapixels) to 1024 x 1024" in visitor.notice()
     visitor.upload(tmp_path / "text.png")
@@ -272,6 +294,36 @@ def test_every_tab_fits_the_screen(browser, server, device, scheme):
         if folder:
             time.sleep(0.5)
             visitor.page.screenshot(path=Path(folder, f"{tab}_{device}_{scheme}.png"), full_page=True)
+    visitor.leave()
+
+
+CONTRAST = """element => {
+  const parts = (colour) => colour.match(/[0-9.]+/g).map(Number);
+  const light = (colour) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, n) => {
+    const c = colour[n] / 255;
+    return sum + weight * (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  }, 0.05);
+  let ground = element;
+  while (parts(getComputedStyle(ground).backgroundColor)[3] === 0) ground = ground.parentElement;
+  const [a, b] = [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor].map(parts).map(light);
+  return Math.max(a, b) / Math.min(a, b);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_and_headings_have_an_order(browser, server, scheme):
+    """WCAG 2: 4.5 between text and its background; no level of headings is left out."""
+    visitor = Visitor(browser, server, color_scheme=scheme)
+    for name, tab in TABS:
+        visitor.open(name, tab)
+        visitor.page.mouse.move(0, 0)
+        visitor.page.wait_for_timeout(500)  # colours change slowly
+        texts = ["#tray button.main", "[role=tab][aria-selected=true]", "#knowledge p"]
+        texts += ["#compare .side h2 small", "#timestep .max_value"] if tab == "compare" else []
+        for text in texts:
+            assert visitor.page.locator(text).first.evaluate(CONTRAST) >= 4.5, (tab, text)
+        levels = visitor.page.get_by_role("heading").evaluate_all("all => all.map((one) => Number(one.tagName[1]))")
+        assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels))
     visitor.leave()
 
 

@@ -286,10 +286,11 @@ def test_page_takes_anything_from_a_browser(page, data):
 def test_page_says_what_cannot_be_had(page, hub, offline):
     offline()
     _, view = act(page, "w", model="cleandift_sd21")
-    assert view["error"] and "tools/convert.py cleandift_sd21 --out" in view["notice"] and "recipe" not in view
-    assert "start it with --download" in view["notice"]
+    told = "The weights of cleandift_sd21 are not on this machine: choose another model."
+    assert view["error"] and view["notice"] == told and "recipe" not in view
+    assert "tools/convert.py cleandift_sd21 --out" in view["details"] and "it with --download" in view["details"]
     _, view = act(page, "w", model="pixels", prompt="cat")
-    assert view["error"] and "takes no prompts" in view["notice"]
+    assert view["error"] and "takes no prompts" in view["notice"] and not view["details"]
     _, view = act(page, "w", dict(kind="tab", tab="compare"), model="dift_tiny")
     assert view["error"] and "choose a cleandift_* model" in view["notice"]
     _, view = act(page, "w", dict(kind="tab", tab="maps"), maps=[])
@@ -302,6 +303,41 @@ def test_page_says_what_cannot_be_had(page, hub, offline):
         assert view["error"] and view["notice"] == "That was not understood; load the page again."
     _, view = act(page, "w")
     assert not view["error"] and [side["title"] for side in view["sides"]] == ["Clean", "Noisy"]
+
+
+def test_page_says_what_a_model_was_trained_on(page, tmp_path):
+    lines = {
+        name: page.change_model(name, "us6", ["us6"])[2] for name in ("cleandift_tiny", "cleandift_sd21", "pixels")
+    }
+    assert "emoji" in lines["cleandift_tiny"] and "choose cleandift_sd21" in lines["cleandift_tiny"]
+    assert "photographs and art" in lines["cleandift_sd21"] and "emoji" not in lines["cleandift_sd21"]
+    assert lines["pixels"] == ""
+    (tmp_path / "README.md").write_text("Data: <script>alert(1)</script>")  # a stranger's card
+    page.maps[f"local-dir:{tmp_path}"] = ["us6"]
+    shown = page.change_model(f"local-dir:{tmp_path}", "us6", ["us6"])[2]
+    assert shown == "<p>Trained on &lt;script&gt;alert(1)&lt;/script&gt;.</p>"
+    del page.maps[f"local-dir:{tmp_path}"]
+    html = next(c for c in page.blocks.config["components"] if c["props"].get("elem_id") == "knowledge")
+    assert html["props"]["value"] == lines["cleandift_tiny"]  # that of the first model, when the page opens
+
+
+def test_the_first_upload_to_a_model_of_emoji_is_warned():
+    session = Session()
+    session.add_upload(photo(1), "one.png")
+    text, error = session.take_notice()
+    assert not error and text.startswith("cleandift_tiny is trained on emoji") and "photographs are unreliable" in text
+    session.begin_action()
+    session.add_upload(photo(2), "two.png")
+    assert session.take_notice() == ("", False)
+    session = Session()
+    session.settings = Settings(model="cleandift_sd21")
+    session.add_upload(photo(1), "one.png")
+    assert session.take_notice() == ("", False)
+    session.settings = Settings(model="dift_tiny")
+    session.add_upload(photo(1), "one.png")  # is here already
+    assert "trained on" not in session.take_notice()[0]
+    session.add_upload(photo(2), "two.png")
+    assert "dift_tiny is trained on emoji" in session.take_notice()[0]
 
 
 def test_a_control_that_says_nothing_has_its_last_value(page):

@@ -65,6 +65,12 @@ def test_own_pictures(demo, monkeypatch, tmp_path, capsys):
     assert "points matched on us6" in printed and " s in all" in printed
 
 
+def test_it_says_what_the_model_was_trained_on(demo, monkeypatch, tmp_path, capsys):
+    paths = [draw(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("ab")]
+    run(demo, monkeypatch, "--model", "cleandift_tiny", "--images", *paths, "--maps", "us6", "--out", tmp_path / "out")
+    assert "cleandift_tiny is trained on emoji" in capsys.readouterr().out
+
+
 def test_clean_against_noisy(demo, monkeypatch, tmp_path):
     """A clean model with a noisy twin gets the comparison."""
     paths = [draw(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("ab")]

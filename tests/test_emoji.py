@@ -206,7 +206,7 @@ def test_report_says_who_wins(tmp_path):
 
 def run_evaluate(monkeypatch, *arguments):
     tool = load_tool("evaluate")
-    monkeypatch.setattr("sys.argv", ["tools/evaluate.py", *map(str, arguments)])
+    monkeypatch.setattr("sys.argv", ["tools/evaluate.py", "--suite", "emoji", *map(str, arguments)])
     tool.main()
 
 

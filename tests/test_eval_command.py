@@ -57,7 +57,8 @@ def test_correspondence(spair, tmp_path, monkeypatch, capsys):  # noqa: F811
     assert "prompt 'A photo of a aeroplane.' and alike" in data["details"]["cleandift_tiny"]
     assert data["details"]["pixels"].startswith("no prompt")
     printed = capsys.readouterr().out
-    assert "| test_vit, random weights |" in printed and "bbox@0.1 per point" in printed
+    assert "| test_vit, random weights |" in printed and "| PCK bbox@0.1 per point (%) |" in printed
+    assert "PCK: the share of keypoints" in printed and "95 % intervals" in printed and "] map us6 |" in printed
     evaluate(monkeypatch, "correspondence", "--model", *OTHERS, *common, "--resize", "pad", "--soft-argmax", 5)
     assert results(out, "correspondence")["answer"].startswith("soft-argmax, window 5")
 
@@ -137,7 +138,7 @@ def test_depth(nyu, tmp_path, monkeypatch):  # noqa: F811
     assert found["RMSE (m)"]["rate"] == pytest.approx(0.05, abs=1e-3) and found["delta < 1.25"]["rate"] == 1
 
 
-def test_noise(classes, tmp_path, monkeypatch):
+def test_noise(classes, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     evaluate(
         monkeypatch, "noise", "--model", "dift_tiny", "random:dift_tiny", "--map", "us3", "--data", classes,
@@ -152,7 +153,9 @@ def test_noise(classes, tmp_path, monkeypatch):
     for share in shares:
         low, high = share["intervals"]["image"]
         assert 0 <= low <= share["image"] <= high <= 1
-    assert Image.open(out / "noise.png").size[0] > 300 and "noise alone" in (out / "noise.md").read_text()
+    assert Image.open(out / "noise.png").size[0] > 300
+    head = "| model | map | timestep t | picture alone (%) | both together (%) | noise alone (%) |"
+    assert head in (out / "noise.md").read_text() and head in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -199,6 +202,15 @@ def test_prompts_for_those_that_take_them(classes, tmp_path, monkeypatch):
         "recall@1",
         "recall@2",
     ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--data", "photos"], ["--model", "pixels", "--data", "photos", "knn"]])
+def test_a_forgotten_task_is_asked_for(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        evaluate(monkeypatch, *arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "no TASK was given" in error and "--suite emoji" in error
+    assert all(task in error for task in command.TASKS)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["noise", "--help"], ["knn", "--help"], ["correspondence", "-h"]])

@@ -138,6 +138,27 @@ def test_json_pairs_may_lie_anywhere(tmp_path):
         assert data.items[1].read().size == (20, 50) and len({item.name for item in data.items}) == 2
 
 
+def test_a_folder_of_images_with_a_list_of_pairs(tmp_path):
+    """The lone JSON file is taken whatever its name; of several one must be chosen."""
+    entry = dict(source="a.png", target="a.png", source_points=[[1, 2]], target_points=[[3, 4]])
+    made = write_json_pairs(tmp_path, [entry])
+    (tmp_path / "JPEGImages").mkdir()  # a folder of this name alone is not PF-PASCAL
+    (tmp_path / "._test_pairs.json").write_text("of a file manager")
+    for name in ("x.json", "test_pairs.json", "my_Pairs.JSON"):
+        made = made.rename(tmp_path / name)
+        data = pairs.read_pairs(tmp_path)
+        assert data.name == made.stem and len(data.pairs) == 1
+    (tmp_path / "info.json").write_text("{}")  # a name with "pairs" goes before others
+    assert pairs.read_pairs(tmp_path).name == "my_Pairs"
+    (tmp_path / "train_pairs.json").write_text("[]")
+    with pytest.raises(DataError, match=r"2 JSON files \(my_Pairs.JSON, train_pairs.json\): choose one, as in --data"):
+        pairs.read_pairs(tmp_path)
+    made.unlink()
+    (tmp_path / "train_pairs.json").unlink()
+    with pytest.raises(DataError, match=r"info\.json: expected a JSON list"):
+        pairs.read_pairs(tmp_path)
+
+
 @pytest.mark.parametrize("points_in_table", [False, True])
 def test_pf_pascal_is_read(tmp_path, points_in_table):
     savemat = pytest.importorskip("scipy.io").savemat

@@ -1,6 +1,7 @@
 """Reports of metrics of which less is better, with a few leading metrics, and of several swept models."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -38,9 +39,51 @@ def test_less_is_better_where_it_is():
     assert "**delta**: clean loses by 10.0 points" in words[1] and second["noisy"]["rate"] == pytest.approx(0.4)
     lines = report.table().splitlines()
     assert "**0.50" in lines[-1] and "**40.0**" in lines[-2] and "other" not in lines[0]
-    assert "| other | 100.0 [100.0, 100.0]" in report.long_table()
+    assert "| other (%) | 100.0 [100.0, 100.0] map us6 |" in report.long_table()
     text = report.markdown("# About")
     assert "## Everything measured" in text and "less is better: RMSE (m)." in text and "over pictures" in text
+
+
+def spread(label, kind, shares, timestep=None):
+    """Rows whose shares vary over 50 units, each by as much as the number after it says."""
+    noise = np.sin(np.arange(50) * 2 * np.pi / 50)[:, None]
+    tallies = {name: Tally(rate + width * noise, np.ones((50, 1))) for name, (rate, width) in shares.items()}
+    return Row(label, kind, {"us6": tallies}, {} if timestep is None else dict(timestep=timestep))
+
+
+def bold(table):
+    return re.findall(r"\*\*([\d.]+)\*\*", table)
+
+
+def test_bold_is_what_beats_every_other_model():
+    metrics = dict(close="close", clear="clear")
+    clean = spread("clean", "clean", dict(close=(0.51, 0.3), clear=(0.8, 0.1)))
+    noisy = spread("noisy, t=1", "noisy", dict(close=(0.5, -0.3), clear=(0.5, 0.1)), 1)
+    report = Report([clean, noisy], metrics, {})
+    words = report.verdicts()
+    assert "no clear winner" in words[0] and "clean wins" in words[1]
+    assert bold(report.table()) == bold(report.long_table()) == ["80.0"]
+    # Nothing to win over: one model, also one that was swept.
+    assert not bold(Report([clean], metrics, {}).table()) and not bold(Report([clean], metrics, {}).long_table())
+    swept = spread("noisy, t=9", "noisy", dict(clear=(0.9, 0.1)), 9)
+    assert not bold(Report([noisy, swept], metrics, {}).table())
+    # One of a sweep may win although another of its timesteps is as good.
+    again = spread("noisy, t=8", "noisy", dict(clear=(0.9, 0.1)), 8)
+    assert "clean loses" in Report([clean, swept, again], dict(clear="clear"), {}).verdicts()[0]
+    assert bold(Report([clean, swept, again], dict(clear="clear"), {}).table()) == ["90.0"]
+    # A third model that is as good as the best leaves no winner.
+    vit = spread("vit", "baseline", dict(clear=(0.8, 0.1)))
+    assert not bold(Report([clean, noisy, vit], metrics, {}).table())
+
+
+def test_columns_and_cells_say_what_they_are():
+    report = make(row("clean", "clean", 0.5), row("dift, t=1", "noisy", 0.9, timestep=1))
+    table = report.table().splitlines()
+    assert table[0] == "| features | RMSE (m) | delta (%) |" and table[2].endswith("| 50.0 [50.0, 50.0] map us6 |")
+    assert "95 % intervals" in report.legend() and "the map of the best value" in report.legend()
+    assert "per cent" in report.legend() and "Bold" not in make(row("clean", "clean", 0.5)).legend()
+    units = report.to_json()["units"]
+    assert units == {"RMSE (m)": "as named", "delta": "share, 0..1", "other": "share, 0..1"}
 
 
 def test_worse_is_said_too():

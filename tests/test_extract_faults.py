@@ -81,7 +81,7 @@ def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, mo
     (data / "two/bomb.png").write_bytes(bomb())
     for workers in (0, 2):
         report = extract(data, tmp_path / "out", workers=workers)
-        assert report.failed == 3 and "3 pictures cannot be read" in capsys.readouterr().out
+        assert report.failed == 3 and "3 images cannot be read" in capsys.readouterr().out
         lines = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
         assert [line["key"] for line in lines] == ["one/01.png", "two/04.png", "two/bomb.png"]
         assert "not an image" in lines[0]["error"] and "too large to be safe" in lines[2]["error"]
@@ -96,7 +96,7 @@ def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, mo
     (tmp_path / "all/a.png").write_bytes(b"")
     with pytest.raises(SystemExit):
         extract(tmp_path / "all", tmp_path / "empty")
-    assert "none of 1 pictures can be read, the first: " in capsys.readouterr().err
+    assert "none of 1 images can be read, the first: " in capsys.readouterr().err
 
 
 def test_a_worker_that_is_killed(folder, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 
 import pytest
 import timm
@@ -55,6 +56,9 @@ def test_half_precision_and_a_push_at_the_end(pictures, tmp_path, hub, logged_in
     given = arguments(pictures, tmp_path / "run", "max_steps=2", "mixed_precision=bf16", "sample_every=2")
     assert main([*given, "--push-to-hub", "me/student"]) == 0
     assert all(map(math.isfinite, log(tmp_path / "run", "loss") + log(tmp_path / "run", "validation")))
+    assert re.search(
+        r"Data: \d+ pictures, \d+ px; before that on emoji", (tmp_path / "run/native/README.md").read_text()
+    )
     model = timm.create_model("hf-hub:me/student", pretrained=True, features_only=True)
     assert torch.equal(
         model.model.unet.conv_in.bias, load_file(tmp_path / "run/native/model.safetensors")["unet.conv_in.bias"]

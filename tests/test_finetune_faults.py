@@ -60,7 +60,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(pictures, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "write_file", full)
     finetune(pictures, tmp_path / "run")
-    assert "No space left on device (the one of step 2 stands)" in caplog.text
+    assert "No space left on device" in caplog.text and "(the one of step 2 stands)" in caplog.text
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step_0000002.safetensors"]
 
 
@@ -181,7 +181,7 @@ def test_teachers_of_both_kinds(pictures, tmp_path, prediction):
         (["teacher_weights=/nowhere.safetensors"], "/nowhere.safetensors is neither a file"),
         (["device=cuda:7"], "device must be auto, cpu or cuda"),
         (["data.size=70"], "data.size=70 is no multiple of the latents' stride 4"),
-        (["cache_dir=x", "data.crop=random"], "cache_dir needs data.crop=center"),
+        (["cache_dir=x", "data.crop=random"], "data.crop is random in this recipe: add data.crop=center"),
         (["heads.weights=/nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )
@@ -232,7 +232,7 @@ def test_checkpoints_behind_damaged_ones_stay(tmp_path):
     for step in (3, 4):
         kept.save(step, {"x": torch.zeros(2)}, {})
         kept.path(step).write_bytes(b"cut")
-    (tmp_path / ".step_0000009.safetensors.part").write_bytes(b"killed")
+    (tmp_path / ".step_0000009.safetensors.0123456789ab.part").write_bytes(b"killed")
     assert kept.load() is None
     for step in (1, 2):
         kept.save(step, {"x": torch.full((2,), float(step))}, {})

@@ -161,8 +161,9 @@ def test_encoder_training_resumes(pictures, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         train_encoder([*given, str(tmp_path / "parts")])
+    assert stop.value.code == 130
     monkeypatch.setattr(Run, "save", save)
     assert train_encoder([*given, str(tmp_path / "parts")]) == 0
     name = "encoder/diffusion_pytorch_model.safetensors"

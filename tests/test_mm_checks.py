@@ -9,7 +9,8 @@ import timm
 import torch
 
 from cleandift_backbones import mm_checks
-from cleandift_backbones.mm_checks import check_model, check_packages, describe, model_names
+from cleandift_backbones.errors import StateError
+from cleandift_backbones.mm_checks import check_launcher, check_model, check_packages, describe, model_names
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -35,7 +36,7 @@ def test_maps_by_index_and_by_name():
     [
         (("resnet50",), "unknown model_name 'resnet50': it is one of cleandift_sd15.*pretrained="),
         (("cleandift_tiny", [11]), "out_indices.*11.*0 = us10"),
-        (("cleandift_tiny", ["us11"]), "has no 'us11', but us10, us9"),
+        (("cleandift_tiny", ["us11"]), "no map 'us11'. This model has 0 = us10, 1 = us9"),
         (("cleandift_tiny", []), "out_indices"),
     ],
 )
@@ -118,3 +119,16 @@ def test_what_is_not_known_is_not_judged():
 def test_a_head_that_does_not_fit(head, message):
     with pytest.raises(ValueError, match=message):
         check_model(segmentor(**head))
+
+
+@pytest.mark.parametrize("given", [["--launcher", "pytorch"], ["--launcher=slurm"], ["--launcher", "none"], []])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_launchers_without_a_gpu_are_refused(given, gpu, monkeypatch):
+    """mmengine would end in "Found no NVIDIA driver", with any backend."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "config.py", *given])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    if gpu or not given or "none" in given:
+        check_launcher()
+    else:
+        with pytest.raises(StateError, match="--launcher (pytorch|slurm): .* start one process, without torchrun"):
+            check_launcher()

@@ -13,6 +13,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay
 
 import cleandift_backbones
+from cleandift_backbones.models import model_names
 
 NAMES = ["us10", "us9", "us8", "us7", "us6", "us5", "us4", "us3", "us2", "us1", "mid"]
 ALL = (
@@ -36,7 +37,8 @@ def make(name="test_cleandift", seed=0, **kwargs):
 
 
 def test_registered():
-    assert set(timm.list_models(module="models", filter="*dift*")) | ALL == set(timm.list_models("*dift*")) == ALL
+    assert set(timm.list_models("*dift*")) == set(model_names()) == ALL - {"test_cleandift"}
+    assert timm.is_model("test_cleandift")
     assert {n.split(".")[0] for n in timm.list_pretrained("*dift*")} >= {"cleandift_tiny", "dift_tiny"}
     for name in ALL:
         assert timm.models.model_entrypoint(name).__doc__.strip()

@@ -63,8 +63,15 @@ def packages(tmp_path):
     return base.parent
 
 
+def main(arguments: list[str]) -> int:
+    try:
+        return make_pictures.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
 def make(out: Path, packages: Path, *more: str) -> int:
-    return make_pictures.main(["--out", str(out), "--packages", str(packages), "--workers", "1", "--size", "64", *more])
+    return main(["--out", str(out), "--packages", str(packages), "--workers", "1", "--size", "64", *more])
 
 
 def files(out: Path) -> set[str]:
@@ -119,10 +126,10 @@ def test_resume_and_overwrite(packages, tmp_path, capsys):
     assert make(out, packages, "--overwrite") == 0
     assert Image.open(kept).getpixel((0, 0))[3] == 0
     before = {name: (out / name).read_bytes() for name in files(out)}
-    assert make_pictures.main(["--out", str(out), "--packages", str(packages), "--size", "32"]) == 1
+    assert main(["--out", str(out), "--packages", str(packages), "--size", "32"]) == 2
     assert "64x64, wanted RGBA 32x32: add --overwrite" in capsys.readouterr().err
     Image.new("RGBA", (64, 64)).save(out / "train" / "noto" / "1F98A.png")
-    assert make(out, packages) == 1
+    assert make(out, packages) == 2
     assert "1F98A.png" in capsys.readouterr().err
     assert {name: (out / name).read_bytes() for name in before} == before
 
@@ -131,21 +138,21 @@ def test_packages_are_checked(packages, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     path = packages / "node_modules" / "@iconify-json" / "noto" / "package.json"
     write(path, {"version": "0.1.0"})
-    assert make(out, packages) == 1
+    assert make(out, packages) == 2
     assert "is version 0.1.0: run `npm install @iconify-json/noto@1.2.9`" in capsys.readouterr().err
     path.unlink()
-    assert make(out, packages) == 1
+    assert make(out, packages) == 2
     assert "does not exist: run `npm install @iconify-json/noto@1.2.9`" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert make_pictures.main(["--out", str(out)]) == 1
+    assert main(["--out", str(out)]) == 2
     assert "npm was not found" in capsys.readouterr().err
     client = tmp_path / "bin" / "npm"
     client.parent.mkdir()
     client.write_text("#!/bin/sh\necho 'getaddrinfo ENOTFOUND' >&2\nexit 1\n")
     client.chmod(0o755)
     monkeypatch.setenv("PATH", f"{client.parent}:/bin:/usr/bin")
-    assert make_pictures.main(["--out", str(out)]) == 1
+    assert main(["--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert "ENOTFOUND" in error and "--packages" in error
     assert not out.exists()

@@ -280,32 +280,39 @@ def test_prompts_of_a_csv_list(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["caption", "distilled", "empty"])
-def test_a_run_without_captions_warns(tmp_path, caplog, text):
+def test_a_run_without_captions_warns(tmp_path, text):
     from finetune_runs import RECIPE
 
     from cleandift_backbones.distill.build import list_data
     from cleandift_backbones.distill.recipe import load_recipe
+    from cleandift_backbones.distill.summary import data_warnings
 
     (tmp_path / "data").mkdir()
     for number in range(3):
         (tmp_path / f"data/{number}.png").write_bytes(png(number))
         (tmp_path / f"data/{number}.words").write_text("not seen")
     recipe = load_recipe(RECIPE, [f"data.path={tmp_path / 'data'}", "output_dir=x", f"text={text}"])
-    summary = list_data(recipe, 64).summary
-    assert ("none of the 2 images looked at has a caption" in caplog.text) == (text != "empty")
-    assert summary.lines() == [
-        "data: 2 images, 0 of 2 have a caption; 1 image held out", "left out: 3 files (.words 3)"
+    data = list_data(recipe, 64)
+    assert any("no image has a caption: prompts are empty" in w for w in data_warnings(data, recipe)) == (
+        text != "empty"
+    )
+    assert data.summary.lines() == [
+        "data: 2 images, 0 with captions; 1 held out for validation", "left out: 3 files (.words 3)"
     ]  # fmt: skip
-    caplog.clear()
     pack(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a", "b.png": png(), "b.json": b'{"url": "b"}', "c.heic": b""})
     recipe.data.path, recipe.data.heldout = str(tmp_path / "a.tar"), str(tmp_path / "data")
-    summary = list_data(recipe, 64).summary
-    assert not caplog.text and summary.lines() == [
-        "data: 1 shard, 1 of the first 2 have a caption; 3 images held out", "left out: 1 file (.heic 1)"
+    data = list_data(recipe, 64)
+    assert not any("caption" in warning for warning in data_warnings(data, recipe))
+    assert data.summary.lines() == [
+        "data: 1 shard, 1 of the first 2 images with captions; 3 held out for validation", "left out: 1 file (.heic 1)"
     ]  # fmt: skip
+    recipe.data.path = str(pack(tmp_path / "b.tar", {"a.png": png(), "a.words": b"not seen"}))
+    warnings = data_warnings(list_data(recipe, 128), recipe)
+    assert any("none of the first 1 image has a caption" in warning for warning in warnings) == (text != "empty")
+    assert any("1 of 1 image looked at are smaller than 128 px" in warning for warning in warnings)
 
 
-# --- kinds ---
+# --- formats ---
 
 KINDS = {"jfif": "JPEG", "jpe": "JPEG", "webp": "WEBP", "gif": "GIF", "avif": "AVIF", "jp2": "JPEG2000", "tga": "TGA"}
 

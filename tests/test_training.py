@@ -432,10 +432,11 @@ def test_default_widths_fit_the_feature_file():
         ("train_teacher", ["--vae", "nowhere"], "nowhere is no VAE folder"),
     ],
 )
-def test_scripts_refuse_bad_options_before_any_work(name, options, message, data, vae_folder, tmp_path):
+def test_scripts_refuse_bad_options_before_any_work(name, options, message, data, vae_folder, tmp_path, capsys):
     where = ["--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu", "--max-steps", "1"]
     if name == "train_teacher":
         where += ["--vae", str(vae_folder / "vae")]
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(SystemExit) as stop:
         tool(name).main([*where, *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

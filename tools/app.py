@@ -17,28 +17,31 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
+import threading
+
+from cleandift_command import guard, importing
 
 
-def main() -> None:
-    parser = _parser()
-    args = parser.parse_args()
-    if args.memory < 16:
-        parser.exit(2, f"{parser.prog}: error: --memory {args.memory} is too small; give at least 16 (MB)\n")
+@guard("the page is closed, and uploaded images are gone")
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
     if not args.download:  # read when huggingface_hub is imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
+    with importing(__name__):
         from cleandift_backbones.app.page import MODELS, Page
-        from cleandift_backbones.extractor import ModelError
-    except ModuleNotFoundError as error:
-        parser.exit(2, f'{parser.prog}: error: {error}; run pip install "cleandift_backbones[demo]"\n')
-    try:
-        page = Page(args.models or MODELS, args.memory << 20, args.device)
+        from cleandift_backbones.errors import InputError, file_errors
+    if args.memory < 16:
+        raise InputError(f"--memory {args.memory} is too small; give at least 16 (MB)")
+    page = Page(args.models or MODELS, args.memory << 20, args.device)
+    with file_errors(f"--host {args.host} --port {args.port or 7860}"):
         address = page.launch(args.host, args.port, prevent_thread_lock=True, inbrowser=args.open)
-    except (ModelError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"look at features on {address} (Ctrl-C ends it)", flush=True)
-    page.blocks.block_thread()
+    try:
+        threading.Event().wait()
+    finally:
+        page.blocks.close(verbose=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,4 +60,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

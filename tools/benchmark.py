@@ -48,14 +48,18 @@ import json
 import sys
 from pathlib import Path
 
-from cleandift_backbones.backbone import MIN_SIDE
-from cleandift_backbones.files import write_text
-from cleandift_backbones.images import check_folder
-from cleandift_backbones.models import architecture_of
+from cleandift_command import guard, importing
 
-sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
+with importing(__name__):
+    from cleandift_backbones.backbone import MIN_SIDE
+    from cleandift_backbones.errors import needs
+    from cleandift_backbones.files import write_text
+    from cleandift_backbones.images import check_folder
+    from cleandift_backbones.models import architecture_of
 
-from benchmarks import inference, loading, matching, training
+    sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
+
+    from benchmarks import inference, loading, matching, training
 
 
 def check_inference(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -70,6 +74,7 @@ def check_inference(parser: argparse.ArgumentParser, options: argparse.Namespace
         setattr(options, name, list(dict.fromkeys(getattr(options, name) or [])))
 
 
+@guard("nothing was written; a new run starts from the beginning")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("inference", "loading", "training", "matching"), help="what to measure")
@@ -107,13 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--clock cpu counts one thread's work: give --threads 1 with it")
     if options.threads is not None and options.threads < 1:
         parser.error("--threads must be at least 1")
-    try:
-        if options.out:
-            check_folder(options.out)
-        if options.what != "matching":
-            architecture_of(options.model)
-    except (OSError, ValueError) as error:
-        parser.error(f"--out {error}" if isinstance(error, OSError) else f"--model {options.model}: {error}")
+    if options.out:
+        check_folder(options.out)
+        if options.what == "inference":
+            with needs("eval"):
+                import matplotlib  # noqa: F401
+    if options.what != "matching":
+        architecture_of(options.model)
     if options.file and not Path(options.file).is_file():
         parser.error(f"--file {options.file}: no such file")
     if options.what == "inference":

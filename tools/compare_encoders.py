@@ -18,18 +18,21 @@ import sys
 import time
 from pathlib import Path
 
-import timm
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from cleandift_command import guard, importing
 
-import cleandift_backbones  # noqa: F401
-from cleandift_backbones.distill.data import DecodeOptions, list_pictures, plain_images
-from cleandift_backbones.distill.trainer import pick_device, run_script
+with importing(__name__):
+    import timm
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
+    import cleandift_backbones  # noqa: F401
+    from cleandift_backbones.distill.data import DecodeOptions, list_pictures, plain_images
+    from cleandift_backbones.distill.trainer import pick_device
 
-from benchmarks.inference import flop_counter
+    sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
+
+    from benchmarks.inference import flop_counter
 
 SHOWN = ("us9", "us6", "us3", "mid")
 
@@ -104,6 +107,7 @@ def similarities(models: list[nn.Module], images: Tensor, batch_size: int = 16) 
     return [{name: total / len(images) for name, total in each.items()} for each in sums]
 
 
+@guard("it writes no files; a new run starts from the beginning")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -142,4 +146,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -18,12 +18,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+from cleandift_command import guard, importing
 
-import cleandift_backbones  # noqa: F401
-from cleandift_backbones.convert import to_diffusers, to_native
-from cleandift_backbones.errors import InputError
-from cleandift_backbones.models import ARCHITECTURES
+with importing(__name__):
+    import torch
+
+    import cleandift_backbones  # noqa: F401
+    from cleandift_backbones.convert import to_diffusers, to_native
+    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.files import readable_size
+    from cleandift_backbones.locks import hold
+    from cleandift_backbones.models import ARCHITECTURES
 
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
 
@@ -32,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("source", help="file, folder, OWNER/NAME[@REVISION][/PATH], or a model's name")
     result.add_argument("--out", required=True, type=Path, help="folder to write, or a native .safetensors file")
-    result.add_argument("--model", choices=[*NAMES, "test_cleandift"], help="what it is (default: told by its shapes)")
+    result.add_argument("--model", help=f"what it is, one of {', '.join(NAMES)} (default: told by its shapes)")
     result.add_argument("--to", choices=("native", "diffusers"), default="native", help="form to write")
     result.add_argument("--unet", choices=("student", "teacher"), default="student", help="of a full file of CompVis")
     result.add_argument("--vae", help="source of the VAE, where SOURCE has none")
@@ -53,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+@guard("nothing was written: the files are renamed into place at the end")
 def main(arguments: list[str] | None = None) -> int:
     line = parser()
     options = line.parse_args(arguments)
@@ -69,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         teacher=options.unet == "teacher",
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
     )
-    try:
+    with hold(options.out.absolute().parent, options.out.name):
         if options.out.exists() and not options.overwrite:
             raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
         if options.to == "diffusers":
@@ -85,12 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
                 latent_encoder=options.latent_encoder,
                 **common,
             )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        line.exit(2, f"{line.prog}: error: {error}\n")
     files = sorted(options.out.glob("*.safetensors")) if options.out.is_dir() else [options.out]
     print(f"found {weights.form} with {weights.describe()}, of {name}")
     for file in files:
-        print(f"wrote {file}: {file.stat().st_size / 1e6:.1f} MB")
+        print(f"wrote {file}: {readable_size(file.stat().st_size)}")
     return 0
 
 

@@ -20,28 +20,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from PIL import Image
+from cleandift_command import guard, importing
 
-from cleandift_backbones.app.extracting import TIMESTEP
-from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
-from cleandift_backbones.app.pictures import SAMPLES, open_picture
-from cleandift_backbones.arguments import map_item
-from cleandift_backbones.errors import InputError
-from cleandift_backbones.evaluation import correspondence, figures
-from cleandift_backbones.evaluation.figures import Panel
-from cleandift_backbones.extractor import (
-    Extractor,
-    ModelError,
-    extract,
-    list_maps,
-    load_extractor,
-    map_indices,
-    resolve_device,
-)
-from cleandift_backbones.files import save_png
-from cleandift_backbones.images import ImageError, check_folder, to_tensor
+with importing(__name__):
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image
+
+    from cleandift_backbones.app.extracting import TIMESTEP
+    from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
+    from cleandift_backbones.app.pictures import SAMPLES, open_picture
+    from cleandift_backbones.arguments import map_items
+    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.evaluation import correspondence, figures
+    from cleandift_backbones.evaluation.figures import Panel
+    from cleandift_backbones.extractor import (
+        Extractor,
+        extract,
+        list_maps,
+        load_extractor,
+        map_indices,
+        resolve_device,
+    )
+    from cleandift_backbones.files import save_png
+    from cleandift_backbones.images import check_folder, to_tensor
+    from cleandift_backbones.training_data import training_data
 
 POINTS = 4
 BATCH = 8
@@ -72,28 +75,27 @@ class Pair:
         return torch.minimum((self.points * size - 0.5).clamp_min(0), size - 1)
 
 
-def main() -> None:
+@guard("the figures written so far are kept")
+def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
-    parser = _parser()
-    args = parser.parse_args()
+    args = _parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
-        pairs = _read_pairs(args)
-        clean, noisy, shown, matched = _load(args)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        _compute(pairs, clean, noisy, matched)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        names = (args.model, f"{twin(args.model)}, t={TIMESTEP}, one noise" if noisy else "")
-        for name, image in _draw(pairs, names, shown, matched):
-            save_png(image, out / name)
-            print(f"wrote {out / name}  ({image.width} x {image.height})", flush=True)
-    except (UsageError, ModelError, ImageError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    pairs = _read_pairs(args)
+    clean, noisy, shown, matched = _load(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    _compute(pairs, clean, noisy, matched)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = (args.model, f"{twin(args.model)}, t={TIMESTEP}, one noise" if noisy else "")
+    for name, image in _draw(pairs, names, shown, matched):
+        save_png(image, out / name)
+        print(f"wrote {out / name}  ({image.width} x {image.height})", flush=True)
     print(
         f"{args.model}: {len(pairs)} pairs, points matched on {matched}, {time.perf_counter() - started:.1f} s in all"
     )
+    if not args.random_weights and (known := training_data(args.model)):
+        print(f"{args.model} is trained on {known}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,8 +163,8 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     """The model, its noisy twin if it has one, names of the maps to show, and of the map to match on."""
     infos = list_maps(args.model)
     names = [info["name"] for info in infos]
-    shown = [names[i] for i in map_indices(infos, map(map_item, args.maps))] if args.maps else shown_maps(names)
-    matched = names[map_indices(infos, map_item(args.match_map))[0]] if args.match_map else matched_map(shown)
+    shown = [names[i] for i in map_indices(infos, map_items(args.maps))] if args.maps else shown_maps(names)
+    matched = names[map_indices(infos, map_items([args.match_map]))[0]] if args.match_map else matched_map(shown)
     wanted = list(dict.fromkeys([*shown, matched]))
     pretrained, device = not args.random_weights, resolve_device(args.device)
     size = args.size or own_size(args.model)

@@ -19,26 +19,31 @@ import argparse
 import hashlib
 import json
 import logging
+import re
 import shlex
 import sys
 import time
 from pathlib import Path
 
-import timm
-import torch
-from tqdm import tqdm
+from cleandift_command import guard, importing
 
-from cleandift_backbones.arguments import check_ranges, map_item, model_arguments
-from cleandift_backbones.errors import FileError
-from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
-from cleandift_backbones.extractor import (
-    PIXELS,
-    Extractor,
-    ModelError,
-    load_extractor,
-    resolve_device,
-)
-from cleandift_backbones.images import ImageError, check_folder
+with importing(__name__):
+    import timm
+    import torch
+
+    from cleandift_backbones.arguments import check_noise, check_ranges, map_items, model_arguments
+    from cleandift_backbones.errors import FileError, needs
+    from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
+    from cleandift_backbones.extractor import (
+        PIXELS,
+        Extractor,
+        load_extractor,
+        resolve_device,
+    )
+    from cleandift_backbones.files import DamagedFileError, set_aside
+    from cleandift_backbones.images import check_folder
+    from cleandift_backbones.locks import hold
+    from cleandift_backbones.progress import tqdm
 
 ABOUT = """# Held-out emoji: what the features are worth
 
@@ -59,42 +64,36 @@ Pictures lie on plain light grey {grey}. The best map, and for the noisy and tea
 on these same pictures, for every row alike."""
 
 
-def main() -> None:
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        return command.main(sys.argv[1:])
-    parser = _parser()
-    args = parser.parse_args()
-    if args.timesteps is None:
-        args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
+@guard("finished rows are kept in OUT/runs; the same command continues")
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in arguments) or arguments[0] in command.TASKS:
+        return command.main(arguments)
+    args = _parser().parse_args(arguments)
     if args.limit_concepts is None and not args.full:
         args.limit_concepts = 120
     logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
-        plan, device = _check(args)
+    plan, device = _check(args)
+    with hold(args.out, "emoji"):
         suite = emoji.load_suite(
             args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
         )
         result = _run(args, plan, suite, device)
-        paths = result.write(
-            args.out,
-            ABOUT.format(
-                k=emoji_probes.K, alpha=emoji.ALPHA, low=emoji.SCALES[0], high=emoji.SCALES[1], grey=emoji.BACKGROUND
-            ),
-        )
-    except (ModelError, emoji.SuiteError, ImageError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(result.table(), *result.verdicts(), sep="\n")
+        low, high = emoji.SCALES
+        about = ABOUT.format(k=emoji_probes.K, alpha=emoji.ALPHA, low=low, high=high, grey=emoji.BACKGROUND)
+        paths = result.write(args.out, about)
+    print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s [--suite emoji] --data PATH [...]",
+        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s --suite emoji --data PATH [...]",
         description=f"{__doc__.splitlines()[0]} TASK is one of {', '.join(command.TASKS)}: TASK --help tells more. "
-        "Without a task, held-out emoji: cross-style retrieval, eye correspondence, subgroups, figures, in one table.",
+        "With --suite emoji: cross-style retrieval, eye correspondence, subgroups and figures of held-out emoji.",
         formatter_class=command.Formatter,
     )
-    parser.add_argument("--suite", choices=["emoji"], default="emoji", help="what to measure")
+    parser.add_argument("--suite", choices=["emoji"], required=True, help="what to measure in place of a TASK")
     parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
     parser.add_argument(
@@ -113,8 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         type=command.numbers(int),
         action=command.Flat,
         metavar="N",
-        default=[1, 8],
-        help="noises averaged by dift_* models",
+        help="noises averaged by dift_* models; 1 8 unless given",
     )
     parser.add_argument("--maps", "--map", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
@@ -150,14 +148,17 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
         ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 64, 4096), ("placements", 1, 1000),
         ("limit_concepts", 2, None), ("batch_size", 1, None), ("threads", 1, None), ("seed", 0, None),
     ))  # fmt: skip
+    noisy = any(name.startswith("dift_") for name in args.models)
+    check_noise(", ".join(args.models), noisy, timesteps=args.timesteps, ensemble=args.ensemble)
     check_folder(args.out)
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise FileError(f"--{name.replace('_', '-')} {path}: no such file")
-    try:
+    with needs("eval"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
+    if args.timesteps is None:
+        args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
+    args.ensemble = args.ensemble or [1, 8]
     if args.threads:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
@@ -208,7 +209,7 @@ def _twin_weights(name: str) -> dict:
 def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
     if args.maps == ["all"] or model == PIXELS:
         return None
-    return [map_item(text) for text in args.maps]
+    return map_items(args.maps)
 
 
 def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device: torch.device) -> report.Report:
@@ -224,9 +225,12 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
         path = Path(args.out, "runs", f"{_key(args, run, data)}.safetensors")
         # The weights behind a name such as hf-hub:... are not known before they are loaded: never taken from disk.
         if path.is_file() and ":" not in run["model"]:
-            rows.append(report.Row.load(path))
-            tqdm.write(f"{run['label']}: taken from {path}; delete it to measure again")
-            continue
+            try:
+                rows.append(report.Row.load(path))
+                tqdm.write(f"{run['label']}: taken from {path}; delete it to measure again")
+                continue
+            except DamagedFileError as error:
+                tqdm.write(f"{error}; kept as {set_aside(path).name}, measured again")
         clock = time.perf_counter()
         torch.manual_seed(args.seed)
         extractor: Extractor = load_extractor(

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Features of a folder, of WebDataset shards or of a list of pictures, by any timm model; see docs/extract.md."""
 
-from cleandift_backbones.extraction.command import main
+from cleandift_command import importing
+
+with importing(__name__):
+    from cleandift_backbones.extraction.command import main
 
 if __name__ == "__main__":
     main()

@@ -13,43 +13,47 @@ native folder, output_dir/native, which timm.create_model("local-dir:OUTPUT_DIR/
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-import torch
-
-from cleandift_backbones.distill.recipe import load_recipe, read_yaml
-from cleandift_backbones.hub import check_push
+from cleandift_command import guard, importing
 
 
+@guard("checkpoints written so far are kept, and the same command continues")
 def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    with importing(__name__, "loading PyTorch and diffusers ..." if os.environ.get("RANK", "0") == "0" else ""):
+        from cleandift_backbones.distill.recipe import describe_fields, field_names, load_recipe
+        from cleandift_backbones.distill.train import distill
+        from cleandift_backbones.errors import InputError
+        from cleandift_backbones.hub import check_push
+    if unknown:
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        if (name := name.replace("-", "_")) not in field_names():
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        given = [*(sys.argv if arguments is None else arguments), "VALUE"]
+        value = value or given[given.index(unknown[0]) + 1]
+        raise InputError(f"{unknown[0]}: fields of the recipe are given without dashes, {name}={value}")
+    if options.fields:
+        print(describe_fields(options.recipe))
+        return 0
+    recipe = load_recipe(options.recipe, options.overrides)
+    recipe.push_to_hub = options.push_to_hub or recipe.push_to_hub
+    recipe.resume = options.resume or recipe.resume
+    if recipe.push_to_hub:
+        check_push(recipe.push_to_hub)
+    return distill(recipe)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file, see configs/finetune/")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="e.g. data.path=DIR max_steps=400")
-    parser.add_argument("--fields", action="store_true", help="print all fields of the recipe and stop")
+    parser.add_argument("--fields", action="store_true", help="print all fields of the recipe, what they are, and stop")
     parser.add_argument("--resume", choices=("auto", "never"), help="the same as resume=...")
     parser.add_argument("--push-to-hub", metavar="USER/REPO", help="publish the result there")
-    options = parser.parse_intermixed_args(arguments)
-    try:
-        if options.fields:
-            from omegaconf import OmegaConf
-
-            from cleandift_backbones.distill.recipe import Recipe
-
-            print(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(Recipe), read_yaml(options.recipe))))
-            return 0
-        recipe = load_recipe(options.recipe, options.overrides)
-        recipe.push_to_hub = options.push_to_hub or recipe.push_to_hub
-        recipe.resume = options.resume or recipe.resume
-        if recipe.push_to_hub:
-            check_push(recipe.push_to_hub)
-        from cleandift_backbones.distill.train import distill
-
-        return distill(recipe)
-    except torch.OutOfMemoryError as error:
-        remedy = "set gradient_checkpointing=true, or in a new output_dir a lower batch_size or lora.rank=64"
-        parser.exit(2, f"{parser.prog}: error: {error}\n{remedy}; the last checkpoint stands\n")
-    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return parser
 
 
 if __name__ == "__main__":

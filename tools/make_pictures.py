@@ -20,10 +20,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -31,28 +33,33 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from cleandift_command import blocked, guard, importing
 
-from cleandift_backbones.decoding import opened
-from cleandift_backbones.files import replacing, write_text
+with importing(__name__):
+    import numpy as np
+    from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
-from emoji_concepts import (
-    EYES_FILE,
-    OLD_NAMES,
-    SPLIT_FILE,
-    PictureError,
-    family,
-    make_split,
-    read_concepts,
-    read_json,
-    read_split,
-    slug,
-    to_key,
-    write_json,
-)
+    from cleandift_backbones.decoding import opened
+    from cleandift_backbones.errors import needs
+    from cleandift_backbones.files import replacing, write_text
+    from cleandift_backbones.locks import hold
+    from cleandift_backbones.progress import tqdm
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it also loads from elsewhere, as in the tests
+    from emoji_concepts import (
+        EYES_FILE,
+        OLD_NAMES,
+        SPLIT_FILE,
+        PictureError,
+        family,
+        make_split,
+        read_concepts,
+        read_json,
+        read_split,
+        slug,
+        to_key,
+        write_json,
+    )
 
 # package -> (version, members that are needed; the rest of the archive is not unpacked)
 PACKAGES = {
@@ -275,7 +282,9 @@ def make_pictures(
     for folder in {path.parent for path in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     todo = [job for path, job in jobs.items() if path not in there]
-    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else _Serial() as pool:
+    with blocked(signal.SIGINT):
+        pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else _Serial()
+    with pool:
         for _ in tqdm(pool.imap_unordered(_render_job, todo, 16), total=len(todo), desc="pictures", unit="picture"):
             pass
     for side, entries in lines.items():  # last: a folder with metadata is complete
@@ -306,6 +315,7 @@ def collect(folders: dict[str, Path], styles: list[str]) -> tuple[dict, dict]:
     return concepts, {style: find_sources(style, by_style[style], concepts, names) for style in styles}
 
 
+@guard("the images written so far are kept; the same command continues")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to make or to complete (existing pictures are kept)")
@@ -324,28 +334,31 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--size {args.size} is outside 16..1024 pixels")
     if args.workers < 1:
         parser.error(f"--workers {args.workers} must be at least 1")
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleandift_backbones" / "npm"
-        names = list(PACKAGES)
-        folders = find_packages(names, args.packages) if args.packages else fetch_packages(names, cache)
-        if args.make_split:
-            concepts, sources = collect(folders, list(STYLES))
-            styles_of = defaultdict(set)
-            for style, found in sources.items():
-                for key in found:
-                    styles_of[key].add(style)
-            eyes = read_json(EYES_FILE)
-            split = make_split(concepts, styles_of, {*eyes["eyes"], *eyes.get("dropped", [])})
-            write_json(SPLIT_FILE, split)
-            print(f"{SPLIT_FILE.name}: {len(split['train'])} concepts for training, {len(split['heldout'])} held out")
-        if args.out is not None:
+    with needs("pictures"):
+        import resvg_py  # noqa: F401
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleandift_backbones" / "npm"
+    names = list(PACKAGES)
+    if args.packages:
+        folders = find_packages(names, args.packages)
+    else:
+        with hold(cache, wait=math.inf, log=print):
+            folders = fetch_packages(names, cache)
+    if args.make_split:
+        concepts, sources = collect(folders, list(STYLES))
+        styles_of = defaultdict(set)
+        for style, found in sources.items():
+            for key in found:
+                styles_of[key].add(style)
+        eyes = read_json(EYES_FILE)
+        split = make_split(concepts, styles_of, {*eyes["eyes"], *eyes.get("dropped", [])})
+        write_json(SPLIT_FILE, split)
+        print(f"{SPLIT_FILE.name}: {len(split['train'])} concepts for training, {len(split['heldout'])} held out")
+    if args.out is not None:
+        with hold(args.out):
             counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
-            for (side, style), count in sorted(counts.items()):
-                print(f"{side:8} {style:10} {count:5}")
-            print(f"{sum(counts.values())} pictures in {args.out}")
-    except PictureError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        for (side, style), count in sorted(counts.items()):
+            print(f"{side:8} {style:10} {count:5}")
+        print(f"{sum(counts.values())} pictures in {args.out}")
     return 0
 
 

@@ -18,19 +18,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from cleandift_command import guard, importing
 
-from cleandift_backbones.decoding import opened
-from cleandift_backbones.errors import CleanDIFTError
-from cleandift_backbones.files import write_text
-from cleandift_backbones.models import ASSETS
-from cleandift_backbones.records import read_records
+with importing(__name__):
+    import numpy as np
+    from PIL import Image
+
+    from cleandift_backbones.decoding import opened
+    from cleandift_backbones.errors import CleanDIFTError
+    from cleandift_backbones.files import write_text
+    from cleandift_backbones.locks import hold
+    from cleandift_backbones.models import ASSETS
+    from cleandift_backbones.progress import tqdm
+    from cleandift_backbones.records import read_records
 
 # class -> beginnings of Unicode's names of subgroups; configs/*/_base_/datasets/scenes.py name the same classes
 CLASSES = {
@@ -197,6 +202,15 @@ def make_split(out: Path, split: str, pictures: Pictures, count: int, size: int,
     write_text(out / f"{split}.json", json.dumps(coco))
 
 
+def check_out(out: Path) -> None:
+    """Raises SceneError for a folder with files of other names than those that this tool writes."""
+    ours = r"(train|val)\.json|(images|annotations)/(train|val)/\d{4,}\.png|(.*/)?\..*"
+    names = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    if others := sorted(name for name in names if not re.fullmatch(ours, name)):
+        raise SceneError(f"{out} holds other files ({', '.join(others[:3])}): choose another --out")
+
+
+@guard("the data set is not complete; the same command writes it again")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -208,13 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.size < 64 or options.train < 1 or options.val < 1:
         parser.error("--size must be at least 64, --train and --val at least 1")
-    try:
-        train, val = read_pictures(options.pictures)
-        val = {name: val[name] for name in train}
+    train, val = read_pictures(options.pictures)
+    if missing := sorted(set(train) - set(val)):
+        raise SceneError(f"{options.pictures}: no images for validation of the classes {', '.join(missing)}")
+    val = {name: val[name] for name in train}
+    with hold(options.out):
+        check_out(options.out)
         make_split(options.out, "train", train, options.train, options.size, options.seed)
         make_split(options.out, "val", val, options.val, options.size, options.seed)
-    except (SceneError, OSError, KeyError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{options.out}: classes {', '.join(train)}")
     if list(train) != list(CLASSES):
         print("in the config: the data sets' metainfo and num_classes must name these classes")

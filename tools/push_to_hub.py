@@ -14,9 +14,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from cleandift_backbones.hub import push_to_hub
+from cleandift_command import guard, importing
+
+with importing(__name__):
+    from cleandift_backbones.hub import push_to_hub
 
 
+@guard("the same command continues; files that have arrived are not sent twice")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="native folder: model.safetensors (or shards), config.json, README.md")
@@ -26,12 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tag", help="put a tag on the commit")
     parser.add_argument("--revision", help="branch to push to, created if need be (default: main)")
     options = parser.parse_args(arguments)
-    try:
-        url = push_to_hub(
-            options.folder, options.repo_id, options.private, options.message, options.tag, options.revision
-        )
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    url = push_to_hub(options.folder, options.repo_id, options.private, options.message, options.tag, options.revision)
     print(f"pushed {options.folder} to {options.repo_id}: {url}")
     name = options.repo_id + (f"@{options.revision}" if options.revision else "")
     print(f'load it with timm.create_model("hf-hub:{name}", pretrained=True, features_only=True)')

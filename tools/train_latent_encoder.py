@@ -17,29 +17,32 @@ import json
 import sys
 from pathlib import Path
 
-import timm
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from cleandift_command import guard, importing, started
 
-from cleandift_backbones.checkpoints import DIFFUSERS_NAME
-from cleandift_backbones.checkpoints.writing import write_file
-from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, decode_batch, list_pictures
-from cleandift_backbones.distill.trainer import (
-    Run,
-    add_run_arguments,
-    autocast,
-    mix_seed,
-    pick_device,
-    run_options,
-    run_script,
-)
-from cleandift_backbones.encoders import load_latent_encoder
-from cleandift_backbones.errors import InputError
-from cleandift_backbones.files import replacing
-from cleandift_backbones.latents import TinyLatentEncoder
-from cleandift_backbones.models import architecture_of, with_encoder
+with importing(__name__):
+    import timm
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+
+    from cleandift_backbones.checkpoints import DIFFUSERS_NAME
+    from cleandift_backbones.checkpoints.writing import write_file
+    from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, decode_batch, list_pictures
+    from cleandift_backbones.distill.trainer import (
+        Run,
+        add_run_arguments,
+        autocast,
+        mix_seed,
+        pick_device,
+        run_options,
+    )
+    from cleandift_backbones.encoders import load_latent_encoder
+    from cleandift_backbones.errors import InputError, missing_weights
+    from cleandift_backbones.files import replacing
+    from cleandift_backbones.latents import TinyLatentEncoder
+    from cleandift_backbones.locks import hold
+    from cleandift_backbones.models import architecture_of, with_encoder
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
 BATCHES = 10**9  # of a run that ends by the clock
@@ -91,14 +94,24 @@ def export(light: TinyLatentEncoder, config: dict, dtype: torch.dtype, folder: P
         (aside / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", **config}, indent=2) + "\n")
 
 
+@guard("the last checkpoint in --out is kept; the same command continues from it")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")
     config = with_encoder(architecture_of(options.model), "tiny")["vae"]
-    vae = load_latent_encoder(options.model, source=options.vae)
-    light = load_latent_encoder(options.model, "tiny", options.start) if options.start else TinyLatentEncoder(config)
+    with missing_weights("Give --vae FOLDER, a VAE in diffusers' form"):
+        vae = load_latent_encoder(options.model, source=options.vae)
+    with missing_weights("Give --start FOLDER, an AutoencoderTiny in diffusers' form, or leave it out"):
+        light = (
+            load_latent_encoder(options.model, "tiny", options.start) if options.start else TinyLatentEncoder(config)
+        )
     size = options.size or timm.get_pretrained_cfg(options.model).input_size[-1]
     if size % vae.stride:
         raise InputError(f"--size {size} is no multiple of the latents' stride {vae.stride}")
@@ -131,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     batches = FolderBatches(
         pictures, decoding, options.seed, options.batch_size, options.max_steps or BATCHES, run.step
     )
-    loader = iter(DataLoader(batches, batch_size=None, num_workers=options.num_workers))
+    loader = started(DataLoader(batches, batch_size=None, num_workers=options.num_workers))
 
     def report(done: int) -> dict[str, float]:
         with run.ema.applied():
@@ -162,4 +175,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -14,37 +14,40 @@ import copy
 import json
 import os
 import random
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image, ImageDraw
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from cleandift_command import guard, importing
 
-from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
-from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
-from cleandift_backbones.distill.trainer import (
-    Run,
-    add_run_arguments,
-    autocast,
-    batch_indices,
-    mix_seed,
-    pick_device,
-    run_options,
-    run_script,
-    step_generator,
-)
-from cleandift_backbones.errors import InputError, MissingFileError
-from cleandift_backbones.files import save_png
+with importing(__name__):
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from PIL import Image, ImageDraw
+    from torch import Tensor, nn
+    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+    from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
+    from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
+    from cleandift_backbones.distill.trainer import (
+        Run,
+        add_run_arguments,
+        autocast,
+        batch_indices,
+        mix_seed,
+        pick_device,
+        run_options,
+        step_generator,
+    )
+    from cleandift_backbones.errors import InputError, MissingFileError
+    from cleandift_backbones.files import replacing, save_png
+    from cleandift_backbones.locks import hold
 
 CONTEXT = 96  # width of the prompt's embedding
 LIMIT = 7_900_000  # parameters that a feature file of at most 16 MB can hold in fp16
@@ -224,28 +227,26 @@ def sample_sheet(
 
 
 def export(pipeline: StableDiffusionPipeline, dtype: torch.dtype, out: Path) -> None:
-    """Writes the pipeline's folder aside and moves it to `out`, the index last."""
-    aside = out / ".model.part"
-    shutil.rmtree(aside, ignore_errors=True)
+    """Writes the pipeline's folder aside and moves its parts to `out`, the index last."""
     parts = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "vae", "text_encoder")}
     for name, part in parts.items():
         # The text encoder is small and stays in fp32: transformers loads it as it is, diffusers in fp32 unless told.
         part.to("cpu", memory_format=torch.contiguous_format).to(torch.float32 if name == "text_encoder" else dtype)
-    build_pipeline(**parts, tokenizer=pipeline.tokenizer, scheduler=pipeline.scheduler).save_pretrained(aside)
-    # transformers 5 renamed the class but reads the old name, which is the only one that older versions know.
-    for path, old in (
-        (aside / "model_index.json", "tokenizer"),
-        (aside / "tokenizer/tokenizer_config.json", "tokenizer_class"),
-    ):
-        table = json.loads(path.read_text())
-        table[old] = ["transformers", "PreTrainedTokenizerFast"] if old == "tokenizer" else "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(table, indent=2) + "\n")
-    for path in sorted(aside.iterdir(), key=lambda path: path.name == "model_index.json"):
-        target = out / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    aside.rmdir()
+    with tempfile.TemporaryDirectory(prefix=".model.", dir=out) as temporary:
+        folder = Path(temporary)
+        build_pipeline(**parts, tokenizer=pipeline.tokenizer, scheduler=pipeline.scheduler).save_pretrained(folder)
+        # transformers 5 renamed the class but reads the old name, which is the only one that older versions know.
+        for path, old in (
+            (folder / "model_index.json", "tokenizer"),
+            (folder / "tokenizer/tokenizer_config.json", "tokenizer_class"),
+        ):
+            table = json.loads(path.read_text())
+            new = "PreTrainedTokenizerFast"
+            table[old] = ["transformers", new] if old == "tokenizer" else new
+            path.write_text(json.dumps(table, indent=2) + "\n")
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "model_index.json"):
+            with replacing(out / path.name) as aside:
+                os.replace(path, aside)
 
 
 def build_pipeline(**parts: object) -> StableDiffusionPipeline:
@@ -256,8 +257,14 @@ def build_pipeline(**parts: object) -> StableDiffusionPipeline:
     return pipeline
 
 
+@guard("the last checkpoint in --out is kept; the same command continues from it")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     if not (Path(options.vae) / "config.json").is_file():
         raise MissingFileError(
@@ -379,4 +386,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

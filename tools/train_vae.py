@@ -12,25 +12,28 @@ import copy
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from torch import Tensor
+from cleandift_command import guard, importing
 
-from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures
-from cleandift_backbones.distill.trainer import (
-    Run,
-    add_run_arguments,
-    autocast,
-    batch_indices,
-    mix_seed,
-    pick_device,
-    run_options,
-    run_script,
-    step_generator,
-)
-from cleandift_backbones.errors import InputError
-from cleandift_backbones.files import replacing, save_png
+with importing(__name__):
+    import torch
+    import torch.nn.functional as F
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+
+    from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures
+    from cleandift_backbones.distill.trainer import (
+        Run,
+        add_run_arguments,
+        autocast,
+        batch_indices,
+        mix_seed,
+        pick_device,
+        run_options,
+        step_generator,
+    )
+    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.files import replacing, save_png
+    from cleandift_backbones.locks import hold
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
 PREVIEW = 16  # pictures on the sheet
@@ -117,8 +120,14 @@ def export(vae: AutoencoderKL, scale: float, dtype: torch.dtype, folder: Path) -
         vae.save_pretrained(aside)
 
 
+@guard("the last checkpoint in --out is kept; the same command continues from it")
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with hold(options.out):
+        return train(options)
+
+
+def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")
@@ -193,4 +202,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(main())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..extractor import ModelError
 from ..images import ImageError
@@ -187,7 +188,7 @@ class Work(threading.Thread):
         if isinstance(error, Cancelled):
             self.session.tell("Stopped. Change anything, or click, to go on.")
         elif isinstance(error, PROBLEMS):
-            self.session.tell(explain(error), True)
+            tell_problem(self.session, error)
         else:
             self.session.tell(f"This went wrong ({type(error).__name__}); the server's log says more.", True)
             _logger.error("computing features failed", exc_info=error)
@@ -210,12 +211,15 @@ def _clock(started: float) -> str:
     return f", {seconds:.0f} s" if seconds >= 2 else ""
 
 
-def explain(error: Exception) -> str:
-    """One of PROBLEMS in words for a visitor."""
+def tell_problem(session: Session, error: Exception) -> None:
+    """Tells a visitor of one of PROBLEMS: in one sentence; how to get missing weights is folded away."""
     told = how_to_get(error) if isinstance(error, ModelError) else str(error)
-    if " cannot be loaded, because of" in told:
+    model, missing, _ = told.partition(" cannot be loaded, because of")  # the noisy twin's may be missing
+    if missing or isinstance(error.__cause__, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         told += (
             "\nFor this page: start it with --download where there is a network, or with the folder: --models "
             "local-dir:FOLDER"
         )
-    return told
+        name = model if missing else session.settings.model
+        return session.tell(f"The weights of {name} are not on this machine: choose another model.", True, told)
+    session.tell(told, True)

@@ -49,9 +49,13 @@ class Spec:
         """With the noise that is used if none is named; none for models that take none.
 
         Raises:
-            ValueError: a timestep outside 0..999, or fewer than one noise.
+            ValueError: a timestep outside 0..999, or fewer than one noise; either for a model that adds no noise.
         """
         if not self.noisy:
+            if self.timestep is not None or self.ensemble_size is not None:
+                raise InputError(
+                    f"timestep and ensemble_size: {self.model} adds no noise; leave them out, or take a dift_* model"
+                )
             return Spec(self.model, self.prompt)
         timestep = TIMESTEP if self.timestep is None else self.timestep
         count = ENSEMBLE if self.ensemble_size is None else self.ensemble_size

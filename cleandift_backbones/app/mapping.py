@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, needs
 from ..evaluation import figures
 from ..evaluation.figures import Panel
 from .extracting import Features, Spec, Watch
@@ -161,9 +161,10 @@ def _split(values: torch.Tensor, maps: Sequence[torch.Tensor]) -> list[torch.Ten
 
 def segments(maps: Sequence[torch.Tensor], clusters: int) -> list[torch.Tensor]:
     """k-means over the unit vectors of some maps C x h x w, seeded: labels h x w, uint8, 0 the most frequent."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
+    with needs("demo"):
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
+        from threadpoolctl import threadpool_limits
 
     vectors = _unit(maps).numpy()
     count = min(clusters, len(np.unique(vectors, axis=0)))
@@ -176,7 +177,8 @@ def segments(maps: Sequence[torch.Tensor], clusters: int) -> list[torch.Tensor]:
 
 def alike(labels: Sequence[torch.Tensor], other: Sequence[torch.Tensor], shared: bool) -> list[torch.Tensor]:
     """Labels renamed so that they agree best with others, of maps of other sizes, of the same pictures."""
-    from scipy.optimize import linear_sum_assignment
+    with needs("demo"):
+        from scipy.optimize import linear_sum_assignment
 
     groups = [range(len(labels))] if shared else [[i] for i in range(len(labels))]
     renamed = list(labels)

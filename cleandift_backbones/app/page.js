@@ -116,11 +116,16 @@ window.lookAtFeatures = (() => {
   // --- parts of a stage --------------------------------------------------------------------------------------------
 
   const notice = (keep, view) => {
+    const words = keep("notice words", () => make("span"));
+    const details = keep("notice details", () => make("span"));
+    const folded = keep("notice folded", () =>
+      make("details", {}, make("summary", {}, "How to get them"), details));
     const element = keep("notice", () => make("div", { class: "notice", role: "status" }));
     element.classList.toggle("error", Boolean(view.error));
     element.hidden = !view.notice;
-    text(element, view.notice || "");
-    return element;
+    text(words, view.notice || "");
+    text(details, view.details || "");
+    return fill(element, words, view.details && folded);
   };
 
   const busy = (keep, view, act) => {
@@ -198,15 +203,19 @@ window.lookAtFeatures = (() => {
     text(code, view.recipe);
     [png.href, tensors.href] = [view.files.png, view.files.safetensors];
     return keep("take", () => make("section", { class: "take" },
-      make("div", { class: "row" }, make("h3", {}, "The same in Python"), copy, make("span", { class: "gap" }),
+      make("div", { class: "row" }, make("h2", {}, "The same in Python"), copy, make("span", { class: "gap" }),
         make("span", { class: "aside" }, "Download"), png, tensors),
       make("pre", { tabindex: "0" }, code)));
   };
 
   const similarity = (panel) =>
-    panel.score === null ? [] : [make("span", { class: "score",
-      title: "Cosine similarity. Mutual: the place found leads back to the point, within a cell of the map." },
+    panel.score === null ? [] : [make("span", { class: "score" },
       `${panel.score.toFixed(2)} similar${panel.mutual ? ", mutual" : ""}`)];
+
+  // A tooltip is not seen on a touch screen.
+  const MEANING = "Similar: cosine similarity, 1 at most. Mutual: the place found leads back to the point, within a cell " +
+    "of the map. Both compare features; neither is a probability that the match is right.";
+  const legend = (keep, shown, words) => shown ? keep("legend", () => make("p", { class: "aside" }, words)) : null;
 
   const pointIn = (picture, act) => (x, y) => act({ kind: "point", picture: picture.key, x, y });
   const nothing = { marks: [], heat: null, score: null };
@@ -221,7 +230,7 @@ window.lookAtFeatures = (() => {
           src: picture.url, alt: picture.title, heat: panel.heat, marks: panel.marks, onpoint: pointIn(picture, act),
           caption: [make("span", { class: "name" }, picture.title), ...similarity(panel)],
         });
-      }))];
+      })), legend(keep, Object.values(view.panels || {}).some((panel) => panel.score !== null), MEANING)];
     },
 
     maps: (keep, view) => {
@@ -265,15 +274,15 @@ window.lookAtFeatures = (() => {
               src: side.pca[picture.key], alt: `${picture.title}: main directions` }));
         }));
         return keep(`side ${name}`, () =>
-          make("section", { class: "side", "data-side": name }, make("h3", {}, side.title, model), cost, pairs));
+          make("section", { class: "side", "data-side": name }, make("h2", {}, side.title, model), cost, pairs));
       });
       return [
         pointList(keep, view, act),
         fill(keep("sides", () => make("div", { class: "sides" })), sides),
-        keep("legend", () => make("p", { class: "aside" },
+        legend(keep, true,
           "Left of each pair: where the selected point is found. Right: the map's three main directions as colours, " +
           "turned so that both sides agree. Times are those of computing the features on this machine, once, encoder " +
-          "included: with other work beside it they are longer.")),
+          `included: with other work beside it they are longer. ${MEANING}`),
       ];
     },
   };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import time
 from collections.abc import Sequence
@@ -11,16 +12,18 @@ from typing import Any
 # Read when Gradio is imported: nothing is told to anybody.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import gradio as gr
+from ..errors import InputError, needs
 
-from ..errors import InputError
+with needs("demo"):
+    import gradio as gr
+
 from ..extractor import ModelError
-from .answers import PROBLEMS, Answers, explain
+from .answers import PROBLEMS, Answers, tell_problem
 from .extracting import ENSEMBLE, TIMESTEP, Features
 from .mapping import MOST_CLUSTERS, SHOWS
 from .naming import map_names, matched_map, shown_maps
 from .routes import routes
-from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings
+from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings, trained_on
 from .views import stage_view, tray_view
 
 HERE = Path(__file__).parent
@@ -46,6 +49,8 @@ class Page:
     def __init__(self, models: Sequence[str] = MODELS, memory: int = 1 << 30, device: str = "cpu"):
         self.features = Features(memory, device)
         self.maps = {model: map_names(model) for model in models}
+        for model in models:  # cards are read now, not while a visitor waits
+            trained_on(model)
         self.answers = Answers(self.features)
         self.sessions = Sessions(lambda session: self.features.store.forget(session.token))
         self.blocks = self._build()
@@ -79,19 +84,19 @@ class Page:
                 if session.pictures:
                     answer = self.answers.get(session, begin=not asking)
             except PROBLEMS as error:
-                session.tell(explain(error), True)
+                tell_problem(session, error)
             view = stage_view(session, answer, time.perf_counter() - started)
             same = asking or (action.get("kind") in ("point", "select") and not new)
             tray = gr.skip() if same else tray_view(session)
             return [tray, *(view if tab == session.settings.tab else gr.skip() for tab in TABS)]
 
     def change_model(self, model: str, map: str, maps: list[str]) -> list:
-        """Which maps there are to choose from; what was chosen stays, if the new model has it."""
+        """Which maps there are to choose from; what was chosen stays, if the new model has it. And what it knows."""
         names = self.maps[model]
         shown = shown_maps(names)
         kept = [name for name in maps if name in names]
         return [gr.Dropdown(names, value=map if map in names else matched_map(shown)),
-                gr.CheckboxGroup(names, value=kept or shown)]  # fmt: skip
+                gr.CheckboxGroup(names, value=kept or shown), _knowledge(model)]  # fmt: skip
 
     def close(self, request: gr.Request) -> None:
         """The page was closed."""
@@ -135,6 +140,7 @@ class Page:
                     with gr.Row():
                         model = gr.Dropdown(list(self.maps), value=first, label="Model", scale=3, min_width=160)
                         map = gr.Dropdown(names, value=matched_map(shown), label="Map", scale=2, min_width=100)
+                    knowledge = gr.HTML(_knowledge(first), elem_id="knowledge", apply_default_css=False)
                     prompt = gr.Textbox(
                         "", label="Prompt", placeholder="none, or what the pictures show: cat face", max_lines=1,
                         max_length=LONGEST_PROMPT,
@@ -171,7 +177,7 @@ class Page:
             model.input(
                 self.change_model,
                 [model, map, maps],
-                [map, maps],
+                [map, maps, knowledge],
                 queue=False,
                 show_progress="hidden",
                 api_visibility="private",
@@ -204,6 +210,11 @@ class Page:
         head = "".join(f"<script>{script}</script>" for script in scripts)
         theme = gr.themes.Default(
             primary_hue="indigo", neutral_hue="zinc", font=FONTS, font_mono=MONO, radius_size="md"
+        ).set(  # white on indigo 500 has too little contrast
+            button_primary_background_fill="*primary_600",
+            button_primary_background_fill_hover="*primary_700",
+            button_primary_background_fill_dark="*primary_600",
+            button_primary_background_fill_hover_dark="*primary_700",
         )  # system fonts: nothing is fetched from another host
         _, address, _ = self.blocks.launch(
             server_name=host, server_port=port, share=False, quiet=True, footer_links=[], run_history=False,
@@ -211,6 +222,12 @@ class Page:
             head=head, css_paths=HERE / "page.css", app_kwargs=dict(routes=routes(self.sessions)), **kwargs,
         )  # fmt: skip
         return address
+
+
+def _knowledge(model: str) -> str:
+    """A line of HTML: what the model was trained on, if that is known."""
+    known = trained_on(model)
+    return f"<p>Trained on {html.escape(known)}.</p>" if known else ""
 
 
 def _slider(low: int, high: int, value: int, **kwargs: Any) -> gr.Slider:

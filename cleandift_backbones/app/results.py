@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from ..errors import InputError
 from ..files import replacing
+from ..training_data import training_data
 from .extracting import Spec
 from .pictures import Picture
 
@@ -43,6 +44,11 @@ class Result:
     def arguments(self) -> dict:
         """Of the function, without the pictures; what stands at its default may be left out."""
         raise NotImplementedError
+
+    @property
+    def trained_on(self) -> str:
+        """What the model's weights were trained on, see `training_data.training_data`; "" where it is not known."""
+        return training_data(self.arguments()["model"])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All numbers of the result, by name."""

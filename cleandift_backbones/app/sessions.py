@@ -8,10 +8,13 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError
 from ..images import ImageError
+from ..models import NOT_PHOTOGRAPHS
+from ..training_data import training_data
 from .extracting import ENSEMBLE, TIMESTEP
 from .mapping import SHOWS
 from .pictures import Picture, open_picture, open_sample, sample_names
@@ -21,6 +24,8 @@ MOST_PICTURES, MOST_POINTS, MOST_SESSIONS, LONGEST_PROMPT, LONGEST_NAME = 8, 8, 
 TABS = ("match", "maps", "compare")
 FIRST_PICTURES = ("cat-face_noto.png", "cat-face_fluentflat.png", "tiger-face_fluent3d.png")
 FIRST_POINT = (0.19, 0.17)  # the first picture's left ear
+
+trained_on = lru_cache(maxsize=256)(training_data)  # each card is read once
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class Session:
         token: a secret that the visitor's browser names in addresses of pictures and results.
         pictures: each only once. points: (key of the picture, x, y) as fractions. selected: number of a point.
         tab: the one that is open. settings: what the controls last said.
-        notice: what to tell, and whether it is an error. shown: whether it was told.
+        notice: what to tell, and whether it is an error. details: what is folded away below it. shown: whether it was
+            told.
+        warned: whether an upload was told that the model knows no photographs.
         result: the last one, for downloads.
         work: the thread that computes features, if there is one. cancelled: set when the visitor wants that no longer.
         ready: what the work was, and what came of it. given_up: work that was stopped or failed.
@@ -69,7 +76,8 @@ class Session:
         self.tab = TABS[0]
         self.settings = Settings()
         self.notice: tuple[str, bool] = ("", False)
-        self.shown = False
+        self.details = ""
+        self.shown = self.warned = False
         self.result: Result | None = None
         self.closed = False
         self.work: Any = None
@@ -156,6 +164,10 @@ class Session:
             added = not wrong and self.add_picture(picture)
             if added and picture.note:
                 self.tell(f"{self.pictures[-1].name}: {picture.note}.")
+            known = trained_on(self.settings.model)
+            if added and not self.warned and NOT_PHOTOGRAPHS in known:
+                self.warned = True
+                self.tell(f"{self.settings.model} is trained on {known}.")
             return added
 
     def remove_picture(self, key: str) -> None:
@@ -169,9 +181,10 @@ class Session:
         if self.work is not None:
             self.cancelled.set()
 
-    def tell(self, text: str, error: bool = False) -> None:
-        """A line for the visitor, below those that were not shown yet."""
+    def tell(self, text: str, error: bool = False, details: str = "") -> None:
+        """A line for the visitor, below those that were not shown yet; `details` can be unfolded."""
         before, wrong = ("", False) if self.shown else self.notice
+        self.details = details or ("" if self.shown else self.details)
         again = f"\n{text}\n" in f"\n{before}\n"  # of many files the same may be said
         told = before if again else f"{before}\n{text}".strip()
         self.notice, self.shown = (told, wrong or error), False
@@ -185,7 +198,7 @@ class Session:
         """What was told of the last action, and that its work was given up, is over."""
         self.given_up = None
         if self.shown:
-            self.notice = ("", False)
+            self.notice, self.details = ("", False), ""
 
     def _free_name(self, name: str) -> str:
         names = [picture.name for picture in self.pictures]

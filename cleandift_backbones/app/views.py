@@ -42,7 +42,8 @@ def stage_view(session: Session, answer: Result | Progress | None, seconds: floa
     text, wrong = session.take_notice()
     view = dict(
         kind=session.settings.tab, token=session.token, version=session.version, pictures=_pictures(session),
-        points=_points(session), selected=session.selected, notice=text, error=wrong, busy=None,
+        points=_points(session), selected=session.selected, notice=text, error=wrong,
+        details=session.details, busy=None,
     )  # fmt: skip
     if answer is None:
         return view

@@ -1,18 +1,16 @@
 """Every form in which weights exist on disk, in (`reading`) and out (`writing`). Knows key names, builds no models."""
 
+from .dtypes import cast, check_dtype
+from .fitting import check_family, fit
+from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, choose_file, shard_names
 from .reading import (
-    DIFFUSERS_NAME,
-    NATIVE_NAME,
-    CheckpointError,
     TensorFile,
     Weights,
-    check_family,
     family,
-    fit,
     open_checkpoint,
     open_files,
+    open_state,
     open_weights,
-    shard_names,
 )
 from .writing import check_replaceable, plain_state, save_diffusers_unet, save_folder, save_native, verify
 
@@ -22,12 +20,16 @@ __all__ = [
     "CheckpointError",
     "TensorFile",
     "Weights",
+    "cast",
+    "check_dtype",
     "check_family",
     "check_replaceable",
+    "choose_file",
     "family",
     "fit",
     "open_checkpoint",
     "open_files",
+    "open_state",
     "open_weights",
     "plain_state",
     "save_diffusers_unet",

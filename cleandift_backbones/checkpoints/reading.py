@@ -15,24 +15,24 @@ Only safetensors is ever read; pickle is refused unopened.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from ..errors import InputError
+from ..files import DamagedFileError, open_tensors
+from .dtypes import STORED, widened
+from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files
+from .folders import listed as _listed
+from .wrapping import unwrapped
 
-NATIVE_NAME = "model.safetensors"
-DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
-
-
-class CheckpointError(InputError):
-    """A weights file that cannot be used; the message names the file, what is wrong, and the remedy."""
+_logger = logging.getLogger(__name__)
 
 
 class TensorFile(Protocol):
@@ -42,12 +42,6 @@ class TensorFile(Protocol):
     def get_tensor(self, name: str) -> Tensor: ...
     def get_slice(self, name: str) -> Any: ...  # with get_shape()
     def metadata(self) -> dict[str, str] | None: ...
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = sorted(names)
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -62,6 +56,11 @@ _FULL = {
     "adapters.": "heads.adapters.",
 }
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+#: last parts of names that bitsandbytes, torchao, quanto and GPTQ put beside quantised weights
+_QUANTIZED = (".absmax", ".quant_map", ".SCB", ".weight._data", ".weight._scale", ".qweight", ".qzeros", ".int_data")
+#: put beside 8-bit floats: the factor of a weight; of a layer's input, which matters in 8-bit products alone; a mark
+_SCALES, _INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
+_TEXT = ".attn2.to_k.weight"  # of layers that attend to text
 _PARTS = {
     "unet.": "UNet",
     "teacher.": "teacher's UNet",
@@ -100,12 +99,19 @@ def _identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
     def any_starts(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
 
+    if any(re.search(r"(^|[._])lora([._]|$)", name.lower()) for name in names):
+        raise CheckpointError(
+            f"{label} is a LoRA, not a whole model: merge it into its base model and save that, then pass the result"
+        )
+    if marks := [name for name in names if name.endswith(_QUANTIZED)]:
+        raise CheckpointError(
+            f"{label} holds weights quantised to integers ({_listed(marks, 3)}): save them in 16 bit (in diffusers, "
+            "model.dequantize() and save_pretrained), then pass that"
+        )
     if any_starts("unet_feature_extractor_"):
         return "CompVis full checkpoint", _full_name
     if any_starts("unet.", "vae."):
         return "native checkpoint", str
-    if any_starts("model.unet."):  # of a features_only model, which wraps the backbone
-        return "native checkpoint", lambda name: name.removeprefix("model.")
     if "conv_in.weight" in names and any_starts("down_blocks."):
         return "UNet in diffusers' layout", lambda name: f"unet.{name}"
     if "encoder.conv_in.weight" in names:
@@ -116,10 +122,6 @@ def _identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
         raise CheckpointError(
             f"{label} is a checkpoint of the original Stable Diffusion code: turn it into a diffusers folder first "
             "(StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)), then pass that folder"
-        )
-    if any("lora" in name.lower() for name in names):
-        raise CheckpointError(
-            f"{label} is a LoRA, not a whole model: merge it into its base model and save that, then pass the result"
         )
     raise CheckpointError(
         f"{label} is no checkpoint of a form that this package knows (native vae.* and unet.*, CompVis unet or full, "
@@ -154,10 +156,16 @@ class Weights:
         self.configs: dict[str, dict] = {}
         self.metadata: dict[str, str] = {}
         self._where: dict[str, tuple[TensorFile, str]] = {}
+        self._scales: dict[str, tuple[TensorFile, str]] = {}  # of 8-bit weights, by the weight's name
 
-    def add(self, file: TensorFile, rename: Callable[[str], str] = str) -> Weights:
-        """Takes in a file's tensors under the names that `rename` gives them."""
-        self._where.update((rename(name), (file, name)) for name in file.keys())  # noqa: SIM118 (no mapping)
+    def add(self, file: TensorFile, rename: Callable[[str], str | None] = str) -> Weights:
+        """Takes in a file's tensors under the names that `rename` gives them; None leaves one out."""
+        for inner in file.keys():  # noqa: SIM118 (no mapping)
+            name = rename(inner)
+            if name is None or name.endswith(_INPUT_SCALES) or name.split(".")[-1] == "scaled_fp8":
+                continue
+            scaled = next((name.removesuffix(end) + ".weight" for end in _SCALES if name.endswith(end)), None)
+            (self._scales if scaled else self._where)[scaled or name] = file, inner
         self.metadata = self.metadata or dict(file.metadata() or {})
         return self
 
@@ -177,9 +185,30 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         file, inner = self._where[name]
         tensor = file.get_tensor(inner)
+        if name in self._scales and tensor.dtype in STORED:
+            scale_file, scale = self._scales[name]
+            factor = scale_file.get_tensor(scale).float().flatten()  # of the whole weight, or one for each output
+            if len(factor) not in (1, *tensor.shape[:1]):
+                raise CheckpointError(f"{self.label}: {scale} has {len(factor)} numbers for {tuple(tensor.shape)}")
+            tensor = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
         if name.startswith("vae.") and name.endswith(".weight") and ".attentions.0.to_" in name and tensor.ndim == 4:
             return tensor[:, :, 0, 0]  # the oldest VAE files have 1 x 1 convolutions here
         return tensor
+
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that dtype="auto" means: the UNet's, or float16 for 8-bit floats, which a warning says."""
+        first = "unet.conv_in.weight"
+        if first not in self:
+            return None
+        # Those who store 8 bits often leave the first and last layers in 16.
+        inner = next((name for name in self._where if name.startswith("unet.") and name.endswith(_TEXT)), first)
+        stored, inside = (self._where[name][0].get_tensor(self._where[name][1]).dtype for name in (first, inner))
+        found = widened(stored)
+        if inside in STORED and inside.itemsize == 1:
+            _logger.warning(
+                f"{self.label} holds 8-bit weights ({inside}); they become {found}, in which models compute"
+            )
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         file, inner = self._where[name]
@@ -188,13 +217,20 @@ class Weights:
     def put(self, other: Weights, *parts: str) -> Weights:
         """Takes over the tensors of another file under these names or prefixes, and their config."""
         self.configs |= {part: config for part, config in other.configs.items() if f"{part}." in parts}
-        self._where.update((name, where) for name, where in other._where.items() if name.startswith(parts))
+        self._take(other, [name for name in other._where if name.startswith(parts)])
         return self
 
     def fill(self, other: Weights, names: Iterable[str]) -> Weights:
         """Takes over those of these tensors that another file has."""
-        self._where.update((name, other._where[name]) for name in names if name in other)
+        self._take(other, [name for name in names if name in other])
         return self
+
+    def _take(self, other: Weights, names: Iterable[str]) -> None:
+        for name in names:
+            self._where[name] = other._where[name]
+            self._scales.pop(name, None)
+            if name in other._scales:
+                self._scales[name] = other._scales[name]
 
     def drop(self, part: str) -> Weights:
         """Forgets the tensors under a prefix ("vae."), and their config."""
@@ -218,8 +254,9 @@ class Weights:
             raise CheckpointError(f"{self.label} ({self.form}) holds no teacher, only {self.describe()}")
         other = Weights(self.label, self.form)
         other.configs, other.metadata = self.configs, self.metadata
-        kept = {n: w for n, w in self._where.items() if not n.startswith(("unet.", "heads.", "timestep"))}
-        other._where = {n.replace("teacher.", "unet.", 1) if n.startswith("teacher.") else n: kept[n] for n in kept}
+        for own, taken in ((self._where, other._where), (self._scales, other._scales)):
+            kept = {name: where for name, where in own.items() if not name.startswith(("unet.", "heads.", "timestep"))}
+            taken |= {re.sub("^teacher\\.", "unet.", name): where for name, where in kept.items()}
         return other
 
     def describe(self) -> str:
@@ -233,7 +270,7 @@ class Weights:
 
     def unet_family(self) -> str | None:
         """The family of the UNet, or None if it has no attention to text to tell it by."""
-        keys = [name for name in self._where if name.startswith("unet.") and name.endswith(".attn2.to_k.weight")]
+        keys = [name for name in self._where if name.startswith("unet.") and name.endswith(_TEXT)]
         return family(self.shape(keys[0])[1], self.has("unet.add_embedding.")) if keys else None
 
 
@@ -242,13 +279,14 @@ def open_weights(path: str | Path) -> safe_open:
 
     Raises:
         CheckpointError: missing, a pickle (refused, never loaded), truncated, or not a safetensors file.
+        FileError: the system cannot open it at the moment.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"weights file {path} does not exist")
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
+        return open_tensors(path)
+    except DamagedFileError as error:
         # Only now: a safetensors file may begin with the same bytes, they are the length of its header.
         with open(path, "rb") as file:
             head = file.read(2)
@@ -257,36 +295,10 @@ def open_weights(path: str | Path) -> safe_open:
                 f"{path} is a pickle file, which can run code when loaded: refused. Convert it to safetensors where "
                 "you trust it (safetensors.torch.save_file), then pass that file"
             ) from None
-        size = path.stat().st_size
+        size, why = path.stat().st_size, error.__cause__
         raise CheckpointError(
-            f"{path} ({size} bytes) is truncated or not a safetensors file ({error}): download or convert it again"
+            f"{path} ({size} bytes) is truncated or not a safetensors file ({why}): download or convert it again"
         ) from error
-
-
-def shard_names(index: str | Path) -> list[str]:
-    """The files that a `*.safetensors.index.json` names.
-
-    Raises:
-        CheckpointError: not such an index.
-    """
-    try:
-        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of safetensors files ({error!r}): get it again") from error
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index} names files outside its folder: {_listed(names)}")
-    return names
-
-
-def find_files(folder: Path, name: str) -> list[Path]:
-    """The file `name` of a folder, its shards, or its 16-bit variant; [] if there is none."""
-    if (folder / name).is_file():
-        return [folder / name]
-    index = folder / f"{name}.index.json"
-    if index.is_file():
-        return [folder / shard for shard in shard_names(index)]
-    variant = folder / name.replace(".safetensors", ".fp16.safetensors")
-    return [variant] if variant.is_file() else []
 
 
 def _config(folder: Path, name: str = "config.json") -> dict | None:
@@ -327,11 +339,52 @@ def _pickles(folder: Path) -> str:
 def open_files(label: str | Path, files: Iterable[TensorFile]) -> Weights:
     """Weights of files that belong together (shards of one checkpoint)."""
     files = list(files)
-    form, rename = _identify({name for file in files for name in file.keys()}, str(label))  # noqa: SIM118 (no mapping)
+    names, beside = unwrapped((name for file in files for name in file.keys()), str(label))  # noqa: SIM118 (no mapping)
+    form, rename = _identify(set(names.values()), str(label))
+    if beside:
+        _logger.warning(f"{label}: {len(beside)} tensors beside the backbone's are left out: {_listed(beside, 3)}")
     weights = Weights(label, form)
     for file in files:
-        weights.add(file, rename)
+        weights.add(file, lambda name: rename(names[name]) if name in names else None)
     return weights
+
+
+class _Memory:
+    """Tensors in memory as a TensorFile. What is read are copies on the CPU: a model does not share them."""
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        self.state = state
+
+    def keys(self) -> Iterable[str]:
+        return self.state.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.state[name].detach().to("cpu", copy=True)
+
+    def get_slice(self, name: str) -> Any:
+        return SimpleNamespace(get_shape=lambda: self.state[name].shape)
+
+    def metadata(self) -> None:
+        return None
+
+
+def open_state(state: Mapping[str, Tensor], label: str = "the state_dict given") -> Weights:
+    """Weights in memory, under the names of any of the forms above.
+
+    Raises:
+        CheckpointError: not tensors by name, tensors on the meta device, or of no known form.
+    """
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(
+            f"{label} must be a mapping of names to tensors that is not empty, got {type(state).__name__}"
+        )
+    wrong = [str(name) for name, tensor in state.items() if not isinstance(tensor, Tensor) or tensor.is_meta]
+    if wrong:
+        raise CheckpointError(
+            f"{label} must hold tensors with values; {_listed(wrong, 3)} are none. Pass the part of a training "
+            'checkpoint that holds the weights (checkpoint["state_dict"], checkpoint["model"])'
+        )
+    return open_files(label, [_Memory(state)])
 
 
 def _open_diffusers(folder: Path) -> Weights:
@@ -342,78 +395,14 @@ def _open_diffusers(folder: Path) -> Weights:
             raise CheckpointError(
                 f"{folder} has no {part}/{DIFFUSERS_NAME}: is it a diffusers folder?{_pickles(folder / part)}"
             )
-        rename = _vae_name if part == "vae" else str
-        for file in files:
-            weights.add(open_weights(file), lambda name, part=part, rename=rename: f"{part}.{rename(name)}")
+        if files:
+            found = open_files(folder / part, [open_weights(file) for file in files])
+            if not found.has(f"{part}."):
+                raise CheckpointError(f"{folder / part} holds no {part}, but {found.describe()} ({found.form})")
+            weights.put(found, f"{part}.")
+            weights.metadata = weights.metadata or found.metadata
     for part, name in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json")):
         config = _config(folder / part, name)
         if config:
             weights.configs[part] = config
     return weights
-
-
-# --- fitting ----------------------------------------------------------------------------------------------------------
-
-
-def check_family(weights: Weights, width: int) -> None:
-    """Raises CheckpointError if the weights' UNet attends to text of another width than `width`, or is SDXL's."""
-    found = weights.unet_family()
-    if found is not None and found != family(width):
-        raise CheckpointError(
-            f"{weights.label} holds a UNet of another family ({found}); the model is of {family(width)}"
-        )
-
-
-def fit(
-    weights: Weights,
-    expected: Mapping[str, Tensor],
-    ignorable: Callable[[str], bool],
-    adapt: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Reads exactly the tensors that a model holds; nothing else is read from disk.
-
-    Tensors whose dtype fits are not copied: they lie in the memory-mapped file, and are read when first touched.
-
-    Args:
-        weights: of `open_checkpoint`.
-        expected: the model's state dict (may be on the meta device): names and shapes wanted.
-        ignorable: says of a name in the file but not in the model whether it belongs to a part of the architecture
-            that the model does not hold; any other extra name is an error.
-        adapt: may reshape a tensor on its way in (input channels).
-        dtype: of the result (default: that of `expected`, by name).
-
-    Returns:
-        name -> CPU tensor, exactly the expected names.
-
-    Raises:
-        CheckpointError: a UNet of another family; missing, extra or wrong-shaped keys; the first few are listed.
-    """
-    names, path = weights.names(), weights.label
-    key = next((name for name in expected if name.startswith("unet.") and name.endswith(".attn2.to_k.weight")), None)
-    if key is not None:
-        check_family(weights, expected[key].shape[1])
-    missing = expected.keys() - names
-    extra = {name for name in names - expected.keys() if not ignorable(name)}
-    if missing or extra:
-        parts = [f"missing: {_listed(missing)}"] * bool(missing) + [f"not of this model: {_listed(extra)}"] * bool(
-            extra
-        )
-        raise CheckpointError(
-            f"{path} ({weights.form}) does not fit the model: {'; '.join(parts)}. Is it of another architecture, or "
-            "was it saved from a model that ends at a coarser map? Then ask only for maps that it holds, or save it "
-            "with final_map='us10'"
-        )
-    state, wrong = {}, []
-    remote = not all(isinstance(file, safe_open) for file in weights.files())
-    for name, like in tqdm(expected.items(), desc=f"reading {path}", unit="tensor", disable=not remote):
-        tensor = adapt(name, weights[name])
-        if not tensor.is_floating_point():
-            wrong.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
-        if tensor.shape != like.shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(like.shape)}")
-        state[name] = tensor.to(dtype or like.dtype)
-    if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise CheckpointError(f"{path} has unfit tensors: {'; '.join(wrong[:5])}{more}")
-    return state

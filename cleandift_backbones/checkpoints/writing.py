@@ -16,20 +16,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
-from ..files import replacing
-from .reading import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, open_weights
+from ..files import readable_size, reading, replacing
+from .dtypes import cast, check_dtype
+from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, listed
+from .reading import open_weights
+from .wrapping import unwrapped
 
 CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under native names: without the `model.` that features_only models put in front.
+    """A state dict under native names: without what features_only, torch.compile and others put in front of them.
 
     Raises:
         ValueError: several prompts are set.
     """
-    if all(name.startswith("model.") for name in state):
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    names, beside = unwrapped(state, "the state dict")
+    if beside:
+        raise InputError(f"tensors of more than the backbone are in the state dict ({listed(beside, 3)}): pass its own")
+    state = {names[name]: tensor for name, tensor in state.items()}
     if "prompt_embeds" in state and len(state["prompt_embeds"]) != 1:
         raise InputError(
             f"{len(state['prompt_embeds'])} prompts are set; weights are saved with one: call set_prompt with a single "
@@ -55,8 +60,8 @@ def write_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, s
     try:
         save_file(tensors, path, meta)
     except SafetensorError as error:
-        needed = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-        raise FileError(f"{path.parent} did not take a file of {needed:.2f} GB: {error}. Is the disk full?") from error
+        needed = readable_size(sum(tensor.nbytes for tensor in tensors.values()))
+        raise FileError(f"{path.parent} did not take a file of {needed}: {error}. Is the disk full?") from error
     _sort_metadata(path)
     path.chmod(0o644)  # safetensors makes it readable for its owner alone
 
@@ -75,7 +80,8 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _converted(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {n: t.to(dtype) if dtype and n != "timestep" else t for n, t in state.items()}
+    dtype = check_dtype(dtype)
+    return {name: cast(name, tensor, dtype) for name, tensor in state.items()}
 
 
 def verify(path: str | Path) -> str:
@@ -102,14 +108,37 @@ def verify(path: str | Path) -> str:
 _OURS = r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|README\.md"
 
 
+def _is_ours(name: str) -> bool:
+    return re.fullmatch(_OURS, name) is not None
+
+
 def check_replaceable(folder: str | Path) -> None:
-    """Raises FileExistsError if a folder holds anything that this module does not write: it would be lost."""
+    """Looks at a folder that will be replaced.
+
+    Raises:
+        FileTakenError: it is a file, or holds anything that this module did not write, by name, or by the checksum in
+            the header of weights: it would be lost.
+        FileError: it cannot be read at the moment.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise FileTakenError(f"{folder} is a file: choose another folder")
-    others = [p.name for p in folder.iterdir() if not re.fullmatch(_OURS, p.name)] if folder.is_dir() else []
+    with reading(folder):
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    weights = {name: _has_checksum(folder / name) for name in names if name.endswith(".safetensors")}
+    others = [name for name in names if not _is_ours(name) or not weights.get(name, any(weights.values()))]
     if others:
-        raise FileTakenError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}): choose another folder")
+        raise FileTakenError(
+            f"{folder} holds other files ({', '.join(others[:3])}), which were not written by cleandift_backbones: "
+            "choose another folder, or move them away"
+        )
+
+
+def _has_checksum(path: Path) -> bool:
+    try:
+        return CHECKSUM in (open_weights(path).metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def save_native(
@@ -120,7 +149,7 @@ def save_native(
 ) -> None:
     """Writes a state dict as one safetensors file, aside and renamed.
 
-    `dtype` converts everything but the timestep, which half precision would round.
+    `dtype` converts the weights; `dtypes.NUMBERS`, such as the timestep, are float32 in any case.
 
     Raises:
         OSError: it could not be written (disk full, for one); what stood there before still does.
@@ -148,7 +177,7 @@ def save_folder(
         config: timm's, see `hub.timm_config`.
         card: text of README.md.
         metadata: for the header of each file; a checksum is added.
-        dtype: converts everything but the timestep.
+        dtype: of the weights; `dtypes.NUMBERS`, such as the timestep, are float32 in any case.
         max_shard_size: of one file, as a number of bytes or "5GB".
 
     Raises:
@@ -159,7 +188,7 @@ def save_folder(
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    with replacing(folder) as aside:
+    with replacing(folder, written=_is_ours) as aside:
         aside.mkdir()
         for file, names in plan.filename_to_tensors.items():
             write_file({name: state[name] for name in names}, aside / file, metadata)
@@ -189,7 +218,7 @@ def save_diffusers_unet(
         OSError: as for `save_folder`.
     """
     check_replaceable(folder)
-    with replacing(folder) as aside:
+    with replacing(folder, written=_is_ours) as aside:
         aside.mkdir()
         write_file(_converted(unet, dtype), aside / DIFFUSERS_NAME, metadata)
         (aside / "config.json").write_text(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
+import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,16 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cleandift_command import started
+
 from .. import checkpoints
 from ..checkpoints.writing import checksum
 from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
-from ..errors import InputError
+from ..errors import InputError, missing_weights
 from ..heads import ProjectionHeads
+from ..learned import stored_timestep
+from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
 from ..prompts import PromptEncoder, encoder_identity
@@ -44,7 +48,12 @@ VALIDATION_PICTURES = 64
 def load_teacher(recipe: Recipe) -> DIFT:
     """The frozen teacher with its VAE and empty prompt, from its published place or `teacher_weights`, in float32."""
     sources = dict(unet=recipe.teacher_weights) if recipe.teacher_weights else {}
-    source = timm.create_model(recipe.teacher, pretrained=True, final_map="us10", sources=sources)
+    remedy = (
+        "Give teacher_weights=FOLDER, a folder of Stable Diffusion in diffusers' form with unet, vae and text_encoder "
+        "(hf download REPOSITORY --local-dir FOLDER, where there is a network)"
+    )
+    with missing_weights(remedy):
+        source = timm.create_model(recipe.teacher, pretrained=True, final_map="us10", sources=sources)
     return source.requires_grad_(False).eval()
 
 
@@ -73,7 +82,8 @@ def load_student_encoder(recipe: Recipe) -> nn.Module | None:
     """
     if recipe.latent_encoder == "default":
         return None
-    return load_latent_encoder(recipe.model, recipe.latent_encoder, recipe.latent_encoder_weights)
+    with missing_weights("Give latent_encoder_weights=PATH, a folder of an AutoencoderTiny in diffusers' form"):
+        return load_latent_encoder(recipe.model, recipe.latent_encoder, recipe.latent_encoder_weights)
 
 
 def build_module(recipe: Recipe, source: DIFT) -> Distiller:
@@ -130,7 +140,8 @@ def _load_student(student: FeatureUNet, source: str, timestep: float, latent_enc
     beside = {f"unet.{name}" for name in student.dropped_keys}
     state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)
     student.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in state.items()})
-    return float(weights["timestep"]) if "timestep" in weights else timestep
+    stored = stored_timestep(weights)
+    return timestep if stored is None else stored.item()
 
 
 def parameter_groups(recipe: Recipe, module: Distiller) -> list[dict]:
@@ -192,8 +203,6 @@ class Data:
 def list_data(recipe: Recipe, size: int) -> Data:
     """The pictures of a recipe: a folder of pictures, or shards; every 20th is held out if `data.heldout` names none.
 
-    A text mode that needs captions where there are none is warned of.
-
     Raises:
         InputError: none there; shards with a cache or without held-out pictures.
     """
@@ -207,15 +216,13 @@ def list_data(recipe: Recipe, size: int) -> Data:
         if recipe.cache_dir or not heldout:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout, a folder"
             raise InputError(f"{need}: {data.path} holds .tar shards")
-        found = Data(shards, _sparse(heldout), options, peek(shards, len(heldout)))
-    else:
-        pictures = list_pictures(data.path, recipe.output_dir, left_out)
-        if not heldout:
-            heldout, pictures = pictures[::20], [p for i, p in enumerate(pictures) if i % 20] or pictures
-        found = Data(pictures, _sparse(heldout), options, summarize(pictures, len(heldout), left_out))
-    if warning := found.summary.warning(recipe.text):
-        _logger.warning(warning)
-    return found
+        heldout = _sparse(heldout)
+        return Data(shards, heldout, options, peek(shards, len(heldout)))
+    pictures = list_pictures(data.path, recipe.output_dir, left_out)
+    if not heldout:
+        heldout, pictures = pictures[::20], [p for i, p in enumerate(pictures) if i % 20] or pictures
+    heldout = _sparse(heldout)
+    return Data(pictures, heldout, options, summarize(pictures, len(heldout), left_out))
 
 
 def _sparse(pictures: list[Picture]) -> list[Picture]:
@@ -228,12 +235,8 @@ def cache_latents(
     """Fills the recipe's cache on the first process while the others wait; leaves out what cannot be read.
 
     Raises:
-        ValueError: random crops, which no cache can hold; more broken pictures than `data.max_broken`.
+        InputError: more broken pictures than `data.max_broken`.
     """
-    if data.options.crop != "center" or data.options.background != "white":
-        raise InputError(
-            "cache_dir needs data.crop=center and data.background=white: a cache holds one view of a picture"
-        )
     identity = dict(
         teacher=recipe.teacher,
         vae=checksum(encoders.teacher.state_dict()),
@@ -254,7 +257,9 @@ def cache_latents(
             with autocast(accelerator):
                 return encoders(images.to(accelerator.device))
 
-        broken = data.cache.fill(everything, data.options, encode, prompts.embed)
+        # Runs may share a cache: the second one waits, and finds everything there.
+        with hold(recipe.cache_dir, "latents", math.inf, _logger.warning):
+            broken = data.cache.fill(everything, data.options, encode, prompts.embed)
         report_broken(broken, len(broken), recipe.data.max_broken)
     accelerator.wait_for_everyone()
     lost = {picture.name for picture in data.cache.missing(everything)}
@@ -275,14 +280,11 @@ def report_broken(broken: Collection[str], total: int, limit: int) -> None:
         )
 
 
-def _leave_signals(_worker: int) -> None:
-    """Signals reach a launcher's whole process group: the workers serve until the main process has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator) -> Iterator:
+    """Batches of this process from number `start` on (gradient_accumulation batches a step).
 
-
-def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator) -> DataLoader:
-    """Batches of this process from number `start` on (gradient_accumulation batches a step)."""
+    Signals reach a launcher's whole process group: the workers serve until the main process has saved.
+    """
     place = dict(start=start, rank=accelerator.process_index, world=accelerator.num_processes)
     batches = recipe.max_steps * recipe.gradient_accumulation
     if data.cache is not None:
@@ -296,9 +298,7 @@ def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator
     else:
         dataset = FolderBatches(data.pictures, data.options, recipe.seed, recipe.batch_size, batches, **place)
     cuda = accelerator.device.type == "cuda"
-    return DataLoader(
-        dataset, batch_size=None, num_workers=recipe.num_workers, pin_memory=cuda, worker_init_fn=_leave_signals
-    )
+    return started(DataLoader(dataset, batch_size=None, num_workers=recipe.num_workers, pin_memory=cuda))
 
 
 def encode_batch(

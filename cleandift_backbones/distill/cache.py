@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from ..checkpoints import CheckpointError, open_weights
 from ..checkpoints.writing import write_file
-from ..files import replacing, write_text
+from ..files import open_tensors, replacing, set_aside, write_text
 from ..images import ImageError
+from ..progress import tqdm
 from .data import DecodeOptions, OrderedBatches, Picture, decode
 from .trainer import step_generator
+
+_logger = logging.getLogger(__name__)
 
 
 class LatentCache:
@@ -42,13 +44,23 @@ class LatentCache:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def _is_whole(self, path: Path) -> bool:
-        try:
-            return {*self.kinds, "prompt"} <= set(open_weights(path).keys())
-        except CheckpointError:
+        if not path.is_file():
             return False
+        try:
+            if {*self.kinds, "prompt"} <= set(open_weights(path).keys()):
+                return True
+            error = f"{path} holds something else"
+        except CheckpointError as damage:
+            error = str(damage)
+        _logger.warning(f"{error}; kept as {set_aside(path).name}, computed again")
+        return False
 
     def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
-        """The pictures without a whole file."""
+        """The pictures without a whole file; damaged ones are kept under another name.
+
+        Raises:
+            FileError: a file cannot be opened at the moment.
+        """
         return [picture for picture in pictures if not self._is_whole(self.path(picture))]
 
     def fill(
@@ -89,9 +101,8 @@ class LatentCache:
                         with replacing(self.path(picture)) as aside:
                             write_file({**held, "prompt": prompts[number]}, aside, None)
                 bar.update(len(todo[start : start + batch_size]))
-        write_text(
-            self.folder / "README.txt", "Latents and prompt embeddings of cleandift_backbones: may be deleted.\n"
-        )
+        if not (about := self.folder / "README.txt").exists():
+            write_text(about, "Latents and prompt embeddings of cleandift_backbones: may be deleted.\n")
         return broken
 
 
@@ -109,9 +120,9 @@ class CachedBatches(OrderedBatches):
     def batch(self, pictures: Sequence[Picture], first: int) -> tuple[list[Tensor], Tensor, list[str]]:
         latents, prompts = [], []
         for offset, picture in enumerate(pictures):
-            held = load_file(self.cache.path(picture))
+            held = open_tensors(self.cache.path(picture))
             draw = step_generator(torch.device("cpu"), self.seed, 7, first + offset)
             mirrored = int(self.flip and torch.rand((), generator=draw) < 0.5)
-            latents.append([held[kind][mirrored] for kind in self.cache.kinds])
-            prompts.append(held["prompt"])
+            latents.append([held.get_slice(kind)[mirrored] for kind in self.cache.kinds])
+            prompts.append(held.get_tensor("prompt"))
         return [torch.stack(x) for x in zip(*latents)], torch.stack(prompts), [picture.name for picture in pictures]

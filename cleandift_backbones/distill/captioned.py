@@ -136,20 +136,23 @@ class DataSummary:
 
     def lines(self) -> list[str]:
         """Sentences for people."""
-        captions = f"{self.captioned:,} of {'the first ' if self.shards else ''}{self.looked_at:,} have a caption"
-        data = counted(self.shards, "shard") if self.shards else counted(self.images, "image")
+        if self.shards:
+            looked_at = f"the first {counted(self.looked_at, 'image')}"
+            data = f"{counted(self.shards, 'shard')}, {self.captioned:,} of {looked_at} with captions"
+        else:
+            data = f"{counted(self.images, 'image')}, {self.captioned:,} with captions"
         left_out = left_out_report(self.left_out)
-        line = f"data: {data}, {captions}; {counted(self.heldout, 'image')} held out"
+        line = f"data: {data}; {self.heldout:,} held out for validation"
         return [line, *filter(None, [left_out]), *self.damage]
 
     def warning(self, text: str) -> str:
         """A sentence if a run with this `text` (of the recipe) needs captions and finds none; or ""."""
         if text == "empty" or self.captioned or not self.looked_at:
             return ""
+        seen = f"none of the first {counted(self.looked_at, 'image')} has" if self.shards else "no image has"
         return (
-            f"text={text}, but none of the {self.looked_at:,} images looked at has a caption: the run uses empty "
-            "prompts. Captions are read from a .txt, .caption or .json file beside each image, or from "
-            "metadata.jsonl or metadata.csv (file_name, text); give text=empty if there are none"
+            f"text={text}, but {seen} a caption: prompts are empty. Captions are read from .txt, .caption or .json "
+            "files beside the images, or from metadata.jsonl or metadata.csv; without any, give text=empty"
         )
 
 

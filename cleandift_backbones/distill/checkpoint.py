@@ -12,13 +12,19 @@ from torch import Tensor
 
 from ..checkpoints import CheckpointError, open_weights, verify
 from ..checkpoints.writing import write_file
-from ..files import replacing
+from ..errors import FileError
+from ..files import leftovers, reading, replacing, set_aside
 
 _logger = logging.getLogger(__name__)
 
 
+NAME = r"step_(\d{7,})\.safetensors"
+
+
 class Checkpoints:
     """The folder of a run's checkpoints: `step_0000100.safetensors`, ...
+
+    Files of others are neither loaded nor removed, whatever their names.
 
     Args:
         folder: created when the first one is saved.
@@ -30,11 +36,18 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps saved, newest first."""
-        found = (re.fullmatch(r"step_(\d+)\.safetensors", path.name) for path in self.folder.glob("step_*.safetensors"))
+        with reading(self.folder):
+            found = [re.fullmatch(NAME, path.name) for path in self.folder.glob("step_*.safetensors")]
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.safetensors"
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            return "state" in (open_weights(path).metadata() or {})
+        except CheckpointError:
+            return False
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping) -> bool:
         """Writes a checkpoint aside and renames it, then drops the oldest.
@@ -42,32 +55,50 @@ class Checkpoints:
         Returns:
             False if the disk did not take it: the last good one stays, and a warning says so.
         """
+        path = self.path(step)
         cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         try:
-            with replacing(self.path(step)) as aside:
+            if path.is_file() and not self._is_ours(path):
+                _logger.warning(f"{path} is no checkpoint of this run; kept as {set_aside(path, 'other').name}")
+            with replacing(path) as aside:
                 write_file(cpu, aside, {"state": json.dumps(state)})
         except OSError as error:
             last = f"the one of step {self.steps()[0]} stands" if self.steps() else "there is none yet"
             _logger.warning(f"no checkpoint of step {step}: {error} ({last}); the run goes on")
             return False
-        steps = self.steps()
-        newer = [other for other in steps if other > step]  # damaged ones, which this run went back behind
-        for old in newer + [other for other in steps if other <= step][self.keep :]:
-            self.path(old).unlink()
-        for part in self.folder.glob(".step_*.part"):  # of a process that was killed while it saved
-            part.unlink()
+        try:
+            ours = [other for other in self.steps() if other <= step and self._is_ours(self.path(other))]
+            for old in [self.path(other) for other in ours[self.keep :]]:
+                old.unlink()
+            for part in leftovers(self.folder, NAME):  # of a process that was killed while it saved
+                part.unlink()
+        except OSError as error:
+            _logger.warning(f"old checkpoints in {self.folder} stay: {error}")
         return True
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
-        """The newest whole checkpoint, as (tensors, state); damaged ones are passed over with a warning."""
+        """The newest whole checkpoint, as (tensors, state).
+
+        Damaged ones are renamed to NAME.damaged, with a warning; files that no run wrote are left where they are.
+
+        Raises:
+            FileError: one cannot be read at the moment.
+        """
         for step in self.steps():
             path = self.path(step)
             try:
-                verify(path)
-                file = open_weights(path)
-                state = json.loads((file.metadata() or {})["state"])
-                # Copies: the file may be dropped while its tensors are in use.
-                return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118
-            except (CheckpointError, KeyError, ValueError) as error:
-                _logger.warning(f"{path} is passed over for an older one: {error}")
+                with reading(path):
+                    verify(path)
+                    file = open_weights(path)
+                    if "state" not in (file.metadata() or {}):
+                        _logger.warning(f"{path} is no checkpoint of a run, and is left as it is")
+                        continue
+                    state = json.loads(file.metadata()["state"])
+                    # Copies: the file may be dropped while its tensors are in use.
+                    return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118
+            except FileError:
+                raise
+            except (CheckpointError, ValueError) as error:
+                aside = set_aside(path).name
+                _logger.warning(f"{path} is passed over for an older one, and kept as {aside}: {error}")
         return None

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..decoding import opened
 from ..errors import InputError, MissingFileError
+from ..progress import tqdm
 from ..records import read_records
 
 __all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures", "rgba_tensor"]

@@ -55,7 +55,6 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
     metadata = {"model": recipe.model, "recipe": method(recipe)}
     folder, dtype = out / "native", getattr(torch, recipe.save_dtype)
     checkpoints.save_folder(state, folder, config, hub.model_card(config, card), metadata, dtype)
-    print(f"wrote {folder} after {recipe.max_steps} steps; learned timestep {float(state['timestep']):.2f}")
     if recipe.push_to_hub:
         print(f"pushed to {hub.push_to_hub(folder, recipe.push_to_hub)}")
 

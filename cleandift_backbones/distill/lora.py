@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import DependencyError
+from ..errors import needs
 from ..unet import FeatureUNet
 
 #: CleanDIFT, supplement: rank 64 on self-attention (attn1) and feed-forward layers, for backbones too large to train
@@ -20,10 +20,8 @@ def add_lora(unet: FeatureUNet, rank: int, alpha: float | None = None) -> Featur
     Raises:
         ImportError: peft is not installed. ValueError: the UNet has no attention to adapt.
     """
-    try:
+    with needs("train"):
         from peft import LoraConfig
-    except ImportError as error:
-        raise DependencyError("lora needs peft: pip install 'cleandift_backbones[train]'") from error
     unet.requires_grad_(False)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=TARGETS))
     return unet

@@ -7,21 +7,25 @@ import logging
 import math
 import os
 import signal
+import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import timm
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import get_int_from_env, set_seed
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm import tqdm
 
-from ..errors import DivergedError, FileTakenError, InputError
+from ..checkpoints import check_replaceable
+from ..errors import DivergedError, FileTakenError, InputError, resource_errors
 from ..images import check_folder
 from ..latents import latent_stride
+from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
+from ..progress import tqdm
+from ..training_data import training_data
 from .build import (
     Encoders,
     Prompts,
@@ -45,6 +49,7 @@ from .lora import lora_state
 from .module import Distiller, stratified_timesteps
 from .monitor import Monitor, feature_sheet
 from .recipe import Recipe, save_recipe
+from .summary import data_warnings, footer, header
 from .trainer import EMA, lr_factor, mix_seed, step_generator
 
 _logger = logging.getLogger(__name__)
@@ -76,8 +81,10 @@ class Training:
 
     def __init__(self, recipe: Recipe):
         check_folder(recipe.output_dir)
-        self.recipe, self.out = recipe, Path(recipe.output_dir)
+        self.recipe, self.out, self.started = recipe, Path(recipe.output_dir), time.monotonic()
+        check_replaceable(self.out / "native")  # not only when the training is over
         self.accelerator = accelerator = make_accelerator(recipe)
+        self._print([f"loading {recipe.teacher} and the list of images ..."])
         if accelerator.device.type == "cuda":  # TF32 in what stays float32; a setting of the whole process
             torch.set_float32_matmul_precision("high")
         if recipe.deterministic:
@@ -127,6 +134,10 @@ class Training:
         if found is not None:
             self._resume(found)
 
+    def _print(self, lines: list[str]) -> None:
+        if self.accelerator.is_main_process:
+            print(*lines, sep="\n", flush=True)
+
     # --- the loop ---
 
     def run(self) -> int:
@@ -135,9 +146,13 @@ class Training:
         if main:
             self.out.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, self.out / "recipe.yaml")
+        self._print(header(self))
+        if main:
+            for sentence in data_warnings(self.data, recipe):
+                _logger.warning(sentence)
         accelerator.wait_for_everyone()
         self.monitor = Monitor(self.out, self.step, recipe.tensorboard, main)
-        batches = iter(make_loader(recipe, self.data, self.step * recipe.gradient_accumulation, accelerator))
+        batches = make_loader(recipe, self.data, self.step * recipe.gradient_accumulation, accelerator)
         self.module.train()
         if self.step == 0:
             self.validate()
@@ -350,11 +365,16 @@ class Training:
     def export(self) -> None:
         """The native folder, written by the first process, and pushed if the recipe says so."""
         data = f"{len(self.data.pictures)} {'shards' if self.data.streamed else 'pictures'}, {self.size} px"
+        before = training_data(self.recipe.teacher)
+        if before and not (self.recipe.teacher_weights or self.recipe.student_weights):
+            data += f"; before that on {before}"
         with self.averaged():
             state = student_state(self.module)
             if self.accelerator.is_main_process:
                 adapters = lora_state(self.module.student) if self.recipe.lora.rank else None
                 write_native(self.recipe, state, adapters, data)
+                kept = sum(path.stat().st_size for path in map(self.checkpoints.path, self.checkpoints.steps()))
+                self._print(footer(self.recipe, state, time.monotonic() - self.started, kept))
 
 
 def distill(recipe: Recipe) -> int:
@@ -362,5 +382,14 @@ def distill(recipe: Recipe) -> int:
 
     Returns:
         exit code: 0, or 128 + the number of the signal that stopped the run (its checkpoint is saved).
+
+    Raises:
+        FolderInUseError: another run is writing to output_dir.
     """
-    return Training(recipe).run()
+    remedy = "set gradient_checkpointing=true, or in a new output_dir a lower batch_size or lora.rank=64"
+    first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    with (
+        resource_errors(f"{remedy}; checkpoints written so far are kept"),
+        hold(recipe.output_dir) if first else nullcontext(),
+    ):
+        return Training(recipe).run()

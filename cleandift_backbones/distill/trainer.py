@@ -21,18 +21,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..errors import DivergedError, FileTakenError, InputError
-from ..files import replacing, write_text
+from ..files import open_tensors, replacing, set_aside, write_text
+from ..progress import tqdm
 from .engine import pack_optimizer, unpack_optimizer
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
     "lr_factor",
     "pick_device",
     "run_options",
-    "run_script",
     "step_generator",
 ]
 
@@ -156,14 +154,17 @@ def _step_of(line: str) -> float:
 
 
 class JsonLog:
-    """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes."""
+    """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes.
+
+    A file of that name without any line of such a log becomes NAME.other.
+    """
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        kept = []
-        if start and path.is_file():
-            kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= start]
-        write_text(path, "".join(kept))
+        lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
+        if lines and all(_step_of(line) == math.inf for line in lines):
+            print(f"{path} was not written by a run: kept as {set_aside(path, 'other').name}", file=sys.stderr)
+        write_text(path, "".join(line for line in lines if start and _step_of(line) <= start))
 
     def write(self, **values: float | int | str | list) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON
@@ -348,7 +349,9 @@ class Run:
         self._saved = time.monotonic()
 
     def _load(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
+            if "state" not in (file.metadata() or {}):
+                raise InputError(f"{path} is no checkpoint of this tool. Give another --out, or move it away")
             state = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         changed = {k: (v, self.settings.get(k)) for k, v in state["settings"].items() if self.settings.get(k) != v}
@@ -362,15 +365,6 @@ class Run:
             shadow.copy_(tensors[f"ema/{name}"])
         unpack_optimizer(self.optimizer, self._named(), tensors)
         self.step, self.spent = state["step"], state["spent"]
-
-
-def run_script(main: Callable[[], int]) -> int:
-    """A script's exit code; what the user can mend is told in one line, with code 2."""
-    try:
-        return main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def run_options(options: argparse.Namespace) -> dict:

@@ -12,18 +12,19 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..extractor import Extractor, ModelError
-from ..files import replacing, write_text
+from ..files import DamagedFileError, open_tensors, reading, replacing, set_aside, write_text
 from ..images import ImageError, to_input
+from ..locks import hold
+from ..progress import tqdm
 from ..version import __version__
 from .items import Item
 
@@ -46,7 +47,7 @@ class Features:
         key = self.keys[index]
         path = self.places[key]
         if self._open is None or self._open[0] != path:  # neighbours mostly lie in one file
-            self._open = (path, safe_open(path, "pt"))
+            self._open = (path, open_tensors(path))
         return self._open[1].get_tensor(key).float()
 
     def part(self, start: int, stop: int | None = None) -> Features:
@@ -109,6 +110,7 @@ class FeatureCache:
         Raises:
             ModelError: out of memory, features beyond float16, an extractor without a size.
             ImageError: pictures that cannot be read: the first, and how many of how many.
+            FileError: features on disk cannot be read at the moment; another process is computing the same.
         """
         if extractor.size is None:
             raise ModelError(f"{extractor.name}: pictures need one common size; load the extractor with size=")
@@ -127,7 +129,10 @@ class FeatureCache:
         missing = [i for i, key in enumerate(keys) if any(key not in found for found in places.values())]
         if missing and len(missing) < len(items):
             self.say(f"{extractor.name}: features of {len(items) - len(missing)} pictures are taken from {self.folder}")
-        self._compute(extractor, [items[i] for i in missing], [keys[i] for i in missing], noisy, folders, places)
+        with ExitStack() as held:
+            for folder in folders.values() if missing else ():
+                held.enter_context(hold(folder))
+            self._compute(extractor, [items[i] for i in missing], [keys[i] for i in missing], noisy, folders, places)
         return {name: Features(keys, places[name]) for name in extractor.maps}
 
     def _folder(self, info: dict, weights: str) -> Path:
@@ -147,14 +152,21 @@ class FeatureCache:
         return folder
 
     def _index(self, folder: Path) -> dict[str, Path]:
-        places = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        """Which file holds which features. Files of others are not read; damaged ones are kept under another name."""
+        places, others = {}, []
+        with reading(folder):
+            paths = sorted(folder.glob("*.safetensors"))
+        for path in paths:
+            if not re.fullmatch(r"\d+-[0-9a-f]{6}\.safetensors", path.name):
+                others.append(path.name)
+                continue
             try:
-                with safe_open(path, "pt") as file:
+                with open_tensors(path) as file:
                     places |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                self.say(f"{path} is damaged ({str(error).splitlines()[0]}); its features are computed again")
-                path.unlink()
+            except DamagedFileError as error:
+                self.say(f"{error}; kept as {set_aside(path).name}, its features are computed again")
+        if others:
+            self.say(f"{folder} holds other files, which are not read: {', '.join(others[:3])}")
         return places
 
     def _noise(self, item: Item) -> int:

@@ -12,19 +12,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from ..arguments import check_ranges, load_model, model_arguments, pick_maps
-from ..errors import FileError
+from cleandift_command import guard
+
+from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
+from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
-from ..images import ImageError, check_folder
+from ..images import check_folder
 from ..listing import left_out_report, list_folder
+from ..locks import hold
+from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
 from .items import DataError, file_item
 from .matching import ALPHAS
 from .noise import noise_shares
-from .noise_report import write_shares
+from .noise_report import shares_table, write_shares
 from .probes import Recipe
 from .report import Report, Row
 
@@ -40,9 +43,9 @@ TASKS = {
 TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
 DEFAULT_TIMESTEP = 261
 ABOUT = {
-    "correspondence": """PCK: the share of keypoints found within alpha times the longer side of the target's box (bbox)
-or of the picture (img); per point pools all points, per image is the mean over pairs. Features upsampled bilinearly to
-the pictures' size, cosine similarity.""",
+    "correspondence": """PCK: the share of keypoints found near the true point; bbox@0.1: within 0.1 of the longer side
+of the target's box, img@0.1: of the target image. Per point pools all points, per image is the mean over pairs.
+Features upsampled bilinearly to the images' size, cosine similarity.""",
     "knn": "Spatial mean of a map, cosine similarity, a vote of the k nearest training pictures.",
     "retrieval": """Spatial mean of a map, cosine similarity. recall@k: the share of pictures that find one of their
 class among their k nearest; each asks all others, pictures without another of their class are left out.""",
@@ -92,10 +95,24 @@ def numbers(kind: type):
     return parse
 
 
+class _TaskParser(argparse.ArgumentParser):
+    """Asks for the TASK where options come first: argparse would take the value of one for it."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        given = sys.argv[1:] if args is None else args
+        if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+            self.error(
+                f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
+                "tools/evaluate.py --suite emoji"
+            )
+        return super().parse_args(args, namespace)
+
+
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """All tasks as sub-commands."""
-    result = argparse.ArgumentParser(prog=prog, description="Measure feature maps of any timm model.")
-    commands = result.add_subparsers(dest="task", required=True, metavar="TASK")
+    result = _TaskParser(prog=prog, description="Measure feature maps of any timm model.")
+    kind = argparse.ArgumentParser
+    commands = result.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=kind)
     for task, about in TASKS.items():
         one = commands.add_parser(task, help=about, description=f"{task}: {about}", formatter_class=Formatter)
         _common(one, task)
@@ -179,31 +196,27 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
         one.add_argument("--noises", type=int, default=8, help="noises per picture, at least 2")
 
 
+@guard("cached features and finished rows are kept, the same command continues")
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a task; exits with status 2 and one line for input that cannot be used."""
+    """Runs a task. See `cleandift_command.guard` for exit codes."""
     commands = parser()
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
-        _check(args)
+    _check(args)
+    lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
+    with resource_errors(f"lower --batch-size, {lower}"):
         device = resolve_device(args.device)
         plan = make_plan(args)
-        if args.task == "noise":
-            check_models(args, plan)
-            paths = _noise(args, plan, device)
-        else:
-            task = make_task(args)
-            check_models(args, plan)
-            result = run(args, plan, task, device)
-            paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
-            print(result.table(), *result.verdicts(), sep="\n")
-    except (ModelError, DataError, ImageError, OSError) as error:
-        commands.exit(2, f"{commands.prog}: error: {error}\n")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
-        commands.exit(2, f"{commands.prog}: error: out of memory; lower {lower}\n")
+        with hold(args.out, args.task):
+            if args.task == "noise":
+                check_models(args, plan)
+                paths = _noise(args, plan, device)
+            else:
+                task = make_task(args)
+                check_models(args, plan)
+                result = run(args, plan, task, device)
+                paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
+                print(ABOUT[args.task], result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 
 
@@ -219,16 +232,17 @@ def _check(args: argparse.Namespace) -> None:
     check_folder(getattr(args, "cache", None) or args.out)
     if (window := getattr(args, "soft_argmax", 0)) and (window < 3 or window % 2 == 0):
         raise ModelError(f"--soft-argmax {window} has no middle pixel with others around; give 3, 5, 7, ..., or 0")
-    try:
+    with needs("eval"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise ModelError("the plot needs matplotlib; pip install 'cleandift_backbones[eval]'") from None
     if args.threads:
         torch.set_num_threads(args.threads)
 
 
 def make_plan(args: argparse.Namespace) -> list[Run]:
     """Every run, its maps found."""
+    noisy = any(name.removeprefix("random:").startswith("dift_") for name in args.model)
+    ensemble = getattr(args, "ensemble", None)
+    check_noise(", ".join(args.model), noisy, timesteps=args.timesteps, ensemble=ensemble)
     files = {}
     for entry in args.weights:
         name, _, file = entry.rpartition("=")
@@ -351,9 +365,8 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
-    return Report(
-        rows, {key: key for key in metrics}, info, args.seed, task.main(metrics), task.lower & set(metrics), task.unit
-    )
+    names, lower = {key: task.measure_name + key for key in metrics}, task.lower & set(metrics)
+    return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
 
 
 def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) -> tuple[list, str]:
@@ -387,5 +400,6 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
             extractor.optimize()
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
+    print(shares_table(shares))
     info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))

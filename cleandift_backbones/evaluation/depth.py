@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..files import replacing
+from ..errors import needs
+from ..files import DamagedFileError, open_tensors, replacing
 from ..records import split_words
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_lines, read_target, require
@@ -90,11 +90,9 @@ def read_depth(path: Path) -> np.ndarray:
 
 
 def _read_labelled(mat: Path, splits: Path, split: str) -> DepthSet:
-    try:
+    with needs("eval"):
         import h5py
         from scipy.io import loadmat
-    except ImportError:
-        raise DataError(f"{mat} needs h5py and scipy; pip install 'cleandift_backbones[eval]'") from None
     if not splits.is_file():
         raise DataError(f"{splits} is missing; it tells which pictures of {mat.name} are for training")
     try:
@@ -151,10 +149,10 @@ class BinsProbe(nn.Module):
             DataError: no safetensors file, or not a 1x1 convolution from `channels` to 256.
         """
         try:
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: not a safetensors file ({str(error).splitlines()[0]})") from None
+        except DamagedFileError as error:
+            raise DataError(f"{path}: not a safetensors file ({error.__cause__})") from None
         weights = [x for x in tensors.values() if x.numel() == BINS * channels and x.shape[0] == BINS]
         biases = [x for x in tensors.values() if x.shape == (BINS,)]
         if len(weights) != 1 or len(biases) > 1 or len(weights) + len(biases) != len(tensors):

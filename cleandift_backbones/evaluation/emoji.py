@@ -25,12 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from ..decoding import opened, read_image
 from ..errors import CleanDIFTError, InputError
 from ..extractor import Extractor, extract
 from ..images import to_tensor
+from ..progress import tqdm
 from ..records import read_records, read_text
 from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally

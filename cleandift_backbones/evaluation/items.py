@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from .. import decoding
 from ..decoding import ImageError, opened, read_image
 from ..errors import CleanDIFTError, InputError
+from ..progress import tqdm
 from ..records import read_records, read_text, split_lines
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from ..progress import tqdm
 from .bootstrap import Tally
 from .cache import Features
 from .correspondence import EPS, interpolated_norm, interpolation_matrix, pck, window_matrix

@@ -26,20 +26,25 @@ def write_shares(folder: str | Path, entries: Sequence[Entry], info: dict) -> li
     paths = [folder / f"noise.{ending}" for ending in ("json", "md", "png")]
     shares = [dict(model=m, map=name, timestep=t, **vars(share)) for m, name, t, share in entries]
     write_text(paths[0], json.dumps(dict(info, versions=versions(), shares=shares), indent=1) + "\n")
-    lines = [f"| model | map | t | {' | '.join(NAMES.values())} |"]
+    facts = facts_list(info | dict(versions=versions()))
+    write_text(paths[1], "\n".join([ABOUT, "", shares_table(entries), "", "## How it was made", "", facts]) + "\n")
+    _plot(paths[2], entries)
+    return paths
+
+
+def shares_table(entries: Sequence[Entry]) -> str:
+    """A Markdown table: a line per model, map and timestep, per cent of the variance with 95 % intervals."""
+    lines = [f"| model | map | timestep t | {' | '.join(f'{name} (%)' for name in NAMES.values())} |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for model, name, step, s in entries:
         lines.append(f"| {model} | {name} | {step} | " + " | ".join(_cell(s, part) for part in NAMES) + " |")
-    facts = facts_list(info | dict(versions=versions()))
-    write_text(paths[1], "\n".join([ABOUT, "", *lines, "", "## How it was made", "", facts]) + "\n")
-    _plot(paths[2], entries)
-    return paths
+    return "\n".join(lines)
 
 
 def _cell(share: Shares, part: str) -> str:
     low_high = share.intervals.get(part)
     told = f" [{', '.join(f'{100 * bound:.1f}' for bound in low_high)}]" if low_high else ""
-    return f"{getattr(share, part):.1%}{told}"
+    return f"{100 * getattr(share, part):.1f}{told}"
 
 
 def _borders(share: Shares) -> list[tuple[float, float, float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import CleanDIFTError
+from ..errors import CleanDIFTError, needs
 from ..records import read_text
 from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
@@ -26,7 +26,7 @@ PF_PASCAL = (
 )
 JSON = (
     'a JSON list of {"source": FILE, "target": FILE, "source_points": [[x, y], ...], "target_points": [[x, y], ...]}, '
-    'each with "category" and "target_box" [left, top, right, bottom] if it likes'
+    'each optionally with "category" and "target_box" [left, top, right, bottom]'
 )
 PASCAL = (  # classes in the order of their numbers
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -168,7 +168,10 @@ def read_pf_pascal(root: str | Path, split: str = "test", skip_outside: bool = F
     table = next((place / name for place in (root, base) for name in names if (place / name).is_file()), None)
     if table is None:
         found = ", ".join(sorted(path.name for path in root.glob("*.csv"))) or "no .csv file"
-        raise DataError(f"{root} has no {names[0]} and no {names[1]} (found {found}); expected {PF_PASCAL}")
+        raise DataError(
+            f"{root} has no {names[0]} and no {names[1]} (found {found}): choose the split with --split; "
+            f"expected {PF_PASCAL}"
+        )
     lines = read_table(table, ["source_image", "target_image", "class"], PF_PASCAL)
     told = []
     for number, line in enumerate(lines, 2):
@@ -233,16 +236,35 @@ def read_json_pairs(path: str | Path, skip_outside: bool = False) -> PairSet:
 
 
 def read_pairs(path: str | Path, split: str = "test", skip_outside: bool = False) -> PairSet:
-    """Whichever of the three stands at `path`."""
+    """Whichever of the three stands at `path`: a JSON file, or a folder with one or with a data set in its layout.
+
+    Raises:
+        DataError: see `read_spair`; a folder with several JSON files of pairs.
+    """
     path = Path(path)
     if path.is_file():
         return read_json_pairs(path, skip_outside)
     if (path / "PairAnnotation").is_dir() or (path / "Layout").is_dir():
         return read_spair(path, split, skip_outside)
-    if (path / "PF-dataset-PASCAL").is_dir() or (path / "JPEGImages").is_dir() or list(path.glob("*pairs*.csv")):
+    lists = _pair_lists(path)
+    tables = (path / "PF-dataset-PASCAL").is_dir() or any(path.glob("*pairs*.csv"))
+    if tables or ((path / "JPEGImages").is_dir() and not lists):
         return read_pf_pascal(path, split, skip_outside)
-    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) if path.is_dir() else "nothing"
+    if len(lists) > 1:
+        names = ", ".join(file.name for file in lists)
+        raise DataError(f"{path} has {len(lists)} JSON files ({names}): choose one, as in --data {lists[0]}")
+    if lists:
+        return read_json_pairs(lists[0], skip_outside)
+    found = ", ".join(sorted(p.name for p in path.glob("[!.]*"))[:8]) or "nothing"
     raise DataError(f"{path}: no pairs (found {found}); expected one of\n  {SPAIR}\n  {PF_PASCAL}\n  {JSON}")
+
+
+def _pair_lists(folder: Path) -> list[Path]:
+    """The JSON files with "pairs" in their names; all JSON files where there is none of these. No hidden files."""
+    files = sorted(
+        path for path in folder.glob("*") if path.suffix.lower() == ".json" and not path.name.startswith(".")
+    )
+    return [path for path in files if "pairs" in path.name.lower()] or files
 
 
 def _read_json(path: Path):
@@ -256,8 +278,8 @@ def _read_json(path: Path):
 
 def _read_mat(path: Path) -> tuple[np.ndarray, float]:
     """Keypoints N x 2 (NaN: not seen), and the longer side of the box."""
-    from scipy.io import loadmat
-
+    with needs("eval"):
+        from scipy.io import loadmat
     try:
         mat = loadmat(path)
         left, top, right, bottom = np.asarray(mat["bbox"], dtype=np.float64).ravel()

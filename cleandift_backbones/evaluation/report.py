@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ..files import replacing, write_text
+from ..files import DamagedFileError, open_tensors, replacing, write_text
 from .bootstrap import Tally, difference, rate_interval, unit_weights
 
 VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy", "scipy", "pillow")
@@ -61,9 +60,16 @@ class Row:
 
     @classmethod
     def load(cls, path: Path) -> Row:
-        """Reads a row that `save` wrote."""
-        with safe_open(path, "np") as file:
-            told = json.loads(file.metadata()["row"])
+        """Reads a row that `save` wrote.
+
+        Raises:
+            DamagedFileError: it is damaged. FileError: it cannot be read at the moment.
+        """
+        with open_tensors(path, "np") as file:
+            try:
+                told = json.loads((file.metadata() or {})["row"])
+            except (KeyError, ValueError):
+                raise DamagedFileError(f"{path} is damaged (no row in its metadata)") from None
             results: dict[str, dict[str, Tally]] = {name: {} for name in told.pop("maps")}
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 name, metric, part = key.rsplit("/", 2)
@@ -95,7 +101,7 @@ class Report:
     """All rows of a table, with what is needed to repeat it.
 
     Attributes:
-        metrics: {key: heading}. info: command, data, sizes, ... (JSON values).
+        metrics: {key: name}; tables add the unit. info: command, data, sizes, ... (JSON values).
         main: metrics of the first table, the verdicts and the plot; () for all.
         lower: metrics in a unit of their own of which less is better; all others are shares, of which more is.
         unit: what the bootstrap draws.
@@ -122,14 +128,37 @@ class Report:
         """What a rate is multiplied by to be shown."""
         return 1 if metric in self.lower else 100
 
+    def heading(self, metric: str) -> str:
+        """The heading of a metric's column: its name and unit, which metrics that are no shares have in their name."""
+        return self.metrics[metric] + ("" if metric in self.lower else " (%)")
+
+    def winner(self, metric: str) -> str | None:
+        """The label whose best run beats the best runs of all other models, each by more than the 95 % interval.
+
+        None if only one model was measured, or no difference is that clear.
+        """
+        best = self.best(self.rows, metric)
+        if best is None:
+            return None
+        others = [self.best(self._of_series(name), metric) for name in {row.series for row in self.rows}]
+        others = [other for other in others if other and other.row.series != best.row.series]
+        bounds = [difference(best.tally, other.tally, self.weights)[1:] for other in others]
+        clear = bool(bounds) and all(high < 0 if metric in self.lower else low > 0 for low, high in bounds)
+        return best.row.label if clear else None
+
     def _digits(self, metric: str) -> str:
         return ".3f" if metric in self.lower else ".1f"
 
-    def _interval(self, metric: str, tally: Tally, note: str = "", bold: bool = False) -> str:
+    def _cell(self, metric: str, best: Best | None, bold: bool, settings: bool = False) -> str:
+        """The best run's rate and interval, its map, and its settings if asked for; "" where nothing was measured."""
+        if best is None:
+            return ""
         scale, digits = self.scale(metric), self._digits(metric)
-        low, high = (format(scale * bound, digits) for bound in rate_interval(tally, self.weights))
-        number = format(scale * tally.rate, digits)
-        return f"{f'**{number}**' if bold else number} [{low}, {high}]" + (f" {note}" if note else "")
+        low, high = (format(scale * bound, digits) for bound in rate_interval(best.tally, self.weights))
+        number = format(scale * best.tally.rate, digits)
+        notes = [f"map {best.map}"] if best.map else []
+        notes += [_settings(best.row)] if notes and settings else []
+        return " ".join([f"**{number}**" if bold else number, f"[{low}, {high}]", ", ".join(notes)]).strip()
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row.kind == kind]
@@ -143,7 +172,9 @@ class Report:
                 for name, tallies in row.results.items()
             }
             runs.append(dict(label=row.label, kind=row.kind, **row.settings, seconds=round(row.seconds, 2), maps=maps))
-        return dict(self.info, versions=versions(), seed=self.seed, runs=runs, comparisons=self.comparisons())
+        units = {key: "as named" if key in self.lower else "share, 0..1" for key in self.metrics}
+        found = dict(units=units, runs=runs, comparisons=self.comparisons())
+        return dict(self.info, versions=versions(), seed=self.seed, **found)
 
     def comparisons(self) -> list[dict]:
         """Best clean against best noisy run (each over all its maps and settings), per metric, paired over concepts."""
@@ -183,31 +214,26 @@ class Report:
         return sentences
 
     def table(self) -> str:
-        """A Markdown table: a line per label, a column per metric; the best of each column in bold."""
+        """A Markdown table: a line per label, a column per metric; see `legend`."""
         labels = list(dict.fromkeys(row.label for row in self.rows))
-        top = {m: best.tally.rate for m in self.shown if (best := self.best(self.rows, m))}
-        lines = ["| features | " + " | ".join(self.shown.values()) + " |", "| --- |" + " --- |" * len(self.shown)]
+        winners = {metric: self.winner(metric) for metric in self.shown}
+        lines = [_line(["features", *map(self.heading, self.shown)]), _line(["---"] * (1 + len(self.shown)))]
         for label in labels:
             rows = [row for row in self.rows if row.label == label]
-            cells = []
-            for metric in self.shown:
-                best = self.best(rows, metric)
-                if best is None:
-                    cells.append("")
-                    continue
-                note = best.map + (f", {_settings(best.row)}" if len(rows) > 1 else "") if best.map else ""
-                cells.append(self._interval(metric, best.tally, note, best.tally.rate == top[metric]))
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            bests = {metric: self.best(rows, metric) for metric in self.shown}
+            cells = [self._cell(m, best, winners[m] == label, len(rows) > 1) for m, best in bests.items()]
+            lines.append(_line([label, *cells]))
         return "\n".join(lines)
 
     def long_table(self) -> str:
         """A Markdown table of all metrics: a line per metric, a column per label."""
         labels = list(dict.fromkeys(row.label for row in self.rows))
-        lines = ["| | " + " | ".join(labels) + " |", "| --- |" + " --- |" * len(labels)]
-        for metric, heading in self.metrics.items():
+        lines = [_line(["", *labels]), _line(["---"] * (1 + len(labels)))]
+        for metric in self.metrics:
             bests = [self.best([row for row in self.rows if row.label == label], metric) for label in labels]
-            cells = [self._interval(metric, best.tally, best.map) if best else "" for best in bests]
-            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+            winner = self.winner(metric)
+            cells = [self._cell(metric, best, winner == label) for label, best in zip(labels, bests, strict=True)]
+            lines.append(_line([self.heading(metric), *cells]))
         return "\n".join(lines)
 
     def map_table(self, metric: str) -> str:
@@ -219,14 +245,14 @@ class Report:
                 groups.setdefault(names, []).append(series)
         tables = []
         for names, models in groups.items():
-            lines = [f"| {self.metrics[metric]} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+            lines = [_line([self.heading(metric), *names]), _line(["---", *["---:"] * len(names)])]
             for series in models:
                 rows, cells = self._of_series(series), []
                 for name in names:
                     held = [replace(row, results={name: row.results[name]}) for row in rows if name in row.results]
                     best = self.best(held, metric)
                     cells.append(format(self.scale(metric) * best.tally.rate, self._digits(metric)) if best else "")
-                lines.append(f"| {series}{', best run' if len(rows) > 1 else ''} | " + " | ".join(cells) + " |")
+                lines.append(_line([f"{series}{', best run' if len(rows) > 1 else ''}", *cells]))
             tables.append("\n".join(lines))
         return "\n\n".join(tables)
 
@@ -241,17 +267,21 @@ class Report:
         parts = [
             about,
             f"## Clean against the best noisy run\n\n{verdicts}" if verdicts else "",
-            f"## Table\n\n{self._caption()}\n\n{self.table()}",
+            f"## Table\n\n{self.legend()}\n\n{self.table()}",
             f"## Everything measured\n\n{self.long_table()}" if len(self.shown) < len(self.metrics) else "",
             f"## By map\n\n{by_map}" if by_map.strip() else "",
             f"## How it was made\n\n{facts}",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
-    def _caption(self) -> str:
-        what = f"Per cent, with 95 % intervals (bootstrap over {self.unit}), best map."
-        lower = [text for key, text in self.shown.items() if key in self.lower]
-        return what + (f" Not per cent, and less is better: {', '.join(lower)}." if lower else "")
+    def legend(self) -> str:
+        """What the cells of the tables hold, in words."""
+        words = [f"Values with 95 % intervals (bootstrap over {self.unit}), and the map of the best value."]
+        if len({row.series for row in self.rows}) > 1:
+            words.append("Bold: better than every other model, and no interval of the differences contains 0.")
+        if lower := [text for key, text in self.shown.items() if key in self.lower]:
+            words.append(f"Not per cent, and less is better: {', '.join(lower)}.")
+        return " ".join(words)
 
     def write(self, folder: str | os.PathLike, about: str, name: str = "results") -> list[Path]:
         """Writes NAME.json, NAME.md and NAME.png into a folder and returns their paths."""
@@ -264,6 +294,10 @@ class Report:
         write_text(paths[1], self.markdown(about))
         plot(self, paths[2])
         return paths
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _settings(row: Row) -> str:

@@ -25,12 +25,14 @@ class Task:
         items: the pictures; features come in this order.
         pool: spatial means are enough.
         unit: what the bootstrap draws. main, lower: see `report.Report`.
+        measure_name: what the keys of `measure` leave out, in front of them in tables.
         facts: about the data, for the report.
     """
 
     pool = False
     unit = "pictures"
     lower = frozenset()
+    measure_name = ""
 
     def __init__(self, items: list[Item]):
         self.items, self.facts = items, {}
@@ -48,6 +50,7 @@ class Correspondence(Task):
     """Keypoints of pairs, see `matching`."""
 
     unit = "target pictures"
+    measure_name = "PCK "
 
     def __init__(self, data: PairSet, alphas: Sequence[float], mode="squash", window=0, temperature=0.04):
         super().__init__(data.items)

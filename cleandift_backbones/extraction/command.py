@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import inspect
+import json
 import logging
 import os
 import platform
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from ..arguments import check_ranges, load_model, model_arguments, pick_maps
-from ..errors import DependencyError, InputError, MissingFileError
+from cleandift_command import guard
+
+from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
+from ..errors import InputError, MissingFileError, needs, resource_errors
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
+from ..files import readable_size
 from ..images import check_folder
 from ..listing import left_out_report
+from ..locks import hold
+from ..progress import tqdm
 from ..version import __version__
 from .formats import DTYPES, FORMATS
 from .loading import Resize
 from .run import Report, run
 from .sources import Entry, SourceError, list_entries
-from .store import FAILURES, Store
+from .store import FAILURES, Store, check_out, list_shards
 
 ABOUT = """Features of many pictures, once, into a folder of shards.
 
@@ -74,7 +79,9 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     what.add_argument("--model", required=True, metavar="NAME", help="any timm model; random:NAME has random weights")
     what.add_argument("--data", required=True, metavar="PATH", help="a folder, .tar shards (pattern), or a list")
     what.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
-    what.add_argument("--map", nargs="+", metavar="MAP", help="maps by name or index; default us6, or else the last")
+    what.add_argument(
+        "--map", nargs="+", metavar="MAP", help="maps by name or index, with spaces or commas; us6, or else the last"
+    )
     what.add_argument("--pool", choices=["none", "mean"], default="none", help="mean: a vector per picture and map")
     what.add_argument("--prompt", metavar="TEXT", help="for models that take text; none: the empty one")
     what.add_argument("--timestep", type=int, metavar="T", help="of dift_* models, 0..999")
@@ -116,33 +123,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return result
 
 
+@guard("what was computed is stored, the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> Report | None:
-    """Extracts; exits with status 2 and one line for what cannot be used, 130 or 143 where it was stopped."""
-    command = parser()
-    args = command.parse_args(arguments)
+    """Extracts. See `cleandift_command.guard` for exit codes."""
+    args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
-    if threading.current_thread() is threading.main_thread():
-        old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    else:
-        old = None
-    try:
-        _check(args)
+    _check(args)
+    with resource_errors("lower --batch-size, --workers or --shard-size, or give --max-side"):
         return extract_all(args)
-    except (ValueError, OSError, ImportError) as error:
-        command.exit(2, f"{command.prog}: error: {error}\n")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        told = str(error).splitlines()[0]
-        command.exit(2, f"{command.prog}: error: {told}; if memory ran out, lower --workers or give --max-side\n")
-    except MemoryError:
-        command.exit(2, f"{command.prog}: error: out of memory; lower --batch-size, --shard-size or --workers\n")
-    except (KeyboardInterrupt, SystemExit) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-        command.exit(code, f"{command.prog}: stopped; what was computed is stored, the same command goes on\n")
-    finally:
-        if old is not None:
-            signal.signal(signal.SIGTERM, old)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -163,15 +151,15 @@ def _check(args: argparse.Namespace) -> None:
     if args.format == "parquet":
         if args.store_dtype == "bfloat16":
             raise InputError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
-        try:
+        with needs("extract"):
             import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise DependencyError(
-                "--format parquet needs pyarrow: pip install 'cleandift_backbones[extract]'"
-            ) from None
     if args.weights and not Path(args.weights).is_file():
         raise MissingFileError(f"--weights {args.weights}: no such file")
+    if ":" not in args.model.removeprefix("random:"):
+        noisy = args.model.removeprefix("random:").startswith("dift_")
+        check_noise(args.model, noisy, timestep=args.timestep, ensemble=args.ensemble)
     check_folder(args.out)
+    check_out(args.out)
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -195,6 +183,7 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Res
         DTYPES[args.dtype], args.keep_size, **kwargs,
     )  # fmt: skip
     extractor.name = args.model
+    check_noise(args.model, extractor.adds_noise, timestep=args.timestep, ensemble=args.ensemble)
     if not args.keep_size:
         return extractor, Resize(args.resize, extractor.size, mean=extractor.mean)
     if extractor.size:
@@ -206,8 +195,18 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Res
 
 
 def extract_all(args: argparse.Namespace) -> Report:
-    """The whole work of this process, told on the way."""
+    """The whole work of this process, logged on the way."""
+    rank, world, _ = place(args)
+    # Many processes may write into one folder, but not two that take the same images.
+    images = json.dumps([os.path.abspath(args.data), args.limit, args.shard_names])
+    share = f"{hashlib.sha256(images.encode()).hexdigest()[:8]}-{rank}-of-{world}"
+    with hold(args.out, share):
+        return _extract(args)
+
+
+def _extract(args: argparse.Namespace) -> Report:
     rank, world, local = place(args)
+    log = partial(tqdm.write, file=sys.stderr)
     device = resolve_device(args.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local % torch.cuda.device_count())
@@ -237,20 +236,20 @@ def extract_all(args: argparse.Namespace) -> Report:
             **{name: version(name) for name in ("torch", "timm", "diffusers", "pillow")},
         ),
     )  # fmt: skip
-    store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank)
+    store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank, log)
     done, damaged = store.done()
-    for sentence in [*([*told, *filter(None, [left_out_report(left_out)])] if rank == 0 else []), *damaged]:
-        tqdm.write(sentence, file=sys.stderr)
+    for message in [*([*told, *filter(None, [left_out_report(left_out)])] if rank == 0 else []), *damaged]:
+        log(message)
     if told and args.strict:
         raise SourceError(told[0])
     # By place in the list: the same whatever other processes do. What is there already is left out only then.
     mine = [entry for entry in entries[rank::world] if entry.key not in done]
     known = sum(entry.key in done for entry in entries[rank::world])
-    if known:
-        print(f"{known:,} of {known + len(mine):,} pictures are in {args.out} already")
+    if known and mine:
+        print(f"{known:,} of {known + len(mine):,} images are in {args.out} already; computing the others")
     report = run(
         mine, extractor, resize, store, args.pool == "mean", args.store_dtype, args.batch_size,
-        _workers(args, device), prompt, args.strict, local == 0, lambda text: tqdm.write(text, file=sys.stderr),
+        _workers(args, device), prompt, args.strict, local == 0 and bool(mine), log,
     )  # fmt: skip
     _finish(args, store, entries, report, f"process {rank} of {world}: " if world > 1 else "")
     return report
@@ -288,11 +287,15 @@ def _finish(args: argparse.Namespace, store: Store, entries: list[Entry], report
     if not missing:
         store.clean()
     if not done and not missing:
-        raise SourceError(f"none of {len(entries)} pictures can be read, the first: {failures[0]['error']}")
-    print(f"{who}{report.pictures:,} pictures in {report.seconds:.1f} s, {report}")
-    size = sum(path.stat().st_size for path in store.folder.glob(f"*{store.kind.suffix}"))
-    print(f"{store.folder} holds the features of {len(done):,} pictures ({size / 1e9:.2f} GB)")
+        raise SourceError(f"none of {len(entries)} images can be read, the first: {failures[0]['error']}")
+    size = sum(path.stat().st_size for path in list_shards(store.folder, store.format)[0])
+    total = f"{store.folder} holds the features of {len(done):,} images ({readable_size(size)})"
+    if report.pictures or report.failed:
+        print(f"{who}{report.pictures:,} images in {report.seconds:.1f} s, {report}")
+        print(total)
+    else:
+        print(f"{who}nothing to do: {total}")
     if failed:
-        print(f"{len(failed):,} pictures cannot be read: {store.folder / FAILURES} says why")
+        print(f"{len(failed):,} images cannot be read: {store.folder / FAILURES} lists the reasons")
     if missing:
         print(f"{missing:,} are not there yet: other processes have them; if none runs, start this command again")

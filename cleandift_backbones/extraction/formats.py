@@ -11,24 +11,26 @@ Parquet: a row per picture: key, width, height, input, and for each map its numb
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoints.writing import write_file
-from ..errors import DependencyError, FileError, InputError
+from ..errors import FileError, InputError, needs
+from ..files import DamagedFileError, open_tensors, readable_size, reading
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GROUP_BYTES = 2**22  # of a row group of Parquet, which is read at once
 
 
 class ShardError(InputError):
-    """A shard that cannot be read, or features that its format cannot hold."""
+    """A shard that is damaged."""
 
 
 class Computed(NamedTuple):
@@ -52,18 +54,23 @@ class Computed(NamedTuple):
 
 
 class Safetensors:
-    """A safetensors shard, opened. `get(row, map)` is C x h x w, or C where it was pooled."""
+    """A safetensors shard, opened. `get(row, map)` is C x h x w, or C where it was pooled.
+
+    Raises:
+        ShardError: damaged. FileError: it cannot be opened at the moment.
+    """
 
     suffix = ".safetensors"
 
     def __init__(self, path: Path):
+        self.path = path
         try:
-            self.file = safe_open(path, "pt")
-            self.metadata = self.file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise ShardError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
-        if "rows" not in self.metadata:
-            raise ShardError(f"{path} was not written by tools/extract.py")
+            self.file = open_tensors(path)
+            self._rows = json.loads((self.file.metadata() or {})["rows"])
+        except DamagedFileError as error:
+            raise ShardError(str(error)) from error
+        except (KeyError, ValueError) as error:
+            raise ShardError(f"{path} is damaged (no rows in its metadata)") from error
 
     @staticmethod
     def write(path: Path, batches: Sequence[Computed]) -> list[dict]:
@@ -82,10 +89,13 @@ class Safetensors:
         return rows
 
     def rows(self) -> list[dict]:
-        return json.loads(self.metadata["rows"])
+        return self._rows
 
     def get(self, row: dict, name: str) -> Tensor:
-        return self.file.get_slice(name + _place(row))[row["row"]]
+        try:
+            return self.file.get_slice(name + _place(row))[row["row"]]
+        except (SafetensorError, IndexError) as error:
+            raise ShardError(f"{self.path} is damaged (no {name} of {row['key']}: {error})") from error
 
 
 def _place(row: dict) -> str:
@@ -95,16 +105,18 @@ def _place(row: dict) -> str:
 
 
 class Parquet:
-    """A Parquet shard, opened. `get(row, map)` is C x h x w, or C where it was pooled."""
+    """A Parquet shard, opened. `get(row, map)` is C x h x w, or C where it was pooled.
+
+    Raises:
+        ShardError: damaged. FileError: it cannot be opened at the moment.
+    """
 
     suffix = ".parquet"
 
     def __init__(self, path: Path):
-        pq = _parquet()
-        try:
-            self.file = pq.ParquetFile(path)
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these
-            raise ShardError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+        self.path = path
+        with reading(path), self._damage_named():
+            self.file = _parquet().ParquetFile(path)
         groups = self.file.metadata.num_row_groups
         counts = [self.file.metadata.row_group(i).num_rows for i in range(groups)]
         self.starts = np.cumsum([0, *counts])
@@ -134,13 +146,14 @@ class Parquet:
             )
         except OSError as error:
             raise FileError(
-                f"{path.parent} did not take a file of {table.nbytes / 1e9:.2f} GB: {error}. Is the disk full?"
+                f"{path.parent} did not take a file of {readable_size(table.nbytes)}: {error}. Is the disk full?"
             ) from error
         return [row | dict(row=number) for number, row in enumerate(rows)]
 
     def rows(self) -> list[dict]:
         shapes = [name for name in self.file.schema_arrow.names if name.endswith("_shape")]
-        table = self.file.read(["key", "width", "height", "input", *shapes])
+        with reading(self.path), self._damage_named():
+            table = self.file.read(["key", "width", "height", "input", *shapes])
         rows = []
         for number, row in enumerate(table.to_pylist()):
             found = {name.removesuffix("_shape"): row.pop(name) for name in shapes}
@@ -150,16 +163,25 @@ class Parquet:
     def get(self, row: dict, name: str) -> Tensor:
         group = int(np.searchsorted(self.starts, row["row"], "right")) - 1
         if self.held is None or self.held[0] != (group, name):
-            self.held = (group, name), self.file.read_row_group(group, [name]).column(name)
+            with reading(self.path), self._damage_named():
+                self.held = (group, name), self.file.read_row_group(group, [name]).column(name)
         values = self.held[1][row["row"] - int(self.starts[group])].values.to_numpy()
         return torch.from_numpy(values.copy()).reshape(row["shapes"][name])
 
+    @contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        """pyarrow reports damage as ValueErrors, KeyErrors, and OSErrors without a number; the system's have one."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ShardError(f"{self.path} is damaged ({str(error).splitlines()[0]})") from error
+
 
 def _parquet():
-    try:
+    with needs("extract"):
         import pyarrow.parquet
-    except ImportError as error:
-        raise DependencyError("Parquet needs pyarrow: pip install 'cleandift_backbones[extract]'") from error
     return pyarrow.parquet
 
 

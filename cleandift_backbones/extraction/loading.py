@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cleandift_command import started
+
 from ..decoding import ImageError, memory_named
 from ..images import to_input
 from .sources import Entry
@@ -106,7 +108,7 @@ def _itself(read: Read) -> Read:
 def reads(entries: Sequence[Entry], resize: Resize, workers: int) -> Iterator[Read]:
     """All entries read, in their order, by `workers` processes (0: by the thread that asks)."""
     kwargs = dict(prefetch_factor=PREFETCH) if workers else {}
-    return iter(
+    return started(
         DataLoader(
             Pictures(resize), sampler=entries, batch_size=None, num_workers=workers, collate_fn=_itself, **kwargs
         )

@@ -16,6 +16,13 @@ from .store import read_failures, read_meta, read_rows
 OPEN_SHARDS = 16
 
 
+class Element(dict):
+    """Features of an image; a name that is missing raises an error that lists those there are."""
+
+    def __missing__(self, name: str) -> None:
+        raise UnknownKeyError(f"{name!r} is not stored for {self.get('key')}, which has {', '.join(self)}")
+
+
 class Features(Dataset):
     """Features of pictures in a folder, by key or by number; one is read when it is asked for.
 
@@ -34,7 +41,10 @@ class Features(Dataset):
         keys: all keys. maps: names. meta: what the features were made with (meta.json).
 
     Raises:
-        StoreError: the folder holds no features. ShardError: a shard is damaged. KeyError: a map that is not there.
+        StoreError: the folder holds no features.
+        ShardError: a shard is damaged.
+        FileError: a shard cannot be read at the moment.
+        KeyError: a map that is not there.
     """
 
     def __init__(self, folder: str | Path, maps: list[str] | None = None):
@@ -44,12 +54,16 @@ class Features(Dataset):
         self.kind = FORMATS[settings["format"]]
         self.maps = list(settings["maps"] if maps is None else maps)
         for name in self.maps:
-            if name not in settings["maps"]:
-                raise UnknownKeyError(f"map {name!r} is not in {folder}, which holds {', '.join(settings['maps'])}")
+            self._check(name)
         self.rows = read_rows(self.folder, settings["format"])
         self.keys = [row["key"] for row in self.rows]
         self.numbers = {key: number for number, key in enumerate(self.keys)}
         self._open: OrderedDict[str, object] = OrderedDict()
+
+    def _check(self, name: str) -> None:
+        held = self.meta["settings"]["maps"]
+        if name not in held:
+            raise UnknownKeyError(f"map {name!r} is not in {self.folder}, which holds {', '.join(held)}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,16 +81,27 @@ class Features(Dataset):
             )
         row = self.rows[self.numbers[key] if isinstance(key, str) else key]
         shard = self._shard(row["shard"])
-        found = {name: shard.get(row, name) for name in self.maps}
-        return {name: row[name] for name in ("key", "width", "height", "input")} | found
+        found = Element({name: row[name] for name in ("key", "width", "height", "input")})
+        found.update({name: shard.get(row, name) for name in self.maps})
+        return found
+
+    def __repr__(self) -> str:
+        settings = self.meta["settings"]
+        shapes = {name: {"x".join(map(str, row["shapes"][name])) for row in self.rows} for name in self.maps}
+        maps = ", ".join(f"{name} {min(found)}{', ...' * (len(found) > 1)}" for name, found in shapes.items() if found)
+        return (
+            f"Features({str(self.folder)!r}: {len(self):,} images; {maps or ', '.join(self.maps)}; "
+            f"{settings.get('store_dtype')}, by {settings.get('model')})"
+        )
 
     def stack(self, name: str | None = None) -> Tensor:
         """One map of all pictures, in the order of `keys`: N x ..., the first map unless `name` is given.
 
         Raises:
-            ValueError: maps of different shapes.
+            ValueError: maps of different shapes. KeyError: a map that is not there.
         """
         name = name or self.maps[0]
+        self._check(name)
         shapes = {tuple(row["shapes"][name]) for row in self.rows}
         if len(shapes) != 1:
             raise InputError(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..extractor import Extractor, ModelError, OutOfMemory, memory_told
 from ..images import ImageError
+from ..progress import tqdm
 from .formats import DTYPES, Computed
 from .loading import Batch, Read, Resize, ahead, batches, reads
 from .sources import Entry
@@ -45,8 +45,8 @@ class Report:
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         return (
-            f"{self.pictures / seconds:.1f} pictures/s; the model was computing {self.busy:.1%} of the time, waiting "
-            f"{self.reading / seconds:.1%} of it for pictures and {self.storing / seconds:.1%} for the disk"
+            f"{self.pictures / seconds:.1f} images/s; time: model {self.busy:.0%}, waiting for images "
+            f"{self.reading / seconds:.0%}, waiting for the disk {self.storing / seconds:.0%}"
         )
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
-from tqdm import tqdm
 
 from ..decoding import ImageError, endings, read_image
 from ..errors import InputError
 from ..listing import left_out_report, list_folder
+from ..progress import tqdm
 from ..records import TABLES, read_records, read_text, split_lines
 from ..tars import scan, shards_of
 

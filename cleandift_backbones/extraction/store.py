@@ -2,25 +2,29 @@
 
 Whatever is in the folder is whole: files are written aside and renamed, and a shard holds its own rows. `index.jsonl`
 gathers the rows of all shards; those of shards that it does not know yet are read from the shards. Processes write
-shards and failures of their own, and share nothing but a lock that dies with its holder.
+shards and failures of their own, and share nothing but a lock, which they take for moments. Files are known by their
+names: those of others are neither read nor touched. Damaged shards are renamed to NAME.damaged.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ..errors import InputError
-from ..files import replacing, write_text
+from ..files import leftovers, reading, replacing, set_aside, write_text
+from ..locks import hold, tidy
 from .formats import FORMATS, Computed, ShardError
 
 META, INDEX, FAILURES = "meta.json", "index.jsonl", "failures.jsonl"
+PROCESS = r"\d{5,}-[0-9a-f]{8}"  # names of processes, see `Store`
+WEIGHTS_DEPEND_ON = {"model", "model_args", "maps", "timestep", "prompt", "compute_dtype", "size"}  # their hash
+LOCK_SECONDS = 300.0  # to wait for another process that gathers the index
 SHARD_SECONDS = 600.0  # of work that an interruption may lose
 LEFT_SECONDS = 3600.0  # since the last byte: nobody writes that file any more
 
@@ -32,8 +36,9 @@ class StoreError(InputError):
 def read_meta(folder: Path) -> dict:
     """What the features of a folder were made with. Raises StoreError if there is nothing of that kind."""
     try:
-        found = json.loads((folder / META).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or "settings" not in found:
+        with reading(folder / META):
+            found = json.loads((folder / META).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
             raise InputError("no settings")
         return found
     except FileNotFoundError:
@@ -42,41 +47,76 @@ def read_meta(folder: Path) -> dict:
         raise StoreError(f"{folder / META} is damaged ({error}); extract into another folder") from None
 
 
+def list_shards(folder: Path, format: str) -> tuple[list[Path], list[str]]:
+    """The shards of a folder, sorted, and the names of other files that end like shards."""
+    suffix = FORMATS[format].suffix
+    shards, others = [], []
+    with reading(folder):
+        for path in sorted(folder.glob(f"*{suffix}")):
+            if re.fullmatch(rf"features-{PROCESS}-\d{{5,}}{re.escape(suffix)}", path.name):
+                shards.append(path)
+            elif not path.name.startswith("."):
+                others.append(path.name)
+    return shards, others
+
+
 def read_rows(folder: Path, format: str) -> list[dict]:
     """The rows of all shards (see `formats`), with the name of their `shard`; each key once, sorted.
 
     Raises:
         ShardError: a shard is damaged.
     """
-    kind = FORMATS[format]
-    shards = {path.name for path in folder.glob(f"*{kind.suffix}") if not path.name.startswith(".")}
+    shards = {path.name: path for path in list_shards(folder, format)[0]}
     rows = [row for row in _read_lines(folder / INDEX) if row["shard"] in shards]
-    for name in sorted(shards - {row["shard"] for row in rows}):
-        rows += [row | dict(shard=name) for row in kind(folder / name).rows()]
+    for name in sorted(shards.keys() - {row["shard"] for row in rows}):
+        rows += [row | dict(shard=name) for row in FORMATS[format](shards[name]).rows()]
     rows.sort(key=lambda row: (row["key"], row["shard"]))
     return [row for i, row in enumerate(rows) if not i or rows[i - 1]["key"] != row["key"]]
+
+
+def _failure_files(folder: Path) -> list[Path]:
+    """Of processes, as they write them."""
+    with reading(folder):
+        found = sorted(folder.glob("failures-*.jsonl"))
+    return [path for path in found if re.fullmatch(rf"failures-{PROCESS}\.jsonl", path.name)]
 
 
 def read_failures(folder: Path, done: set[str]) -> list[dict]:
     """Pictures that could not be read and are not among those done: dicts of key, path, error."""
     found = {}
-    for path in [folder / FAILURES, *sorted(folder.glob("failures-*.jsonl"))]:
+    for path in [folder / FAILURES, *_failure_files(folder)]:
         found |= {line["key"]: line for line in _read_lines(path) if line["key"] not in done}
     return [found[key] for key in sorted(found)]
 
 
 def _read_lines(path: Path) -> list[dict]:
     try:
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
         # Not splitlines: keys may hold what Unicode calls a line's end.
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        lines = [json.loads(line) for line in text.split("\n") if line]
+        if not all(isinstance(line, dict) and isinstance(line.get("key"), str) for line in lines):
+            raise InputError("a line without a key")
+        return lines
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); remove it") from None
+        raise StoreError(f"{path} is damaged ({error}); remove it: it is made anew from the shards") from None
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def check_out(folder: str | Path) -> None:
+    """Raises StoreError for a folder of other files, in which nothing must be made, not even a lock."""
+    folder = Path(folder)
+    if (folder / META).is_file() or not folder.is_dir():
+        return
+    with reading(folder):
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others:
+        raise StoreError(f"{folder} holds other files ({', '.join(others[:3])}); give another --out")
 
 
 class Store:
@@ -87,6 +127,7 @@ class Store:
         settings: all that the features depend on; compared with those of the folder. info: what else is worth telling.
         shard_bytes, shard_items: a shard is written when it has so many bytes or pictures, or after ten minutes.
         rank: of this process, for the names of its files.
+        log: called with messages.
 
     Raises:
         StoreError: the folder holds other files, or features of other settings.
@@ -100,6 +141,7 @@ class Store:
         shard_bytes: int = 2**28,
         shard_items: int = 50_000,
         rank: int = 0,
+        log: Callable[[str], None] | None = None,
     ):
         self.folder, self.format = Path(folder), settings["format"]
         self.shard_bytes, self.shard_items = shard_bytes, shard_items
@@ -109,36 +151,27 @@ class Store:
         self.failures: list[dict] = []
         self.batches: list[Computed] = []
         self.shards, self.items, self.written = 0, 0, 0
-        self.last = time.monotonic()
-        existed = self.folder.is_dir()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.last, self.log = time.monotonic(), log
+        check_out(self.folder)
         with self._lock():
-            self._settle(settings, info, existed)
+            self._settle(settings, info)
 
-    def _lock(self) -> FileLock:
-        try:
-            return FileLock(self.folder / ".lock", timeout=300).acquire()
-        except Timeout:
-            raise StoreError(f"{self.folder} is locked by another process for five minutes; stop it first") from None
+    def _lock(self) -> AbstractContextManager[None]:
+        return hold(self.folder, "index", LOCK_SECONDS, self.log)
 
-    def _settle(self, settings: dict, info: dict, existed: bool) -> None:
+    def _settle(self, settings: dict, info: dict) -> None:
         """Writes down the settings, or compares them with those that are there."""
         path = self.folder / META
         if not path.is_file():
-            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")] if existed else []
-            if others:
-                raise StoreError(
-                    f"{self.folder} holds other files ({', '.join(sorted(others)[:3])}); give another --out"
-                )
+            check_out(self.folder)
             write_text(path, json.dumps(dict(settings=settings, info=info), indent=1, ensure_ascii=False) + "\n")
             return
         old = read_meta(self.folder)["settings"]
         new = json.loads(json.dumps(settings))
-        differ = [
-            f"{name} {old.get(name)!r}, now {new.get(name)!r}"
-            for name in {**old, **new}
-            if old.get(name) != new.get(name)
-        ]
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if WEIGHTS_DEPEND_ON & set(names):  # other maps need fewer or more layers, whose hash says nothing then
+            names = [name for name in names if name != "weights"]
+        differ = [f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in names]
         if differ:
             raise StoreError(
                 f"{self.folder} holds features made with other settings: {'; '.join(differ)}. "
@@ -146,17 +179,23 @@ class Store:
             )
 
     def done(self) -> tuple[set[str], list[str]]:
-        """Keys of the pictures that are there, of all processes; and sentences about damaged shards, which go."""
-        told = []
-        for path in sorted(self.folder.glob(f"*{self.kind.suffix}")):
-            if path.name.startswith("."):
-                continue
+        """Keys of the pictures that are there, of all processes; and messages about shards that do not count.
+
+        Raises:
+            FileError: a shard cannot be opened at the moment. It is left as it is.
+        """
+        shards, others = list_shards(self.folder, self.format)
+        messages = []
+        if others:
+            messages.append(f"{self.folder} holds other files, which are not read: {', '.join(others[:3])}")
+        for path in shards:
             try:
                 self.kind(path)
             except ShardError as error:
-                path.unlink(missing_ok=True)
-                told.append(f"{error}; its features are computed again")
-        return {row["key"] for row in read_rows(self.folder, self.format)}, told
+                messages.append(f"{error}; kept as {set_aside(path).name}, its features are computed again")
+            except FileNotFoundError:  # another process has set it aside
+                pass
+        return {row["key"] for row in read_rows(self.folder, self.format)}, messages
 
     def add(self, batch: Computed) -> None:
         """Takes features; writes a shard when there are enough."""
@@ -205,7 +244,9 @@ class Store:
         What was last written to an hour ago does, by the disk's own clock: that of the index, which is new.
         """
         now = (self.folder / INDEX).stat().st_mtime
-        for path in [*self.folder.glob(f".*{self.kind.suffix}.*.part"), *self.folder.glob("failures-*.jsonl")]:
+        halves = leftovers(self.folder, rf"features-{PROCESS}-\d{{5,}}{re.escape(self.kind.suffix)}")
+        for path in [*halves, *_failure_files(self.folder)]:
             with suppress(FileNotFoundError):  # renamed meanwhile
                 if now - path.stat().st_mtime > LEFT_SECONDS:
                     path.unlink()
+        tidy(self.folder)

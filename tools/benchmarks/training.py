@@ -9,13 +9,13 @@ import time
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from tqdm import tqdm
 
 from cleandift_backbones.distill.lora import add_lora
 from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.heads import ProjectionHeads
 from cleandift_backbones.latents import LatentEncoder
 from cleandift_backbones.models import architecture_of
+from cleandift_backbones.progress import tqdm
 from cleandift_backbones.unet import FeatureUNet
 
 

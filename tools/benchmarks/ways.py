@@ -12,13 +12,13 @@ import timm
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cleandift_backbones import optimize
 from cleandift_backbones.inference import slow_16bit
 from cleandift_backbones.latents import build_latent_encoder
 from cleandift_backbones.models import architecture_of
 from cleandift_backbones.noisy import DIFT, seeded_noise
+from cleandift_backbones.progress import tqdm
 from cleandift_backbones.unet import map_infos
 
 
