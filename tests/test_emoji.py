@@ -82,7 +82,7 @@ def test_suite_says_what_is_wrong(folder):
         read(folder)
     (folder / "data/heldout/metadata.jsonl").write_text("{broken\n")
     (folder / "eyes.json").write_text('{"eyes": {}}')
-    with pytest.raises(emoji.SuiteError, match="line 1: expected file_name"):
+    with pytest.raises(emoji.SuiteError, match="line 1: no JSON"):
         read(folder)
 
 

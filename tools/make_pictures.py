@@ -39,6 +39,7 @@ with importing(__name__):
     import numpy as np
     from PIL import Image
 
+    from cleandift_backbones.decoding import opened
     from cleandift_backbones.errors import file_errors, needs
     from cleandift_backbones.files import replacing, write_text
     from cleandift_backbones.locks import hold
@@ -187,7 +188,7 @@ def render(source: tuple[str, str], size: int) -> Image.Image:
     kind, value = source
     if kind == "svg":
         return render_svg(value, size)
-    with Image.open(value) as image:
+    with opened(value) as image:
         side = max(image.size)  # a few are a little taller than wide: centred on a transparent square
         square = Image.new("RGBA", (side, side))
         square.paste(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
@@ -257,7 +258,7 @@ def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> se
     if overwrite:
         return set()
     for path in sorted(there):
-        with file_errors(path), Image.open(path) as image:
+        with opened(path, load=False) as image:
             if image.size != (size, size) or image.mode != "RGBA":
                 what = f"{path} is {image.mode} {image.width}x{image.height}"
                 raise PictureError(f"{what}, wanted RGBA {size}x{size}: add --overwrite")

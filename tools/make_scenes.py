@@ -29,12 +29,14 @@ with importing(__name__):
     import numpy as np
     from PIL import Image
 
+    from cleandift_backbones.decoding import opened
     from cleandift_backbones.errors import CleanDIFTError, file_errors
     from cleandift_backbones.files import write_text
     from cleandift_backbones.images import check_folder
     from cleandift_backbones.locks import hold
     from cleandift_backbones.models import ASSETS
     from cleandift_backbones.progress import tqdm
+    from cleandift_backbones.records import read_records
 
 # class -> beginnings of Unicode's names of subgroups; configs/*/_base_/datasets/scenes.py name the same classes
 CLASSES = {
@@ -73,13 +75,12 @@ def sample_pictures() -> tuple[Pictures, Pictures]:
 def emoji_pictures(folder: Path) -> Pictures:
     """A half (train, heldout) of a folder made by tools/make_pictures.py, by CLASSES."""
     found = defaultdict(list)
-    for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+    for line, entry in read_records(folder / "metadata.jsonl"):
         try:
-            entry = json.loads(line)
             subgroup, file = entry["subgroup"], folder / entry["file_name"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise SceneError(
-                f"{folder / 'metadata.jsonl'}: a line without file_name or subgroup ({error}); make the folder again"
+                f"{folder / 'metadata.jsonl'}, line {line}: no file_name or subgroup ({error}); make the folder again"
             ) from None
         for name, beginnings in CLASSES.items():
             if subgroup.startswith(beginnings):
@@ -129,7 +130,8 @@ def background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def cut_out(rng: np.random.Generator, path: Path, side: int) -> Image.Image:
     """A picture at a side of `side`, perhaps mirrored, turned a little, cropped to what is not transparent."""
-    picture = Image.open(path)
+    with opened(path) as picture:
+        picture = picture.copy()
     if picture.mode != "RGBA":
         raise SceneError(f"{path} has no transparency ({picture.mode}): objects are cut out by it")
     if rng.random() < 0.5:

@@ -31,9 +31,7 @@ def _field(default: object, about: str) -> Any:
 
 @dataclass
 class DataRecipe:
-    path: str = _field(
-        MISSING, "folder of images (metadata.jsonl, or side-car .txt or .json), or .tar shards of img2dataset"
-    )  # fmt: skip
+    path: str = _field(MISSING, "folder of images with captions, or .tar shards of img2dataset")
     heldout: str | None = _field(None, "folder for validation; default: every 20th image of path; shards need one")
     size: int | None = _field(None, "side in pixels, a multiple of the latents' stride; default: the model's own")
     crop: str = _field("center", "center or random, after the shorter side is resized to size")

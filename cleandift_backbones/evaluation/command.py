@@ -19,7 +19,8 @@ from ..app.naming import is_noisy
 from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
-from ..images import check_folder, find_pictures
+from ..images import check_folder
+from ..listing import left_out_report, list_folder
 from ..locks import hold
 from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
@@ -382,9 +383,13 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
 
 def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
     root = Path(args.data)
-    paths = find_pictures(root)
+    listed = list_folder(root)
+    paths = listed.images
     if len(paths) < 2:
-        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two")
+        told = left_out_report(listed.left_out)
+        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two {told}".strip())
+    if listed.left_out:
+        tqdm.write(f"{root}: {left_out_report(listed.left_out)}", file=sys.stderr)
     paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
     pictures, shares = [file_item(path, root).read() for path in paths], []
     for planned in tqdm(plan, desc="runs", unit="run"):
