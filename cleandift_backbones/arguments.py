@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import timm
 import torch
 
-from .extractor import PIXELS, Extractor, ModelError, load_extractor, map_indices
+from .app.naming import is_noisy
+from .extractor import PIXELS, Extractor, ModelError, check_model_name, load_extractor, map_indices
 
 PIXELS_SIZE = (128, 128)  # of the pictures that "pixels" gets unless a size is given
 
@@ -53,19 +54,25 @@ def pick_maps(infos: Sequence[dict], texts: Sequence[str], default: str) -> list
     return list(dict.fromkeys(names[i] for i in map_indices(infos, items)))
 
 
-def check_noise(model: str, adds_noise: bool, **given: object) -> None:
-    """Refuses a timestep, or a number of noises, for a model that adds no noise.
+def check_noise(models: Sequence[str], **given: object) -> None:
+    """Refuses a timestep, or a number of noises, where no model adds noise.
 
     Args:
+        models: names as they are asked for, "random:..." included.
         given: values by the names of their options; None: not given.
 
     Raises:
-        ModelError: one is given, and `adds_noise` is false.
+        ModelError: one is given, and all models are clean; or a model does not exist.
     """
     flags = [f"--{name}" for name, value in given.items() if value is not None]
-    if flags and not adds_noise:
+    bare = [model.removeprefix("random:") for model in models]
+    if not flags:
+        return
+    for name in bare:
+        check_model_name(name)
+    if not any(map(is_noisy, bare)):
         raise ModelError(
-            f"{' and '.join(flags)}: {model} adds no noise; leave it out, or take a dift_* model"
+            f"{' and '.join(flags)}: {', '.join(models)} adds no noise; leave it out, or take a dift_* model"
             + (" (--model-arg timestep=T sets a clean model's own timestep)" if flags == ["--timestep"] else "")
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -202,6 +203,12 @@ class CleanDIFT(KeepsNumbers):
         if weight.dtype == torch.bfloat16 and lacks_bfloat16(weight.device):
             raise StateError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
         return self
+
+    @property
+    def _keys_to_ignore_on_load_unexpected(self) -> list[str]:
+        """For transformers' wrapper: tensors of a file that this model leaves out by its arguments, as patterns."""
+        unet = [rf"(^|\.)unet\.{re.escape(key)}$" for key in sorted(self.unet.dropped_keys)]
+        return unet + ([r"(^|\.)heads\."] if self.heads is None else [])
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:

@@ -1,4 +1,4 @@
-"""Weights of one form into another: told what they are by keys and shapes, completed, written."""
+"""Weights of one form into another: identified by keys and shapes, completed, written."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ from torch import Tensor
 
 from . import checkpoints, download
 from .checkpoints import CheckpointError, Weights
+from .checkpoints.ldm import TEXT
 from .download import HubFile
-from .errors import InputError
-from .hub import CardInfo, model_card, timm_config
-from .latents import latent_stride
+from .errors import InputError, MissingWeightsError, StateError
+from .hub import CardInfo, save_folder
+from .last_map import last_map_of, trained_last_map
+from .latents import build_latent_encoder, latent_stride
 from .learned import START_TIMESTEP, stored_timestep
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
-from .pretrained import Sources, check_configs, fit_model, open_header, open_parts
+from .pretrained import (
+    Sources,
+    check_configs,
+    fit_model,
+    missing_message,
+    open_encoder,
+    open_header,
+    open_parts,
+)
 from .training_data import training_data
-from .unet import FeatureUNet
+from .unet import FeatureUNet, map_infos
+
+#: what LDM files hold and no feature needs: copied from the source, or from `fill`
+LDM_PARTS = ("vae.decoder.", "vae.post_quant_conv.", TEXT)
 
 
 def find_architecture(weights: Weights) -> str:
@@ -45,25 +58,18 @@ def find_architecture(weights: Weights) -> str:
 
 
 def find_model(weights: Weights, teacher: bool = False) -> str:
-    """The model that weights are of: as their metadata says, else by shapes; a diffusers folder is taken for DIFT's."""
+    """The model that weights are of: as their metadata says, else by shapes.
+
+    A diffusers folder and an LDM file are taken for DIFT's: base models come so.
+    """
     stored = weights.metadata.get("model")
     if stored and timm.is_model(stored) and timm.model_entrypoint(stored).__module__.startswith(__package__):
         return stored
     arch = find_architecture(weights)
     if arch == "test":
         return "test_cleandift"
-    return f"{'dift' if teacher or weights.form == 'diffusers folder' else 'cleandift'}_{arch}"
-
-
-def deepest_map(weights: Weights, cfg: dict) -> str:
-    """The finest map whose UNet is held whole; "mid" if not even that is."""
-    with torch.device("meta"):
-        unet = FeatureUNet.build(cfg["unet"])
-    for name in reversed(unet.map_names):
-        unet.truncate(name)
-        if all(f"unet.{key}" in weights for key in unet.state_dict()):
-            return name
-    return "mid"
+    base = weights.form == "diffusers folder" or "LDM" in weights.form
+    return f"{'dift' if teacher or base else 'cleandift'}_{arch}"
 
 
 def _unet_names(cfg: dict, last_map: str | None = None) -> list[str]:
@@ -95,12 +101,12 @@ def _stored_arguments(main: Path | HubFile, weights: Weights) -> dict:
     folder = main if isinstance(main, Path) else Path(weights.label)
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
-    kept = ("in_chans", "global_pool", "ensemble_size", "noise_seed", "timestep")
+    kept = ("in_chans", "global_pool", "ensemble_size", "noise_seed", "timestep", "final_map", "heads")
     arguments = {key: value for key, value in config.get("model_args", {}).items() if key in kept}
     if weights.has("head."):
         if not config.get("num_classes"):
             raise CheckpointError(f"{weights.label} holds a classifier, but no config.json says how it was built")
-        arguments |= dict(num_classes=config["num_classes"], final_map=config["model_args"].get("final_map", "mid"))
+        arguments["num_classes"] = config["num_classes"]
     return arguments
 
 
@@ -152,17 +158,23 @@ def to_native(
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
+    heads, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
         constants["timestep"] = torch.tensor(float(timestep))
     elif noisy:  # DIFT's is an argument; a file holds one all the same
         constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()
-    deepest = deepest_map(weights, cfg)
+    infos = map_infos(cfg["unet"])
+    last = trained_last_map(weights, infos) or "mid"
+    depth = final_map or "mid" if arguments.get("num_classes") else last
     with torch.device("meta"):
-        built = timm.create_model(name, latent_encoder=latent_encoder, **{"final_map": deepest, **arguments})
+        built = timm.create_model(name, latent_encoder=latent_encoder, final_map=depth, **arguments)
     built.fixed.clear()
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
-    more = _unet_names(cfg, deepest if cut else None)
+    cut = cut or last != last_map_of(weights.names(), infos)
+    more = _unet_names(cfg, last if cut else None)
+    if weights.form == "native checkpoint":  # their arguments are in its config.json
+        more += sorted(key for key in weights.names() if key.startswith("heads."))
     state |= {key: checkpoints.cast(key, weights[key], dtype) for key in more if key not in state and key in weights}
     label = main.name if isinstance(main, Path) else str(main)
     kept = {key: value for key, value in weights.metadata.items() if key not in ("format", "sha256", "timestep")}
@@ -170,20 +182,49 @@ def to_native(
     if out.suffix == ".safetensors":
         checkpoints.save_native(state, out, metadata)
     else:
-        config = timm_config(built)
-        for key in ("held", "final_map"):
-            config["model_args"].pop(key, None)
-        if deepest != built.unet.infos[-1].name:
-            config["model_args"]["held"] = deepest
-        if arguments.get("final_map", "mid") != "mid":
-            config["model_args"]["final_map"] = arguments["final_map"]
         known = training_data(source if source in SOURCES else f"local-dir:{source}")
-        card = model_card(
-            config,
-            CardInfo(data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."),
+        card = CardInfo(
+            data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."
         )
-        checkpoints.save_folder(state, out, config, card, metadata, max_shard_size=max_shard_size)
+        stored = {"final_map": final_map, "heads": heads}
+        save_folder(built, out, card, metadata, max_shard_size=max_shard_size, state=state, arguments=stored)
     return name, found
+
+
+def _open_whole(
+    source: str, model: str | None, teacher: bool, fill: str | None
+) -> tuple[str, Weights, dict[str, Tensor], dict[str, str]]:
+    """A source whose UNet is whole, or is completed: (model's name, weights, like, metadata for what is written).
+
+    `like` are the tensors of the whole UNet, under native names, on the meta device.
+
+    Raises:
+        CheckpointError: not the whole UNet, and `fill` does not have the rest.
+    """
+    main, weights = open_main(source)
+    if weights.form != "CompVis full checkpoint":
+        weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main))
+    if teacher:
+        weights = weights.teacher()
+    name = model or find_model(weights, teacher)
+    with torch.device("meta"):
+        unet = FeatureUNet(**architecture_of(name)["unet"])
+    like = {f"unet.{key}": tensor for key, tensor in unet.state_dict().items()}
+    if fill:
+        other = open_main(fill)[1]
+        lacking = other.names() - weights.names()
+        weights.fill(other, [key for key in lacking if key in like or key.startswith(LDM_PARTS)])
+    missing = sorted(key for key in like if key not in weights)
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} tensors of the whole UNet ({', '.join(missing[:3])}, ...): it was saved "
+            "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
+        )
+    metadata = {"model": name, "source": main.name if isinstance(main, Path) else str(main)}
+    timestep = stored_timestep(weights)
+    if timestep is not None:
+        metadata["timestep"] = str(timestep.item())
+    return name, weights, like, metadata
 
 
 def to_diffusers(
@@ -206,33 +247,69 @@ def to_diffusers(
     import diffusers
 
     checkpoints.check_replaceable(out)
-    main, weights = open_main(source)
-    if weights.form != "CompVis full checkpoint":
-        weights = checkpoints.open_checkpoint(download.fetch_checkpoint(main))
-    if teacher:
-        weights = weights.teacher()
-    name = model or find_model(weights, teacher)
+    name, weights, like, metadata = _open_whole(source, model, teacher, fill)
     cfg = architecture_of(name)
-    with torch.device("meta"):
-        like = {f"unet.{key}": tensor for key, tensor in FeatureUNet(**cfg["unet"]).state_dict().items()}
-    missing = sorted(key for key in like if key not in weights)
-    if missing and fill:
-        weights.fill(open_main(fill)[1], missing)
-        missing = [key for key in missing if key not in weights]
-    if missing:
-        raise CheckpointError(
-            f"{source} lacks {len(missing)} tensors of the whole UNet ({', '.join(missing[:3])}, ...): it was saved "
-            "only as deep as its finest map. Give --fill SOURCE to take them from another UNet; no feature needs them"
-        )
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     side = timm.get_pretrained_cfg(name).input_size[-1] // latent_stride(cfg["vae"])
     config = {**cfg["unet"], "sample_size": side, "_diffusers_version": diffusers.__version__}
-    label = main.name if isinstance(main, Path) else str(main)
-    metadata = {"model": name, "source": label}
-    timestep = stored_timestep(weights)
-    if timestep is not None:
-        metadata["timestep"] = str(timestep.item())
     state = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
     checkpoints.save_diffusers_unet(state, out, config, metadata)
+    return name, weights
+
+
+def to_ldm(
+    source: str,
+    out: Path,
+    model: str | None = None,
+    teacher: bool = False,
+    vae: str | None = None,
+    fill: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[str, Weights]:
+    """Writes one safetensors file with the keys of the original Stable Diffusion code: UNet, VAE, and a text encoder.
+
+    The timestep goes into its metadata. VAE decoder and text encoder are those of the source or of `fill`, or absent.
+
+    Args:
+        source, model, teacher, dtype: as for `to_native`.
+        out: file to write.
+        vae: source of the VAE (default: the one in the source, else where it is published).
+        fill: source of what is lacking: tensors that run after the last map, VAE decoder, an LDM file's text encoder.
+
+    Returns:
+        the model's name, and the weights that were written, with what was added to the source.
+
+    Raises:
+        CheckpointError: unfit weights, not the whole UNet, or an encoder of AutoencoderTiny's form, for which LDM has
+            no keys. StateError: the VAE is unavailable. OSError: not written.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"an LDM checkpoint is one file: give an output NAME.safetensors, not {out}")
+    name, weights, like, metadata = _open_whole(source, model, teacher, fill)
+    cfg, sources = architecture_of(name), Sources(name, SOURCES.get(name, {}), {"vae": vae} if vae else {})
+    held = weights.latent_encoder()
+    if held == "tiny" and not vae:
+        raise CheckpointError(
+            f"{source} has a light encoder of AutoencoderTiny's form, for which LDM has no keys: give --vae SOURCE"
+        )
+    if vae or held is None:
+        place = sources.get("vae")
+        if place is None:
+            raise StateError(f"{source} holds no VAE, and none is published for {name}: give --vae SOURCE")
+        try:
+            found = open_encoder(place, "default")
+        except (download.HubError, FileNotFoundError) as error:
+            missing = [f"vae: {error}"]
+            raise MissingWeightsError(missing_message(sources, missing), name, missing) from error
+        weights.drop("vae.").put(found, "vae.")
+    check_configs(weights, cfg)
+    with torch.device("meta"):
+        like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(cfg["vae"]).state_dict().items()}
+    dtype = checkpoints.check_dtype(dtype) or weights.dtype()
+    state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
+    for key in sorted(key for key in weights.names() if key.startswith(LDM_PARTS)):
+        tensor = weights[key]
+        state[key] = checkpoints.cast(key, tensor, dtype) if tensor.is_floating_point() else tensor
+    checkpoints.save_ldm(state, out, metadata)
     return name, weights

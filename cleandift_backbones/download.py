@@ -33,6 +33,7 @@ from torch import Tensor
 
 from . import checkpoints
 from .checkpoints import NATIVE_NAME, CheckpointError, choose_file
+from .checkpoints.folders import PICKLES, pickle_refusal
 from .errors import FileError, MissingFileError
 from .files import replacing
 
@@ -267,13 +268,15 @@ def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None 
 
     Raises:
         FileNotFoundError: no such path, and not of the Hub's form.
-        HubError: not to be had.
+        HubError: not to be had. CheckpointError: a pickle file.
     """
     place = parse_source(source)
     if isinstance(place, Path):
         return place
     if place.path.endswith(".safetensors"):
         return fetch(place, cache_dir)
+    if place.path.endswith(PICKLES):
+        raise pickle_refusal(place)
     names = list_files(place, cache_dir)
     folder = None
     for stem in (

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 
+from safetensors import SafetensorError
+
 
 class CleanDIFTError(Exception):
     """Base of all errors that this package raises on purpose. Commands print its message and exit with 2."""
@@ -88,8 +90,13 @@ _NEXT_STEPS = {
 
 
 @contextmanager
-def file_errors(path: str | PathLike) -> Iterator[None]:
-    """Around reading or writing a file or folder: what the operating system refuses becomes a FileError that names it.
+def file_errors(path: str | PathLike, failure: str = "", step: str = "") -> Iterator[None]:
+    """Around reading or writing a file or folder: what the system or safetensors refuses becomes a FileError.
+
+    Args:
+        path: named in the message, unless the system names another file.
+        failure: e.g. "cannot be read", between the name and the system's reason.
+        step: what to do, for reasons that have no next step of their own.
 
     Raises:
         MissingFileError: it does not exist.
@@ -100,12 +107,17 @@ def file_errors(path: str | PathLike) -> Iterator[None]:
         yield
     except CleanDIFTError:
         raise
+    except SafetensorError as error:  # a damaged file, or a disk that is full
+        raise FileError(f"{path}: {error}") from error
     except OSError as error:
         kinds = {FileNotFoundError: MissingFileError, FileExistsError: FileTakenError}
         aside = str(error.filename or "").endswith(".part")  # of `files.replacing`, gone already
         named = path if aside or error.filename is None else error.filename
-        step = f"; {_NEXT_STEPS[error.errno]}" if error.errno in _NEXT_STEPS else ""
-        raised = kinds.get(type(error), FileError)(f"{named}: {error.strerror or error}{step}")
+        reason, step = error.strerror or str(error), _NEXT_STEPS.get(error.errno, step)
+        message = f"{named} {failure} ({reason})" if failure else f"{named}: {reason}"
+        if isinstance(error, FileNotFoundError):
+            message, step = f"{named} does not exist", ""
+        raised = kinds.get(type(error), FileError)(message + (f"; {step}" if step else ""))
         raised.errno = error.errno
         raise raised from error
 
@@ -146,9 +158,11 @@ def resource_errors(remedy: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if re.search(r"DataLoader worker .*(killed|exited)|shared memory|unable to write to file </torch", text):
-            raise OutOfMemoryError(f"a process that reads images was killed, perhaps for memory: {remedy}") from error
+            raise OutOfMemoryError(
+                f"a process that reads images was killed, perhaps because memory ran out; {remedy}"
+            ) from error
         if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|not enough memory", text, re.I):
-            raise OutOfMemoryError(f"out of memory: {remedy}") from error
+            raise OutOfMemoryError(f"out of memory; {remedy}") from error
         raise
 
 

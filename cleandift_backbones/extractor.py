@@ -164,17 +164,12 @@ class Extractor:
         except (ImportError, OSError, ValueError) as error:
             raise ModelError(f"{self.name}: {_line(error)}; or give --prompt none") from error
 
-    @property
-    def adds_noise(self) -> bool:
-        """Whether the model adds noise to images (DIFT)."""
-        return any(hasattr(module, "noise_seed") for module in self.model.modules())
-
     def reseed(self, seed: int) -> bool:
         """Draws other noises from now on, if the model is one that uses noise (DIFT); says whether it is."""
-        for module in self.model.modules():
-            if hasattr(module, "noise_seed"):
-                module.noise_seed = seed
-        return self.adds_noise
+        noisy = [module for module in self.model.modules() if hasattr(module, "noise_seed")]
+        for module in noisy:
+            module.noise_seed = seed
+        return bool(noisy)
 
 
 def weights_digest(model: nn.Module) -> str:

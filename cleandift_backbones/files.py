@@ -7,12 +7,12 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import FileError, FileTakenError, InputError, MissingFileError, file_errors
+from .errors import FileError, FileTakenError, InputError, file_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,40 +37,21 @@ def open_tensors(path: str | Path, framework: str = "pt") -> safe_open:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    try:
+    with reading(path):
         with open(path, "rb"):  # first: older safetensors report every failure to open as a missing file
             pass
-        return safe_open(path, framework)
-    except SafetensorError as error:
-        if "os error" not in str(error):
-            raise DamagedFileError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
-        raise _unreadable(path, error) from error
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
-            raise MissingFileError(f"{path} does not exist") from error
-        raise _unreadable(path, error) from error
+        try:
+            return safe_open(path, framework)
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            if isinstance(error, SafetensorError) and "os error" not in reason:
+                raise DamagedFileError(f"{path} is damaged ({reason})") from error
+            raise OSError(reason) from error
 
 
-def _unreadable(path: Path, error: Exception) -> FileError:
-    told = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-    return FileError(f"{path} cannot be read ({told}); nothing was changed: mend that and start again")
-
-
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Turns the system's errors in the block into those of this package, which name the path.
-
-    Raises:
-        MissingFileError: for FileNotFoundError. FileError: for another OSError.
-    """
-    try:
-        yield
-    except FileError:
-        raise
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{error.filename or path} does not exist") from error
-    except OSError as error:
-        raise _unreadable(Path(path), error) from error
+def reading(path: str | Path) -> AbstractContextManager[None]:
+    """`errors.file_errors` around reading: its messages say that nothing was changed."""
+    return file_errors(path, "cannot be read", "nothing was changed: correct that and start again")
 
 
 def set_aside(path: str | Path, ending: str = "damaged") -> Path:
@@ -82,8 +63,12 @@ def set_aside(path: str | Path, ending: str = "damaged") -> Path:
     for number in count(1):
         target = path.with_name(f"{path.name}.{ending}{f'-{number}' if number > 1 else ''}")
         if not os.path.lexists(target):
-            with suppress(FileNotFoundError):
+            try:
                 os.rename(path, target)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise FileError(f"{path} is {ending}, but cannot be renamed ({error}); move it away") from error
             return target
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,12 @@ from . import checkpoints
 from .checkpoints import CheckpointError
 from .download import HubError, HubFile, explained
 from .errors import InputError, InputTypeError
-from .models import offered_maps
+from .last_map import last_map_of, offered_maps, trained_last_map
+from .models import architecture_of
 from .version import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 PLACEHOLDER = "USER/REPO"  # stands in a card for the repository, until it is pushed
 
@@ -76,11 +76,15 @@ def _backbone(model: nn.Module) -> nn.Module:
     return inner
 
 
-def timm_config(model: nn.Module) -> dict:
+def timm_config(model: nn.Module, names: Collection[str] | None = None) -> dict:
     """timm's `config.json` for a model's weights: architecture, arguments to build it again, preprocessing.
 
     Unlike timm's own writer (1.0.31) it does not repeat `num_classes` among the arguments, on which transformers'
     TimmWrapper breaks. A features_only model leaves `final_map` out: whoever loads it chooses maps.
+
+    Args:
+        model: of this package, also on the meta device.
+        names: native names of the tensors to be written, whose last map is `held` (default: the model's own).
     """
     inner = _backbone(model)
     # What belongs to the published weights; a card says what other weights were trained on.
@@ -89,8 +93,9 @@ def timm_config(model: nn.Module) -> dict:
     nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
     cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
     arguments = {}
-    if inner.unet.last_map != inner.unet.infos[-1].name:
-        arguments["held"] = inner.unet.last_map
+    last = last_map_of(inner.state_dict() if names is None else names, inner.unet.infos)
+    if last != inner.unet.infos[-1].name:
+        arguments["held"] = last
     if inner is model:
         if model.unet.last_map != "mid":
             arguments["final_map"] = model.unet.last_map
@@ -115,6 +120,17 @@ def timm_config(model: nn.Module) -> dict:
     }
 
 
+def _map_phrases(config: Mapping) -> tuple[str, str, str]:
+    """What a card says of the maps, in its summary, in timm's lines and in torch.hub's."""
+    infos, default = offered_maps(config["architecture"], config["model_args"].get("held"))
+    arguments = "".join(f", {k}={v!r}" for k, v in config["model_args"].items())
+    return (
+        f"fine to coarse {', '.join(infos)}.",
+        f"maps = model(images)  # {', '.join(default)}",
+        f"features_only=True{arguments},",
+    )
+
+
 def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     """README.md of a repository: what it is, how to load it (timm, torch.hub, mmsegmentation), where it comes from.
 
@@ -128,8 +144,7 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     own = config["pretrained_cfg"].get("license")
     license_ = info.license or (timm.get_pretrained_cfg(f"dift_{arch}").license if arch else own)
     base = info.base_model or _BASE_MODELS.get(arch)
-    infos, default = offered_maps(name, config["model_args"].get("held"))
-    arguments = "".join(f", {k}={v!r}" for k, v in config["model_args"].items())
+    offered, default, arguments = _map_phrases(config)
     # There maps are chosen by out_indices alone.
     arguments_mm = "".join(f", {k}={v!r}" for k, v in config["model_args"].items() if k in _MM_ARGUMENTS)
     head = ModelCardData(
@@ -149,7 +164,7 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     parts = [
         f"---\n{head.to_yaml()}\n---\n",
         f"# {name}: {kind}\n\nWeights for `{name}` of cleandift_backbones {__version__}: maps of a diffusion UNet from "
-        f"one pass over the {'noised' if noisy else 'clean'} image, fine to coarse {', '.join(infos)}. Images: {size} "
+        f"one pass over the {'noised' if noisy else 'clean'} image, {offered} Images: {size} "
         "px (any size from 64 on works), normalised with mean 0.5 and std 0.5.",
         f"""## Use
 
@@ -158,13 +173,13 @@ timm:
 ```python
 import timm, cleandift_backbones
 model = timm.create_model("hf-hub:{PLACEHOLDER}", pretrained=True, features_only=True).eval()
-maps = model(images)  # {", ".join(default)}
+{default}
 ```
 
 torch.hub:
 
 ```python
-model = torch.hub.load("OWNER/REPO", "{name}", pretrained=True, features_only=True{arguments},
+model = torch.hub.load("OWNER/REPO", "{name}", pretrained=True, {arguments}
                        pretrained_cfg_overlay=dict(hf_hub_id="{PLACEHOLDER}", hf_hub_filename=None, file=None))
 ```
 
@@ -194,6 +209,8 @@ def save_folder(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    state: Mapping[str, Tensor] | None = None,
+    arguments: Mapping | None = None,
 ) -> Path:
     """Writes a model as a native folder: weights, config.json and a model card.
 
@@ -204,6 +221,8 @@ def save_folder(
         folder: to write, or to replace as a whole.
         card: for the README.
         metadata, dtype, max_shard_size: see `checkpoints.save_folder`.
+        state: tensors under native names to write instead of the model's own; `model` may then be on the meta device.
+        arguments: of the model, to be stored beside those read from it; None takes one out.
 
     Raises:
         TypeError: not a model of this package. ValueError: an optimised one. OSError: it could not be written.
@@ -211,10 +230,13 @@ def save_folder(
     model = _unwrapped(model)
     if getattr(_backbone(model), "own_keys", False):
         raise InputError("this model is optimised for inference: save it before cleandift_backbones.optimize")
-    config = timm_config(model)
+    config = timm_config(model, state)
+    stored = config["model_args"] | (arguments or {})
+    config["model_args"] = {name: value for name, value in stored.items() if value is not None}
     meta = {"model": config["architecture"], **(metadata or {})}
     text = model_card(config, card)
-    return checkpoints.save_folder(model.state_dict(), folder, config, text, meta, dtype, max_shard_size)
+    tensors = model.state_dict() if state is None else state
+    return checkpoints.save_folder(tensors, folder, config, text, meta, dtype, max_shard_size)
 
 
 def _check_folder(folder: Path) -> str:
@@ -271,18 +293,55 @@ def _check_repository(
         raise InputError(f"{repo_id} has a tag {tag!r} already: take another, or delete that one first")
 
 
-def _operations(folder: Path, repo_id: str, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """All files of the folder but hidden ones; shards of an earlier push that are not among them go."""
+def _pushed(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """Weights of a repository as a push wrote them: the one file, or the index and the shards that it names."""
+    there = set(api.list_repo_files(repo_id, revision=revision))
+    index = f"{checkpoints.NATIVE_NAME}.index.json"
+    names = {checkpoints.NATIVE_NAME, index}
+    if index in there:
+        with tempfile.TemporaryDirectory() as cache:
+            path = api.hf_hub_download(repo_id, index, revision=revision, cache_dir=cache)
+            with suppress(CheckpointError):  # of a damaged index nothing is known
+                names |= set(checkpoints.shard_names(path))
+    return names & there
+
+
+def _corrected(folder: Path) -> dict[str, str]:
+    """config.json and README.md of a native folder whose `held` is not the last map of its tensors: what to publish.
+
+    Early versions of tools/finetune.py wrote such folders.
+    """
+    from .unet import map_infos
+
+    config = {"model_args": {}, **json.loads((folder / "config.json").read_text())}
+    infos = map_infos(architecture_of(config["architecture"])["unet"])
+    last, arguments = trained_last_map(checkpoints.open_checkpoint(folder), infos), dict(config["model_args"])
+    claimed = arguments.pop("held", infos[-1].name)
+    if last is None or claimed == last:
+        return {}
+    right = {**config, "model_args": ({} if last == infos[-1].name else {"held": last}) | arguments}
+    corrected = {"config.json": json.dumps(right, indent=2) + "\n"}
+    card = folder / "README.md"
+    if card.is_file():
+        corrected["README.md"] = card.read_text(encoding="utf-8")
+        for wrong, phrase in zip(_map_phrases(config), _map_phrases(right)):
+            corrected["README.md"] = corrected["README.md"].replace(wrong, phrase)
+    return corrected
+
+
+def _operations(folder: Path, repo_id: str, pushed: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """All files of the folder but hidden ones; weights of an earlier push that are not among them go."""
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    corrected = _corrected(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
-            content: str | bytes = str(path)
+            content: str | bytes = corrected[name].encode() if name in corrected else str(path)
             if name == "README.md":
-                content = path.read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id).encode()
+                text = corrected.get(name) or path.read_text(encoding="utf-8")
+                content = text.replace(PLACEHOLDER, repo_id).encode()
             operations.append(CommitOperationAdd(name, content))
-    stale = {name for name in there if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)}
-    stale -= {operation.path_in_repo for operation in operations}
+    stale = pushed - {operation.path_in_repo for operation in operations}
     return operations + [CommitOperationDelete(name) for name in sorted(stale)]
 
 
@@ -350,7 +409,7 @@ def push_to_hub(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(
             repo_id,
-            _operations(folder, repo_id, set(api.list_repo_files(repo_id, revision=revision))),
+            _operations(folder, repo_id, _pushed(api, repo_id, revision)),
             commit_message=commit_message or f"Add {name}",
             revision=revision,
         )

@@ -1,125 +1,38 @@
-"""Pictures from disk, read the same way by every tool, and their way into a model.
+"""Images as tensors: preprocessing for models. `decoding` reads the files.
 
-`read_image` turns whatever Pillow can open (grey, palette, RGBA, 16-bit, float, CMYK, rotated by EXIF, animated) into
-plain 8-bit RGB or says in one sentence why it cannot; `to_input` turns a picture into a normalised tensor.
+`to_input` turns an image into a normalised tensor; `cut_resized` resizes only the region that is needed.
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
+from .decoding import LARGE, MIN_SIDE, ImageError, read_image, to_rgb
 from .errors import FileError, InputError
 
-MIN_SIDE = 64
-LARGE = 2**20  # pixels; larger pictures are resized in strips
+__all__ = [
+    "LARGE",
+    "MIN_SIDE",
+    "MODES",
+    "ImageError",
+    "check_folder",
+    "cut_resized",
+    "read_image",
+    "to_input",
+    "to_tensor",
+]
+
 STRIP = 128  # rows
+HUGE = 2**26  # pixels; larger images are resized in strips in training too
+THIN = 16  # images whose resized side exceeds this many crop sides are cropped before they are resized
 MODES = ("squash", "pad", "crop", "keep")
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")  # of pictures in folders
-
-
-class ImageError(InputError):
-    """A picture that cannot be used; the message names the file and what to do about it."""
-
-
-def find_pictures(
-    root: str | os.PathLike,
-    endings: Sequence[str] = ENDINGS,
-    unreadable: Callable[[OSError], None] | None = None,
-) -> list[Path]:
-    """Paths of the picture files below a folder, at any depth, sorted. Nothing is opened.
-
-    Links to folders are followed, but not into a folder that they lie in. Names that begin with a dot are left out:
-    other systems leave such files behind.
-
-    Args:
-        unreadable: is told of folders that cannot be read, which are left out; None: the error is raised.
-
-    Raises:
-        OSError: no such folder, or one that cannot be read.
-    """
-    found: list[Path] = []
-    waiting: list[tuple[str, frozenset[str]]] = [(os.fspath(root), frozenset())]
-    while waiting:
-        folder, above = waiting.pop()
-        inside = above | {os.path.realpath(folder)}
-        if inside == above:
-            continue
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            if unreadable is None:
-                raise
-            unreadable(error)
-            continue
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                waiting.append((entry.path, inside))
-            elif os.path.splitext(entry.name)[1].lower() in endings and not entry.name.startswith("."):
-                found.append(Path(entry.path))
-    return sorted(found)
-
-
-def read_image(
-    path: str | os.PathLike | bytes,
-    background: Sequence[int] = (255, 255, 255),
-    min_side: int = MIN_SIDE,
-    name: str | None = None,
-    formats: Sequence[str] | None = None,
-) -> Image.Image:
-    """Reads a picture file, or the bytes of one, as an 8-bit RGB Pillow image.
-
-    Transparency is composited on `background` (RGB, 0..255); 16-bit and 0..1 float pixels are scaled to 0..255; EXIF
-    orientation is applied; the first frame of an animation is taken. `name` stands for bytes in messages. `formats`
-    are those that may be read, as Pillow names them; None: all.
-
-    Raises:
-        ImageError: the file is missing, empty, no image, truncated, holds pixels that are not finite or out of range,
-            or has a side shorter than `min_side` pixels.
-    """
-    if isinstance(path, bytes):
-        file, size, path = io.BytesIO(path), len(path), Path(name or "image")
-    else:
-        file = path = Path(path)
-        if not path.is_file():
-            raise ImageError(
-                f"{path}: {'a folder, not a picture file' if path.is_dir() else 'no such file'}; check the path"
-            )
-        size = path.stat().st_size
-    if size == 0:
-        raise ImageError(f"{path}: the file is empty (0 bytes); fetch or export it again")
-    try:
-        with Image.open(file, formats=formats) as opened:
-            opened.seek(0)
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-    except Image.UnidentifiedImageError:
-        raise ImageError(
-            f"{path}: not an image that Pillow can read; give a PNG, JPEG, WebP, TIFF, GIF or BMP"
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: too large to be safe ({error}); shrink it first") from None
-    except MemoryError:
-        raise ImageError(f"{path}: too large for this machine's memory; shrink it first") from None
-    except PermissionError:
-        raise ImageError(f"{path}: no permission to read it; change the file's permissions") from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ValueError, ... on damaged files
-        raise ImageError(f"{path}: truncated or damaged ({error}); fetch or export it again") from None
-    rgb = _to_rgb(image, path, background)
-    if min(rgb.size) < min_side:
-        raise ImageError(
-            f"{path}: {rgb.width}x{rgb.height} pixels, but both sides must be at least {min_side}; give a larger one"
-        )
-    return rgb
 
 
 def check_folder(path: str | os.PathLike) -> None:
@@ -133,36 +46,6 @@ def check_folder(path: str | os.PathLike) -> None:
         raise FileError(f"{path}: nothing can be written to {folder}; give another folder")
 
 
-def _to_rgb(image: Image.Image, path: Path, background: Sequence[int]) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # one channel of 16-bit or 32-bit integers, or of floats
-        return Image.fromarray(_to_uint8(np.asarray(image), path)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(canvas, image).convert("RGB")
-    try:
-        return image.convert("RGB")
-    except ValueError:
-        raise ImageError(f"{path}: colour mode {image.mode} cannot be turned into RGB; save it as an RGB PNG") from None
-
-
-def _to_uint8(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8: integers count as 16-bit, floats as 0..1 or, if larger, 0..255."""
-    if not np.isfinite(pixels).all():
-        raise ImageError(
-            f"{path}: {int((~np.isfinite(pixels)).sum())} pixels are not finite (NaN or infinite); repair them"
-        )
-    low, high = float(pixels.min()), float(pixels.max())
-    floating = np.issubdtype(pixels.dtype, np.floating)
-    limit = 255 if floating else 65535
-    if low < 0 or high > limit:
-        raise ImageError(
-            f"{path}: pixel values run from {low:g} to {high:g}; scale them to 0..{'1' if floating else limit}"
-        )
-    factor = (255 if high <= 1 else 1) if floating else 255 / 65535
-    return np.rint(pixels.astype(np.float64) * factor).astype(np.uint8)
-
-
 def to_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
     """A picture as a float32 tensor 3 x H x W in 0..1.
 
@@ -173,7 +56,7 @@ def to_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
         ImageError: another shape, pixels that are not finite, or floats outside 0..1.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(_to_rgb(image, Path("image"), (255, 255, 255)))
+        image = np.asarray(to_rgb(image))
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = np.repeat(image[..., None], 3, axis=2)
@@ -232,15 +115,73 @@ def to_input(
     else:
         ratio = (min if mode == "pad" else max)(height / h, width / w)
         new = (max(1, round(h * ratio)), max(1, round(w * ratio)))
+    top, left = (height - new[0]) // 2, (width - new[1]) // 2
+    if mode == "crop":
+        pixels = cut_resized(image if pixels is None else pixels, new, -top, -left, (height, width))
+        return (pixels - shift) / scale
     if pixels is None:
         pixels = _resize_large(image, new)
     elif new != (h, w):
         pixels = _resize(pixels, new).clamp(0, 1)
     pixels = (pixels - shift) / scale
-    top, left = (height - new[0]) // 2, (width - new[1]) // 2
-    if mode == "pad":
-        return F.pad(pixels, (left, width - new[1] - left, top, height - new[0] - top))
-    return pixels[:, -top : -top + height, -left : -left + width]
+    return F.pad(pixels, (left, width - new[1] - left, top, height - new[0] - top)) if mode == "pad" else pixels
+
+
+def cut_resized(
+    image: Image.Image | torch.Tensor, size: tuple[int, int], top: int, left: int, cut: tuple[int, int]
+) -> torch.Tensor:
+    """A crop of a resized image: 3 x h x w in 0..1.
+
+    Memory is bounded for any aspect ratio: if the resized image would be much longer than the crop (an image of
+    2000 x 1 pixels), only the region that the crop needs is resized. The result equals the crop of the whole resized
+    image to 1e-4, the rounding of torch's sampling positions.
+
+    Args:
+        image: RGB, or 3 x H x W in 0..1.
+        size: height and width of the whole resized image.
+        top, left: position of the crop in the resized image.
+        cut: height and width of the crop.
+    """
+    height, width = cut
+    if max(size) > THIN * max(cut):
+        return _cut_thin(image, size, top, left, cut)
+    if isinstance(image, Image.Image):
+        pixels = _resize_large(image, size)
+    else:
+        pixels = image if tuple(size) == tuple(image.shape[-2:]) else _resize(image, size).clamp(0, 1)
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _cut_thin(image, size, top: int, left: int, cut: tuple[int, int]) -> torch.Tensor:
+    whole = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
+    (y, rows), (x, columns) = (_taps(*side) for side in zip(whole, size, (top, left), cut))
+    if isinstance(image, Image.Image):
+        pixels = to_tensor(image.crop((x, y, x + columns.shape[1], y + rows.shape[1])))
+    else:
+        pixels = image[:, y : y + rows.shape[1], x : x + columns.shape[1]]
+    return (rows @ (pixels @ columns.T)).clamp(0, 1)
+
+
+def _taps(whole: int, size: int, start: int, count: int) -> tuple[int, torch.Tensor]:
+    """Weights of `_resize` along one side, from `whole` to `size` pixels, for outputs start..start+count.
+
+    The filter is torch's antialiased bicubic one: Keys' cubic with a = -0.5, widened when downsampling.
+
+    Returns:
+        The first input pixel that is used, and weights, count x pixels.
+    """
+    step = whole / size
+    reach = max(step, 1.0)
+    centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * step
+    low = (centres - 2 * reach + 0.5).long().clamp(min=0)
+    high = (centres + 2 * reach + 0.5).long().clamp(max=whole)
+    first = int(low.min())
+    place = torch.arange(first, int(high.max()))
+    x = ((place + 0.5 - centres[:, None]) / reach).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = weights * ((place >= low[:, None]) & (place < high[:, None]))
+    return first, (weights / weights.sum(1, keepdim=True)).float()
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

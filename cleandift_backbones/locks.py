@@ -26,6 +26,7 @@ except ImportError:  # Windows: the lock file is the lock
 NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 POLL_SECONDS = 0.1
+LOG_SECONDS = 2.0  # of waiting before it is logged: most locks are held for moments
 UNWRITTEN_SECONDS = 2.0  # a lock file without flock is empty for less than that, unless its process was killed
 
 _descriptors: set[int] = set()  # of the locks that this process holds
@@ -41,7 +42,7 @@ def hold(
         folder: what is held. Its lock file is `.cleandift.lock`, or `.cleandift-NAME.lock`.
         name: holds only a part of the folder: locks of different names do not exclude each other.
         wait: seconds to wait for another holder.
-        log: called with one message when the waiting begins.
+        log: called with one message when the waiting takes longer than a moment.
 
     Raises:
         FolderInUseError: another process holds it; names the process.
@@ -50,13 +51,13 @@ def hold(
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / f".cleandift{f'-{name}' if name else ''}.lock"
-    owner, end = os.getpid(), time.monotonic() + wait
+    owner, start = os.getpid(), time.monotonic()
     try:
         try:
             while isinstance(found := _acquire(path), dict):
-                if time.monotonic() >= end:
+                if time.monotonic() >= start + wait:
                     raise FolderInUseError(f"{_describe(folder, path, found)}; wait for it, or give another folder")
-                if log is not None:
+                if log is not None and time.monotonic() >= start + LOG_SECONDS:
                     log(f"{_describe(folder, path, found)}; waiting for it")
                     log = None
                 time.sleep(POLL_SECONDS)
@@ -136,10 +137,14 @@ def _open(path: Path) -> int:
 
 def _release(path: Path, descriptor: int) -> None:
     with suppress(OSError):
-        if _is_at(descriptor, path):
+        mine = _is_at(descriptor, path)
+        if fcntl is None:  # Windows removes no open file
+            os.close(descriptor)
+        if mine:
             path.unlink()
     _descriptors.discard(descriptor)
-    os.close(descriptor)
+    if fcntl is not None:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -176,7 +181,8 @@ def _me() -> dict:
 
 def _read(descriptor: int) -> dict:
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        found = json.loads(os.read(descriptor, 4096))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
@@ -228,8 +234,8 @@ def _describe(folder: Path, path: Path, holder: dict) -> str:
     if not holder:
         return f"{folder} is in use by another process"
     text = f"{folder} is in use by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
-    elsewhere = holder.get("machine") != _machine()
-    return text + (f" (if that process is gone, delete {path})" if elsewhere else "")
+    unsure = holder.get("machine") != _machine() or not holder.get("started")
+    return text + (f" (if that process is gone, delete {path})" if unsure else "")
 
 
 def _close_in_child() -> None:

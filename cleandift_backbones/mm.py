@@ -60,6 +60,11 @@ def _source(pretrained: bool | str | None, init_cfg: Mapping | None) -> bool | s
         return init_cfg is NOT_GIVEN
     if isinstance(pretrained, bool):
         return pretrained
+    if not isinstance(pretrained, (str, Path)):
+        raise InputError(
+            "pretrained must be True, False, a path or OWNER/NAME on the Hub, got "
+            f"{type(pretrained).__name__}: tensors in memory go to pretrained_cfg_overlay=dict(state_dict=...)"
+        )
     place = str(pretrained)
     for prefix in ("local-dir:", "hf-hub:"):  # timm's
         place = place.removeprefix(prefix)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .errors import DependencyError, InputError, StateError
-from .models import architecture_of, default_cfgs, default_indices, model_names
+from .last_map import default_indices
+from .models import architecture_of, default_cfgs, model_names
 
 if TYPE_CHECKING:
     from torch import nn

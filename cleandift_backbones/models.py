@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    _registry,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 
 from .checkpoints.dtypes import check_dtype
 from .errors import InputError
@@ -211,28 +217,6 @@ def with_encoder(cfg: dict, latent_encoder: str) -> dict:
     return {**cfg, "vae": cfg["vae_tiny"]} if latent_encoder == "tiny" else cfg
 
 
-def default_indices(cfg: dict, infos: list[dict], pyramid: bool, held: str | None = None) -> tuple[int, ...]:
-    """Features that features_only gives by default: the block outputs that the paper evaluates (us9, us6, us3, mid),
-    a pyramid's levels; of them, those that weights hold which end at the map `held`."""
-    from .backbone import held_features
-
-    found = held_features(cfg, infos, held)
-    blocks = [i for i in found if pyramid or infos[i]["module"].endswith(("upsamplers.0", "mid_block"))]
-    return tuple(blocks or found)
-
-
-def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[str]]:
-    """Names of the maps of weights that end at the map `held`: all of them, and those given by default."""
-    from .backbone import feature_list, held_features
-
-    cfg, pyramid = architecture_of(model), model.endswith("_pyramid")
-    infos = feature_list(cfg, pyramid)
-    names = [info["name"] for info in infos]
-    return [names[i] for i in held_features(cfg, infos, held)], [
-        names[i] for i in default_indices(cfg, infos, pyramid, held)
-    ]
-
-
 def _create(
     variant: str,
     arch: str,
@@ -249,7 +233,9 @@ def _create(
     """Builds a model through timm, only as deep as its finest map needs, and loads its weights."""
     from . import prompts
     from .backbone import CleanDIFT, feature_list, finest_map, take_indices
+    from .last_map import default_indices, settled_last_map
     from .pretrained import Sources, load_pretrained
+    from .unet import map_infos
 
     if noisy:
         from .noisy import DIFT as model_cls
@@ -264,6 +250,9 @@ def _create(
     infos = feature_list(cfg, pyramid)
     refuse_unknown_ways(kwargs, infos)
     state = take_state(kwargs) if pretrained else None
+    if held is not None and kwargs.get("features_only") and kwargs.get("out_indices") is None:
+        stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"), state)
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):
         if kwargs.get("feature_cls", "getter") != "getter":
@@ -322,8 +311,8 @@ _ARGUMENTS = """
         dtype: of the weights, e.g. torch.bfloat16; "auto": as they are stored (8-bit floats become float16); default:
             float32. device: of the model.
         sources: dict(unet=, vae=, timestep=, text_encoder=), each a path or OWNER/NAME[@REVISION][/PATH] on the Hub,
-            for weights that are put together from published parts. held: the finest map that the weights hold, which
-            narrows the default out_indices (a folder's config.json says it).
+            for weights that are put together from published parts. held: the last map of a truncated UNet, to which
+            the default out_indices are restricted (config.json of a folder gives it; the tensors in the file decide).
         latent_encoder: "tiny" for a light encoder in the VAE's place, of diffusers' AutoencoderTiny form (TAESD's
             weights for sd15 and sd21): much less work, slightly other latents; sources=dict(vae=) gives another one.
         projected_timestep: features as the projection heads map them to this timestep of the teacher (cleandift_*);

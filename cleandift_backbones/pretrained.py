@@ -18,6 +18,7 @@ from . import checkpoints, download, prompts
 from .checkpoints import Weights
 from .download import HubError, HubFile, NoRanges, RemoteFile
 from .errors import DependencyError, InputError, MissingWeightsError, StateError
+from .last_map import check_reaches
 from .learned import learned_timestep
 
 if TYPE_CHECKING:
@@ -323,8 +324,8 @@ def load_pretrained(
 
 
 _FIRST = ("vae.encoder.conv_in.weight", "vae.encoder.layers.0.weight")  # made for another number of channels
-#: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint
-BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.")
+#: what a file may hold beyond a model: decoders, classifiers, the other UNet and heads of a full checkpoint, LDM's rest
+BESIDE = ("vae.decoder.", "vae.post_quant_conv.", "head.", "teacher.", "heads.", "ldm.")
 
 
 def _check_heads(model: CleanDIFT, weights: Weights) -> None:
@@ -365,6 +366,9 @@ def fit_model(
         weights: of `checkpoints.open_checkpoint`.
         given: tensors to use instead of those in the file, by name (what the model's arguments fix is kept anyway).
         dtype: of everything but the numbers that are no weights (default: as the model has it).
+
+    Raises:
+        CheckpointError: the UNet of the weights ends at a coarser map; see also `checkpoints.fit`.
     """
 
     def ignorable(name: str) -> bool:
@@ -376,6 +380,7 @@ def fit_model(
             return adapt_input_conv(model.in_chans, tensor)
         return tensor
 
+    check_reaches(weights, model.unet)
     expected = model.state_dict()
     fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
     state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)

@@ -301,6 +301,7 @@ def test_only_mutual_matches_are_drawn_if_wished(features):
         (dict(points=[], model="cleandift_big"), "model 'cleandift_big' is unknown"),
         (dict(points=[], model="dift_tiny", ensemble_size=0), "ensemble_size 0 is no number of noises"),
         (dict(points=[], model="dift_tiny", timestep=1000), "timestep 1000 is none of the model's"),
+        (dict(points=[], model="cleandift_tiny", timestep=100), "cleandift_tiny adds no noise; leave them out"),
     ],
 )
 def test_match_refuses(features, arguments, words):

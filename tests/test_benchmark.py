@@ -81,7 +81,7 @@ def test_ways_share_weights():
         ("--size 32", "--size 32: the models take pictures of 64 pixels or more"),
         ("--threads 0", "--threads must be at least 1"),
         ("--ways fastest", "invalid choice: 'fastest'"),
-        ("--model resnet18", "--model resnet18: 'resnet18' is no model of this package, such as"),
+        ("--model resnet18", "'resnet18' is no model of this package, such as"),
         ("--model dift_tiny", "--model dift_tiny: give cleandift_tiny"),
         ("--model cleandift_tiny_pyramid", "--model cleandift_tiny_pyramid: give cleandift_tiny"),
         ("--file nowhere.safetensors", "--file nowhere.safetensors: no such file"),

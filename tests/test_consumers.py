@@ -58,18 +58,19 @@ def test_smp_preprocessing():
 # --- transformers -------------------------------------------------------------------------------------------------
 
 
-def test_auto_backbone():
+def test_auto_backbone(hub):
+    """Both ways load the package's weights. transformers ignores `use_pretrained_backbone` of the config."""
     from transformers import AutoBackbone, TimmBackboneConfig
 
-    config = TimmBackboneConfig(backbone="cleandift_tiny", out_indices=[4, 10], use_pretrained_backbone=True)
-    backbone = AutoBackbone.from_config(config)
-    assert [tuple(x.shape) for x in backbone(X).feature_maps] == [(2, 112, 8, 12), (2, 112, 2, 3)]
-    assert backbone.channels == [112, 112]
+    config = TimmBackboneConfig(backbone="cleandift_tiny", out_indices=[4, 10])
+    built = AutoBackbone.from_config(config, pretrained=True).eval()
     loaded = AutoBackbone.from_pretrained("cleandift_tiny", use_timm_backbone=True, out_indices=(4, 10)).eval()
     expected = timm.create_model("cleandift_tiny", pretrained=True, features_only=True, out_indices=(4, 10)).eval()
-    with torch.no_grad():
-        for found, wanted in zip(loaded(X).feature_maps, expected(X), strict=True):
-            torch.testing.assert_close(found, wanted)
+    for backbone in (built, loaded):
+        assert backbone.channels == [112, 112]
+        with torch.no_grad():
+            for found, wanted in zip(backbone(X).feature_maps, expected(X), strict=True):
+                torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("arguments", [{}, dict(final_map="us6")])

@@ -208,7 +208,12 @@ def test_full_disk_leaves_nothing_behind(tmp_path, parts):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [dict(num_classes=3, in_chans=1), dict(num_classes=2, final_map="us6", global_pool="max")]
+    "kwargs",
+    [
+        dict(num_classes=3, in_chans=1),
+        dict(num_classes=2, final_map="us6", global_pool="max"),
+        dict(final_map="us6"),  # pooled features of this map
+    ],
 )
 def test_what_a_native_folder_says_is_kept(tmp_path, kwargs):
     torch.manual_seed(0)
@@ -219,6 +224,20 @@ def test_what_a_native_folder_says_is_kept(tmp_path, kwargs):
     torch.testing.assert_close(timm.create_model(f"local-dir:{tmp_path / 'two'}", pretrained=True).eval()(x), model(x))
 
 
+def test_projection_heads_of_a_native_folder_are_kept(tmp_path):
+    heads = dict(depth=1, conditioning="film", gated=True)
+    torch.manual_seed(0)
+    options = dict(features_only=True, out_indices=(0, 10), projected_timestep=200)
+    model = timm.create_model("test_cleandift", heads=heads, **options).eval()
+    save_folder(model, tmp_path / "one", arguments=dict(heads=heads))
+    arguments = [str(tmp_path / "one"), "--out", str(tmp_path / "two"), "--model", "test_cleandift"]
+    assert main(arguments) == 0
+    found = timm.create_model(f"local-dir:{tmp_path / 'two'}", pretrained=True, **options).eval()
+    with torch.no_grad():
+        for one, other in zip(found(X), model(X), strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_arguments_of_dift_are_kept(tmp_path):
     model = timm.create_model(
         "dift_tiny", pretrained=True, final_map="us10", timestep=10, ensemble_size=2, noise_seed=3
@@ -226,7 +245,7 @@ def test_arguments_of_dift_are_kept(tmp_path):
     save_folder(model, tmp_path / "one")
     assert main([str(tmp_path / "one"), "--out", str(tmp_path / "two")]) == 0
     arguments = json.loads((tmp_path / "two/config.json").read_text())["model_args"]
-    assert arguments == dict(timestep=10, ensemble_size=2, noise_seed=3)
+    assert arguments == dict(final_map="us10", timestep=10, ensemble_size=2, noise_seed=3)
 
 
 def test_of_a_full_file_on_the_hub_only_the_needed_half_is_read(hub, tmp_path):

@@ -1,8 +1,10 @@
 """What the documentation says is run: Python blocks as they stand, command lines against the tools' own parsers."""
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,46 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, stand
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {})
+
+
+def offline_blocks(page):
+    """Python blocks of a page that use only models of the package: no published weights, no repository."""
+    code = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    return [c for c in code if "_tiny" in c and not re.search(r"_sd\d\d|hf-hub:|local-dir:|USER/|OWNER/", c)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if offline_blocks(p)], ids=lambda page: page.stem)
+def test_the_included_models_need_no_network(page, tmp_path, monkeypatch, hub, offline):
+    for path in ROOT.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    offline()
+    names = {"timm": timm, "torch": torch}  # which an earlier block of the page imports
+    for code in offline_blocks(page):
+        exec(compile(code, str(page), "exec"), names)
+
+
+OFFLINE = """
+import sys, timm, torch
+names = {}
+for code in sys.argv[1:]:
+    exec(code, names)
+x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+expected = timm.create_model("cleandift_tiny", pretrained=True, features_only=True).eval()
+with torch.no_grad():
+    for found, wanted in zip(names["backbone"].eval()(x).feature_maps, expected(x), strict=True):
+        torch.testing.assert_close(found, wanted)
+"""
+
+
+def test_transformers_block_of_the_readme_in_a_process_without_network(tmp_path):
+    """transformers and the Hub's client read these variables when they are imported."""
+    code = [c for c in offline_blocks(ROOT / "README.md") if "transformers" in c]
+    assert len(code) == 1
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("HF_ENDPOINT")  # the tests' own Hub
+    run = subprocess.run([sys.executable, "-c", OFFLINE, *code], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("page, code", list(blocks("bash")))

@@ -113,9 +113,20 @@ def test_features_of_other_weights_are_computed_again_and_it_is_said(items, tmp_
     assert not said
     new = cache.features(resnet(1), items)["layer2"][0]
     assert sum(passes) == 10 and not torch.allclose(old, new, atol=1e-3)
-    assert "test_resnet: the cached features of layer2 belong to other weights" in said[0]
+    assert "test_resnet: the cached features of layer2 are of other weights" in said[0]
     infos = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/info.json")]
     assert len({info["weights"] for info in infos}) == 2 and {info["model"] for info in infos} == {"test_resnet"}
+
+
+def test_other_maps_are_no_other_weights(items, tmp_path):
+    """A deeper map needs more layers, whose hash is another one."""
+    said = []
+    cache = FeatureCache(tmp_path / "cache", 8, progress=False, say=said.append)
+    cache.features(resnet(), items[:1])
+    cache.features(resnet(map=["layer2", "layer3"]), items[:1])
+    assert said == [
+        "test_resnet: the cached features of layer2 are those of a run with other maps; computing them again"
+    ]
 
 
 def test_an_interrupted_run_goes_on(items, tmp_path, passes):

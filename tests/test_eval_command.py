@@ -167,6 +167,7 @@ def test_noise(classes, tmp_path, monkeypatch, capsys):
         (["knn", "--model", "pixels", "--k", "20"], "k = 20 neighbours of 8 pictures"),
         (["knn", "--model", "pixels", "--k", ""], "--k is empty"),
         (["knn", "--model", "dift_tiny", "--timesteps", "1,1000"], "--timesteps 1000 is out of range; give 0..999"),
+        (["knn", "--model", "cleandift_tiny", "--timesteps", "1"], "--timesteps: cleandift_tiny adds no noise; leave"),
         (["knn", "--model", "pixels", "--weights", "pixels=nothing"], "expected MODEL=FILE with a file that is there"),
         (["knn", "--model", "pixels", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["knn", "--model", "pixels", "--prompt", "a cat", "--k", "1"], "pixels: none takes prompts"),
@@ -177,7 +178,10 @@ def test_noise(classes, tmp_path, monkeypatch, capsys):
         (["noise", "--model", "pixels"], "pixels draws no noise; give dift_* models"),
         (["noise", "--model", "dift_tiny", "--ensemble", "2"], "unrecognized arguments: --ensemble 2"),
         (["knn", "--model", "pixels", "--map", "resnet51=us3"], "--map is given for resnet51, which is not among"),
-        (["knn", "--model", "pixels", "dift_sd21", "--k", "1"], "dift_sd21: "),  # no weights: found before any work
+        (
+            ["knn", "--model", "pixels", "dift_sd21", "--k", "1"],
+            "dift_sd21 cannot be loaded, because of unet: ",
+        ),  # no weights: found before any work
         (["correspondence", "--model", "pixels", "--soft-argmax", "4"], "--soft-argmax 4 has no middle pixel"),
     ],
 )
@@ -245,3 +249,18 @@ def test_a_picture_that_cannot_be_read_is_named(classes, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "knn", "--model", "pixels", "--data", classes, "--out", tmp_path / "out", "--k", 1)
     assert "1 of 14 pictures cannot be used, the first: " in capsys.readouterr().err
+
+
+def test_noisy_models_in_folders_and_maps_with_commas(tmp_path):
+    """A model's folder says whether it adds noise, not its name."""
+    import timm
+
+    from cleandift_backbones.hub import save_folder
+
+    save_folder(timm.create_model("dift_tiny", features_only=True), tmp_path / "mine")
+    name = f"local-dir:{tmp_path / 'mine'}"
+    told = ["knn", "--model", name, "test_cleandift", "--data", "x", "--timesteps", "1,50", "--map", "us6,mid"]
+    plan = command.make_plan(command.parser().parse_args(told))
+    found = [(run.name, run.settings.get("timestep")) for run in plan]
+    assert found == [(name, 1), (name, 50), ("test_cleandift", None)]
+    assert all(run.maps == ["us6", "mid"] for run in plan)

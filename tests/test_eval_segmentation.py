@@ -69,7 +69,7 @@ def test_masks_are_checked_before_the_work(voc):
         tasks.Segmentation(train, val, probes.Recipe())
     save_palette(folder / "2007_000063.png", np.zeros((40, 50), np.uint8))
     (folder / "2007_000063.png").write_bytes((folder / "2007_000063.png").read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"1 of 2 masks cannot be used, first .*000063\.png: cannot be read"):
+    with pytest.raises(DataError, match=r"1 of 2 masks cannot be used, first .*000063\.png: truncated"):
         tasks.Segmentation(train, val, probes.Recipe())
 
 

@@ -63,16 +63,18 @@ def test_sources_that_cannot_be_used(tmp_path, folder):
     (tmp_path / "twice.txt").write_text("a.png\na.png\n")
     (tmp_path / "wrong.jsonl").write_text('{"key": 3}\n')
     (tmp_path / "torn.jsonl").write_text('{"path": "a.png"\n')
-    (tmp_path / "table.csv").write_text("path\na.png\n")
+    (tmp_path / "table.csv").write_text("picture\na.png\n")
+    (tmp_path / "table.tsv").write_text("path\na.png\n")
     (tmp_path / "number.jsonl").write_text('{"path": "a.png"}\n{"path": "b.png", "key": 1.5}\n')
     for data, message in (
         ("empty", "holds no pictures"),
         ("nowhere", "no such folder, shards or list"),
         ("no/{00..03}.tar", "no shard"),
         ("twice.txt", "two pictures have the key 'a.png'.*a key of its own"),
-        ("wrong.jsonl", "line 1: expected an object with a path"),
+        ("wrong.jsonl", "line 1: expected a path"),
         ("torn.jsonl", "line 1: no JSON"),
-        ("table.csv", "a list is a text file with a path per line, or .jsonl"),
+        ("table.csv", "line 2: expected a path"),
+        ("table.tsv", "a list is a text file with a path per line, or a table"),
         ("number.jsonl", "line 2: the key 1.5 is no text and no whole number"),
     ):
         with pytest.raises(SourceError, match=message):

@@ -1,5 +1,6 @@
 """The distillation run as a whole: it learns, loads, and does what its recipe says."""
 
+import json
 import math
 import os
 import re
@@ -8,9 +9,10 @@ import pytest
 import timm
 import torch
 import yaml
-from finetune_runs import arguments, equal, finetune, log
+from finetune_runs import arguments, equal, finetune, log, refused
 from safetensors.torch import load_file
 
+from cleandift_backbones.checkpoints import CheckpointError
 from cleandift_backbones.distill.build import Prompts
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.train import Training
@@ -76,11 +78,43 @@ def test_options_that_do_not_change_the_result(pictures, tmp_path):
 
 def test_subset_of_maps_trains_no_deeper(pictures, tmp_path):
     state = finetune(pictures, tmp_path / "run", "maps={us3: 1, mid: 2}", "max_steps=2", "heads.depth=0", "loss=l2")
-    teacher = timm.create_model("dift_tiny", pretrained=True, final_map="us10").state_dict()
+    teacher = timm.create_model("dift_tiny", pretrained=True, final_map="us3").state_dict()
+    assert state.keys() == teacher.keys()
     changed = {n for n in teacher if not torch.equal(teacher[n].float(), state[n].float())}
     assert any("mid_block" in n for n in changed) and any("up_blocks.0.upsamplers" in n for n in changed)
-    assert not any(n.startswith(("unet.up_blocks.1", "unet.up_blocks.2", "vae.")) for n in changed)
-    assert not any(n.startswith("heads.") for n in state)
+    assert not any(n.startswith("vae.") for n in changed)
+
+
+FOUR = ["us9", "us6", "us3", "mid"]
+
+
+@pytest.mark.parametrize(
+    "maps, default, offered",
+    [("null", FOUR, [f"us{i}" for i in range(10, 0, -1)] + ["mid"]), ("{us6: 1, us3: 0.5}", FOUR[1:], None)],
+)
+def test_the_native_folder_offers_the_maps_that_were_trained(pictures, tmp_path, capsys, maps, default, offered):
+    """The finest trained map is the last: in config.json, in the card, in the file, and in what timm gives."""
+    offered = offered or [f"us{i}" for i in range(6, 0, -1)] + ["mid"]
+    state = finetune(pictures, tmp_path / "run", f"maps={maps}", "max_steps=1")
+    folder = tmp_path / "run/native"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    assert [info["name"] for info in model.feature_info.get_dicts()] == default
+    with torch.no_grad():
+        assert [x.shape[-1] for x in model(torch.zeros(1, 3, 64, 64))] == [16, 8, 4, 2][-len(default) :]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_args"].get("held") == (None if len(default) == 4 else "us6")
+    card = (folder / "README.md").read_text()
+    assert f"fine to coarse {', '.join(offered)}." in card and f"maps = model(images)  # {', '.join(default)}\n" in card
+    assert ("held=" in card) == ("held" in config["model_args"])
+    assert any(name.startswith("unet.up_blocks.2.") for name in state) == (len(default) == 4)
+    indices = range(11 - len(offered), 11)  # fine to coarse
+    found = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=indices)
+    assert [info["name"] for info in found.feature_info.get_dicts()] == offered
+    if len(default) < 4:
+        with pytest.raises(CheckpointError, match="ends at map 'us6' and cannot give 'us9'"):
+            timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(1,))
+        message = "ends at map 'us6' and cannot give 'us10': choose from mid, us1"
+        refused(pictures, tmp_path / "deeper", capsys, message, f"student_weights={folder}")
 
 
 def test_lora_trains_adapters_alone_and_merges(pictures, tmp_path):

@@ -148,12 +148,12 @@ def test_memory_that_runs_out(pictures, tmp_path, capsys, monkeypatch):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(build.Distiller, "forward", full)
-    refused(pictures, tmp_path / "run", capsys, "out of memory: set gradient_checkpointing=true")
+    refused(pictures, tmp_path / "run", capsys, "out of memory; set gradient_checkpointing=true")
 
 
 def test_an_output_folder_that_takes_nothing(pictures, tmp_path, capsys):
     (tmp_path / "file").touch()
-    refused(pictures, tmp_path / "file", capsys, "file is a file, not a folder")
+    refused(pictures, tmp_path / "file", capsys, "give another folder")
 
 
 # --- the documentation ---

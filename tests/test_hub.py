@@ -136,8 +136,10 @@ def test_shards_and_their_replacement(hub, logged_in, tmp_path):
     names = set(files_of(hub, "me/model"))
     assert "model.safetensors.index.json" in names and "model-00001-of-00004.safetensors" in names
     equal(load("me/model"), model)
+    other = "model-00001-of-00009.safetensors"  # not named by the index: somebody else's
+    huggingface_hub.HfApi(token=TOKEN).upload_file(path_or_fileobj=b"mine", path_in_repo=other, repo_id="me/model")
     push_to_hub(model, "me/model")
-    assert set(files_of(hub, "me/model")) == {"README.md", "config.json", "model.safetensors"}
+    assert set(files_of(hub, "me/model")) == {"README.md", "config.json", "model.safetensors", other}
     equal(load("me/model"), model)
 
 
@@ -255,7 +257,7 @@ def test_pooling_comes_back(hub, logged_in):
 
 def test_folders_with_other_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="holds other files .thesis.tex.*choose another folder"):
+    with pytest.raises(FileExistsError, match="holds other files .thesis.tex., which .*: choose another folder"):
         save_folder(make(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

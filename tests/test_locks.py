@@ -53,7 +53,7 @@ def holder(folder, *words):
     return process, process.stdout.readline().strip()
 
 
-def test_the_second_is_refused_and_names_the_first(tmp_path, flock):
+def test_the_second_is_refused_and_names_the_first(tmp_path, flock, monkeypatch):
     folder = tmp_path / "a/run"
     process, _ = holder(folder, *([] if flock else ["unsupported"]))
     try:
@@ -63,6 +63,7 @@ def test_the_second_is_refused_and_names_the_first(tmp_path, flock):
         assert isinstance(error.value, CleanDIFTError) and isinstance(error.value, OSError)
         with hold(folder, "other"):
             pass
+        monkeypatch.setattr(locks, "LOG_SECONDS", 0.1)
         waited = []
         with pytest.raises(FolderInUseError), hold(folder, wait=0.3, log=waited.append):
             pass

@@ -306,3 +306,54 @@ def test_a_damaged_row_of_the_emoji_suite_is_told_apart(tmp_path, broken_disk):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(DamagedFileError, match="no row"):
         Row.load(path)
+
+
+@pytest.mark.parametrize("name", ["retrieval.md", "retrieval.png", "retrieval.json"])
+def test_results_do_not_replace_files_of_others(tmp_path, capsys, name):
+    """The default --out is a folder called results, which may well exist."""
+    from PIL import Image
+
+    from cleandift_backbones.evaluation.command import main
+
+    for number in range(4):
+        path = tmp_path / "data" / f"c{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (40 * number, 9, 9)).save(path)
+    words = ["retrieval", "--model", "pixels", "--data", str(tmp_path / "data"), "--k", "1"]
+    words += ["--out", str(tmp_path / "results")]
+    theirs = tmp_path / "results" / name
+    theirs.parent.mkdir()
+    theirs.write_text('{"mine": 1}')
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and f"{name} was not written by an evaluation" in capsys.readouterr().err
+    assert contents(tmp_path / "results") == {name: b'{"mine": 1}'}
+    theirs.unlink()
+    for _ in range(2):
+        main(words)
+
+
+def test_metadata_of_others_is_not_replaced(tmp_path):
+    """A data set of JPEGs with captions, in the layout of tools/make_pictures.py."""
+    from tools.make_pictures import PictureError, check_folder
+
+    path = tmp_path / "train/metadata.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"file_name": "a.jpg", "text": "mine"}\n')
+    with pytest.raises(PictureError, match="metadata.jsonl was not written by this command"):
+        check_folder(tmp_path, set(), 64, overwrite=True)
+    path.write_text('{"file_name": "a.png", "text": "a", "style": "b", "concept": "c", "family": "c"}\n')
+    assert check_folder(tmp_path, set(), 64, overwrite=True) == set()
+
+
+def test_adapters_of_others_are_kept(tmp_path, caplog):
+    from cleandift_backbones.checkpoints.writing import keep_other, save_native
+
+    path = tmp_path / "lora.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    before = path.read_bytes()
+    for _ in range(2):
+        keep_other(path)
+        save_native({"x": torch.zeros(2)}, path)
+    assert "kept as lora.safetensors.other" in caplog.text
+    assert (tmp_path / "lora.safetensors.other").read_bytes() == before and len(list(tmp_path.iterdir())) == 2

@@ -18,6 +18,7 @@ from mmengine.utils import import_modules_from_strings
 
 import cleandift_backbones.hub as publishing
 from cleandift_backbones.checkpoints import CheckpointError
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.mm import PARTS, RECORD, CheckBackboneHook, CleanDIFT
 
 X = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -382,3 +383,12 @@ def test_the_record_notices_more_than_the_last_numbers(tmp_path):
 def test_unknown_parts(arguments):
     with pytest.raises(ValueError, match="frozen_parts.*expected some of .*'unet_down'"):
         CleanDIFT(**SIX, **arguments)
+
+
+def test_tensors_in_memory():
+    torch.manual_seed(5)
+    state = timm.create_model("test_cleandift", final_map="us10").state_dict()
+    backbone = own(None, pretrained_cfg_overlay=dict(state_dict=state))
+    assert torch.equal(backbone.model.unet.conv_in.weight, state["unet.conv_in.weight"])
+    with pytest.raises(InputError, match="pretrained must be True, False, a path.*Dict: tensors in memory go to"):
+        own(state)

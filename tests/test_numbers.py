@@ -170,3 +170,14 @@ def test_a_timestep_that_is_none(tmp_path, text):
     ):
         stored_timestep(weights)
     assert learned_timestep(None, weights) == 261  # with a warning
+
+
+def test_a_student_goes_on_from_the_timestep_that_it_learned(tmp_path):
+    """Also from a UNet in diffusers' layout, as `to_diffusers` writes it: the metadata hold it."""
+    from cleandift_backbones.distill.build import build_module, load_teacher
+    from cleandift_backbones.distill.recipe import Recipe
+
+    unet = timm.create_model("cleandift_tiny", pretrained=True, final_map="us10").unet.state_dict()
+    save_file(unet, tmp_path / "unet.safetensors", {"timestep": str(TINY.item())})
+    recipe = Recipe(model="cleandift_tiny", teacher="dift_tiny", student_weights=str(tmp_path / "unet.safetensors"))
+    assert torch.equal(build_module(recipe, load_teacher(recipe)).timestep.detach(), TINY.reshape(1))

@@ -87,7 +87,7 @@ def test_load_pictures_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"fluent3d/1.png is 16 x 16 pixels, not 20 x 20"):
         load_pictures(folder)
     (folder / "noto/0.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"noto/0.png is not a readable picture"):
+    with pytest.raises(ValueError, match=r"noto/0.png: not an image"):
         load_pictures(folder)
     (folder / "noto/0.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 4 pictures.*noto/0.png"):
@@ -98,7 +98,7 @@ def test_load_pictures_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match=r"line 1 has no subgroup"):
         load_pictures(folder)
     (folder / "metadata.jsonl").write_text("{broken\n")
-    with pytest.raises(ValueError, match=r"line 1 is not a JSON object"):
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 1: no JSON"):
         load_pictures(folder)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 import threading
 
@@ -34,6 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
         from cleandift_backbones.errors import InputError, file_errors
     if args.memory < 16:
         raise InputError(f"--memory {args.memory} is too small; give at least 16 (MB)")
+    if args.port is not None and not 0 < args.port < 65536:
+        raise InputError(f"--port {args.port} is out of range; give 1..65535")
+    with file_errors(f"--host {args.host}"):
+        socket.getaddrinfo(args.host, args.port)
     page = Page(args.models or MODELS, args.memory << 20, args.device)
     with file_errors(f"--host {args.host} --port {args.port or 7860}"):
         address = page.launch(args.host, args.port, prevent_thread_lock=True, inbrowser=args.open)

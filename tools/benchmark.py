@@ -52,7 +52,7 @@ from cleandift_command import guard, importing
 
 with importing(__name__):
     from cleandift_backbones.backbone import MIN_SIDE
-    from cleandift_backbones.errors import needs
+    from cleandift_backbones.errors import needs, resource_errors
     from cleandift_backbones.files import write_text
     from cleandift_backbones.images import check_folder
     from cleandift_backbones.models import architecture_of
@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what == "inference":
         check_inference(parser, options)
     room = dict(inference=inference, loading=loading, training=training, matching=matching)[options.what]
-    found = getattr(room, options.what)(options)
+    with resource_errors("lower --size or --batch-size"):
+        found = getattr(room, options.what)(options)
     text = getattr(room, f"{options.what}_table")(found, options)
     print("\n" + text)
     if options.out:

@@ -29,6 +29,8 @@ with importing(__name__):
     import cleandift_backbones  # noqa: F401
     from cleandift_backbones.distill.data import DecodeOptions, list_pictures, plain_images
     from cleandift_backbones.distill.trainer import pick_device
+    from cleandift_backbones.errors import file_errors, missing_weights
+    from cleandift_backbones.models import architecture_of
 
     sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
 
@@ -58,6 +60,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--data FOLDER is needed, but for --work-only")
     if min(options.rounds, options.limit, options.batch_size) < 1:
         parser.error("--rounds, --limit and --batch-size must be at least 1")
+    if options.size is not None and options.size < 64:
+        parser.error("--size must be at least 64")
     return options
 
 
@@ -65,7 +69,11 @@ def build(model: str, pretrained: bool) -> nn.Module:
     """The model with all its maps."""
     name, _, encoder = model.partition("+")
     kwargs = dict(latent_encoder=encoder) if encoder else {}
-    made = timm.create_model(name, pretrained=pretrained, final_map="us10", **kwargs)
+    if ":" not in name:
+        architecture_of(name)
+    remedy = "Give local-dir:FOLDER, a folder of tools/convert.py, or --work-only"
+    with missing_weights(remedy), file_errors(name):
+        made = timm.create_model(name, pretrained=pretrained, final_map="us10", **kwargs)
     return made.eval().requires_grad_(False)
 
 
@@ -114,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.work_only:
         with torch.device("meta"):
             models = [build(name, False) for name in options.models]
+            models[0].unet.check_maps([options.map])
             size = options.size or models[0].pretrained_cfg["input_size"][-1]
             counts = [work(model, options.map, torch.zeros(1, 3, size, size)) for model in models]
         print(f"{size} px, down to {options.map}\n\n| model | GFLOP | of them its encoder |\n| --- | ---: | ---: |")
@@ -122,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     device = pick_device(options.device)
     models = [build(name, True).to(device, memory_format=torch.channels_last) for name in options.models]
+    models[0].unet.check_maps([options.map])
     size = options.size or models[0].pretrained_cfg["input_size"][-1]
     pictures = list_pictures(options.data)
     chosen = pictures[:: max(1, len(pictures) // options.limit)][: options.limit]

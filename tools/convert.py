@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Turns weights of any form into one native folder, which timm loads, or into a UNet folder, which diffusers loads.
+"""Converts weights of any form to a native folder (timm), a UNet folder (diffusers), or a single file with LDM's keys.
 
     python tools/convert.py cleandift_sd21 --out sd21                    the published parts, fetched and put together
     python tools/convert.py cleandift_sd21_full.safetensors --out sd21   a file of CompVis (student; --unet teacher)
     python tools/convert.py me/my-sd@v2 --model dift_sd15 --out my_sd    a diffusers folder, here or on the Hub
+    python tools/convert.py v1-5-pruned.safetensors --out sd15           a single file of SD 1.x or 2.x (LDM's keys)
     python tools/convert.py sd21 --to diffusers --out sd21_unet          back to diffusers' UNet2DConditionModel
+    python tools/convert.py sd21 --to ldm --out sd21_ldm.safetensors     to a single file with LDM's keys
 
 SOURCE is a file, a folder, OWNER/NAME[@REVISION][/PATH] on the Hub, or the name of a published model. What it lacks
 (VAE, timestep, empty prompt) comes from where it is published, or from --vae, --timestep and --text-encoder. The folder
@@ -15,6 +17,7 @@ the timestep; config.json; README.md. Then: timm.create_model("local-dir:FOLDER"
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +27,7 @@ with importing(__name__):
     import torch
 
     import cleandift_backbones  # noqa: F401
-    from cleandift_backbones.convert import to_diffusers, to_native
+    from cleandift_backbones.convert import LDM_PARTS, to_diffusers, to_ldm, to_native
     from cleandift_backbones.errors import InputError
     from cleandift_backbones.files import readable_size
     from cleandift_backbones.locks import hold
@@ -33,12 +36,18 @@ with importing(__name__):
 NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
 
 
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+ *[KMGT]B", text, re.I):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a size such as 5GB or 500MB")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("source", help="file, folder, OWNER/NAME[@REVISION][/PATH], or a model's name")
-    result.add_argument("--out", required=True, type=Path, help="folder to write, or a native .safetensors file")
+    result.add_argument("--out", required=True, type=Path, help="folder to write, or a .safetensors file")
     result.add_argument("--model", help=f"what it is, one of {', '.join(NAMES)} (default: told by its shapes)")
-    result.add_argument("--to", choices=("native", "diffusers"), default="native", help="form to write")
+    result.add_argument("--to", choices=("native", "diffusers", "ldm"), default="native", help="form to write")
     result.add_argument("--unet", choices=("student", "teacher"), default="student", help="of a full file of CompVis")
     result.add_argument("--vae", help="source of the VAE, where SOURCE has none")
     result.add_argument(
@@ -48,12 +57,12 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--text-encoder", help="source with text_encoder/ and tokenizer/, for the empty prompt")
     result.add_argument("--timestep", help="a number 0..999, or a full file of CompVis that holds it")
-    result.add_argument("--fill", help="with --to diffusers: a UNet to take what runs after the last map from")
+    result.add_argument("--fill", help="with --to diffusers or ldm: source of what SOURCE lacks")
     result.add_argument(
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: as SOURCE's UNet"
     )
     result.add_argument("--cut", action="store_true", help="leave out what runs after the finest map (1 %% of SD)")
-    result.add_argument("--max-shard-size", default="5GB", help="of a file in a folder (default: 5GB)")
+    result.add_argument("--max-shard-size", type=_size, default="5GB", help="of a file in a folder (default: 5GB)")
     result.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
     return result
 
@@ -62,9 +71,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     line = parser()
     options = line.parse_args(arguments)
-    unused = {"native": ("fill",), "diffusers": ("vae", "latent_encoder", "text_encoder", "timestep", "cut")}[
-        options.to
-    ]
+    unused = {
+        "native": ("fill",),
+        "diffusers": ("vae", "latent_encoder", "text_encoder", "timestep", "cut"),
+        "ldm": ("latent_encoder", "text_encoder", "timestep", "cut"),
+    }[options.to]
     given = [f"--{name.replace('_', '-')}" for name in unused if getattr(options, name)]
     if given:
         line.error(f"{', '.join(given)} has no meaning with --to {options.to}")
@@ -80,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"{options.out} exists: choose another --out, or give --overwrite")
         if options.to == "diffusers":
             name, weights = to_diffusers(options.source, options.out, fill=options.fill, **common)
+        elif options.to == "ldm":
+            name, weights = to_ldm(options.source, options.out, vae=options.vae, fill=options.fill, **common)
         else:
             name, weights = to_native(
                 options.source,
@@ -95,6 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"found {weights.form} with {weights.describe()}, of {name}")
     for file in files:
         print(f"wrote {file}: {readable_size(file.stat().st_size)}")
+    if options.to == "ldm":
+        parts = zip(("VAE decoder", "text encoder"), (LDM_PARTS[0], LDM_PARTS[-1]))
+        lacking = [what for what, part in parts if not weights.has(part)]
+        if lacking:
+            print(
+                f"without {' and '.join(lacking)}: --fill FILE, a single file with LDM's keys, adds what SOURCE lacks"
+            )
     return 0
 
 

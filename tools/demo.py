@@ -31,7 +31,7 @@ with importing(__name__):
     from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
     from cleandift_backbones.app.pictures import SAMPLES, open_picture
     from cleandift_backbones.arguments import map_items
-    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.errors import InputError, resource_errors
     from cleandift_backbones.evaluation import correspondence, figures
     from cleandift_backbones.evaluation.figures import Panel
     from cleandift_backbones.extractor import (
@@ -84,9 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     clean, noisy, shown, matched = _load(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    _compute(pairs, clean, noisy, matched)
+    with resource_errors("lower --size"):
+        _compute(pairs, clean, noisy, matched)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     names = (args.model, f"{twin(args.model)}, t={TIMESTEP}, one noise" if noisy else "")
     for name, image in _draw(pairs, names, shown, matched):
         save_png(image, out / name)

@@ -148,9 +148,9 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
         ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 64, 4096), ("placements", 1, 1000),
         ("limit_concepts", 2, None), ("batch_size", 1, None), ("threads", 1, None), ("seed", 0, None),
     ))  # fmt: skip
-    noisy = any(name.startswith("dift_") for name in args.models)
-    check_noise(", ".join(args.models), noisy, timesteps=args.timesteps, ensemble=args.ensemble)
+    check_noise(args.models, timesteps=args.timesteps, ensemble=args.ensemble)
     check_folder(args.out)
+    report.check_report(args.out, "results")
     for name in ("student_weights", "teacher_weights"):
         if (path := getattr(args, name)) and not Path(path).is_file():
             raise FileError(f"--{name.replace('_', '-')} {path}: no such file")

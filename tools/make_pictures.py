@@ -39,7 +39,8 @@ with importing(__name__):
     import numpy as np
     from PIL import Image
 
-    from cleandift_backbones.errors import needs
+    from cleandift_backbones.decoding import opened
+    from cleandift_backbones.errors import file_errors, needs
     from cleandift_backbones.files import replacing, write_text
     from cleandift_backbones.locks import hold
     from cleandift_backbones.progress import tqdm
@@ -187,7 +188,7 @@ def render(source: tuple[str, str], size: int) -> Image.Image:
     kind, value = source
     if kind == "svg":
         return render_svg(value, size)
-    with Image.open(value) as image:
+    with opened(value) as image:
         side = max(image.size)  # a few are a little taller than wide: centred on a transparent square
         square = Image.new("RGBA", (side, side))
         square.paste(image.convert("RGBA"), ((side - image.width) // 2, (side - image.height) // 2))
@@ -235,6 +236,14 @@ def read_names(concepts: dict, folders: dict[str, Path]) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- main
 
 
+def is_own_metadata(path: Path) -> bool:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError:
+        return False
+    return all(isinstance(line, dict) and {"style", "concept", "family"} <= line.keys() for line in lines)
+
+
 def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> set[Path]:
     """What of `wanted` is already there; an error for pictures that do not belong there or have another size."""
     there = set(out.glob("*/*/*.png"))
@@ -243,10 +252,13 @@ def check_folder(out: Path, wanted: set[Path], size: int, overwrite: bool) -> se
             f"{out} holds {len(foreign)} pictures that this command would not make, first {foreign[0]}: remove them or "
             "choose an empty folder"
         )
+    for path in sorted(out.glob("*/metadata.jsonl")):
+        if not is_own_metadata(path):
+            raise PictureError(f"{path} was not written by this command: move it away, or choose an empty folder")
     if overwrite:
         return set()
     for path in sorted(there):
-        with Image.open(path) as image:
+        with opened(path, load=False) as image:
             if image.size != (size, size) or image.mode != "RGBA":
                 what = f"{path} is {image.mode} {image.width}x{image.height}"
                 raise PictureError(f"{what}, wanted RGBA {size}x{size}: add --overwrite")
@@ -340,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.packages:
         folders = find_packages(names, args.packages)
     else:
-        with hold(cache, wait=math.inf, log=print):
+        with hold(cache, wait=math.inf, log=print), file_errors(cache):
             folders = fetch_packages(names, cache)
     if args.make_split:
         concepts, sources = collect(folders, list(STYLES))
@@ -353,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(SPLIT_FILE, split)
         print(f"{SPLIT_FILE.name}: {len(split['train'])} concepts for training, {len(split['heldout'])} held out")
     if args.out is not None:
-        with hold(args.out):
+        with hold(args.out), file_errors(args.out):
             counts = make_pictures(args.out, folders, args.styles, args.size, args.workers, args.overwrite)
         for (side, style), count in sorted(counts.items()):
             print(f"{side:8} {style:10} {count:5}")

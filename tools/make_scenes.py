@@ -29,11 +29,14 @@ with importing(__name__):
     import numpy as np
     from PIL import Image
 
-    from cleandift_backbones.errors import CleanDIFTError
+    from cleandift_backbones.decoding import opened
+    from cleandift_backbones.errors import CleanDIFTError, file_errors
     from cleandift_backbones.files import write_text
+    from cleandift_backbones.images import check_folder
     from cleandift_backbones.locks import hold
     from cleandift_backbones.models import ASSETS
     from cleandift_backbones.progress import tqdm
+    from cleandift_backbones.records import read_records
 
 # class -> beginnings of Unicode's names of subgroups; configs/*/_base_/datasets/scenes.py name the same classes
 CLASSES = {
@@ -72,11 +75,16 @@ def sample_pictures() -> tuple[Pictures, Pictures]:
 def emoji_pictures(folder: Path) -> Pictures:
     """A half (train, heldout) of a folder made by tools/make_pictures.py, by CLASSES."""
     found = defaultdict(list)
-    for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for line, entry in read_records(folder / "metadata.jsonl"):
+        try:
+            subgroup, file = entry["subgroup"], folder / entry["file_name"]
+        except (KeyError, TypeError) as error:
+            raise SceneError(
+                f"{folder / 'metadata.jsonl'}, line {line}: no file_name or subgroup ({error}); make the folder again"
+            ) from None
         for name, beginnings in CLASSES.items():
-            if entry["subgroup"].startswith(beginnings):
-                found[name].append(folder / entry["file_name"])
+            if subgroup.startswith(beginnings):
+                found[name].append(file)
     return found
 
 
@@ -122,7 +130,8 @@ def background(rng: np.random.Generator, size: int) -> Image.Image:
 
 def cut_out(rng: np.random.Generator, path: Path, side: int) -> Image.Image:
     """A picture at a side of `side`, perhaps mirrored, turned a little, cropped to what is not transparent."""
-    picture = Image.open(path)
+    with opened(path) as picture:
+        picture = picture.copy()
     if picture.mode != "RGBA":
         raise SceneError(f"{path} has no transparency ({picture.mode}): objects are cut out by it")
     if rng.random() < 0.5:
@@ -218,13 +227,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="side of the scenes in pixels, at least 64 (128)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.size < 64 or options.train < 1 or options.val < 1:
-        parser.error("--size must be at least 64, --train and --val at least 1")
+    if options.size < 64 or options.train < 1 or options.val < 1 or options.seed < 0:
+        parser.error("--size must be at least 64, --train and --val at least 1, --seed at least 0")
+    check_folder(options.out)
     train, val = read_pictures(options.pictures)
     if missing := sorted(set(train) - set(val)):
         raise SceneError(f"{options.pictures}: no images for validation of the classes {', '.join(missing)}")
     val = {name: val[name] for name in train}
-    with hold(options.out):
+    with hold(options.out), file_errors(options.out):
         check_out(options.out)
         make_split(options.out, "train", train, options.train, options.size, options.seed)
         make_split(options.out, "val", val, options.val, options.size, options.seed)

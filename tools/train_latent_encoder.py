@@ -29,16 +29,15 @@ with importing(__name__):
     from cleandift_backbones.checkpoints import DIFFUSERS_NAME
     from cleandift_backbones.checkpoints.writing import write_file
     from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, decode_batch, list_pictures
+    from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options
     from cleandift_backbones.distill.trainer import (
         Run,
-        add_run_arguments,
         autocast,
         mix_seed,
         pick_device,
-        run_options,
     )
     from cleandift_backbones.encoders import load_latent_encoder
-    from cleandift_backbones.errors import InputError, missing_weights
+    from cleandift_backbones.errors import InputError, missing_weights, resource_errors
     from cleandift_backbones.files import replacing
     from cleandift_backbones.latents import TinyLatentEncoder
     from cleandift_backbones.locks import hold
@@ -63,7 +62,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="white",
         help="behind transparent pictures (default: white)",
     )
-    add("--num-workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    add(
+        "--num-workers",
+        type=int,
+        choices=range(65),
+        metavar="N",
+        default=2,
+        help="processes that read pictures (default: 2)",
+    )
     options = parser.parse_args(arguments)
     if options.max_steps is None and options.max_minutes is None:
         options.max_minutes = 30.0
@@ -153,7 +159,7 @@ def train(options: argparse.Namespace) -> int:
         print(f"step {done}: {figures}", flush=True)
         return figures
 
-    with run:
+    with resource_errors("lower --batch-size, --size or --num-workers"), run:
         for step in run:
             batch = next(loader)
             images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)

@@ -35,17 +35,16 @@ with importing(__name__):
 
     from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
     from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
+    from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options, whole_numbers
     from cleandift_backbones.distill.trainer import (
         Run,
-        add_run_arguments,
         autocast,
         batch_indices,
         mix_seed,
         pick_device,
-        run_options,
         step_generator,
     )
-    from cleandift_backbones.errors import InputError, MissingFileError
+    from cleandift_backbones.errors import InputError, MissingFileError, file_errors, resource_errors
     from cleandift_backbones.files import replacing, save_png
     from cleandift_backbones.locks import hold
 
@@ -273,7 +272,8 @@ def train(options: argparse.Namespace) -> int:
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32).requires_grad_(False).eval()
+    with file_errors(options.vae):
+        vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32).requires_grad_(False).eval()
     vae = vae.to(device, memory_format=torch.channels_last)
     train, entries = load_pictures(Path(options.data) / "train", options.size)
     heldout, heldout_entries = load_pictures(Path(options.data) / "heldout", options.size)
@@ -282,7 +282,7 @@ def train(options: argparse.Namespace) -> int:
     tokenizer = build_tokenizer([caption(entry["text"], entry["style"]) for entry in entries])
     captions = Captions(tokenizer, entries, device)
     text_encoder = build_text_encoder(tokenizer).to(device)
-    unet = build_unet([int(width) for width in options.widths.split(",")], train.shape[-1] // 4)
+    unet = build_unet(whole_numbers(options.widths, "--widths"), train.shape[-1] // 4)
     unet = unet.to(device, memory_format=torch.channels_last)
     scheduler, composed = build_scheduler(), Compositor()
     pipeline = build_pipeline(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
@@ -358,7 +358,7 @@ def train(options: argparse.Namespace) -> int:
         save_png(sheet, out / "samples.png")
         text_encoder.train()
 
-    with run:
+    with resource_errors("lower --batch-size or --size"), run:
         for step in run:
             generator = step_generator(device, options.seed, step)
             index = batch_indices(step, options.batch_size, len(train), options.seed).to(device, non_blocking=True)
@@ -379,7 +379,7 @@ def train(options: argparse.Namespace) -> int:
     if run.finished:
         evaluate(run.step)
         sample()
-        with run.ema.applied():
+        with run.ema.applied(), file_errors(out):
             export(pipeline, torch.float16 if options.save_dtype == "fp16" else torch.float32, out)
         print(f"wrote {out} after {run.step} steps and {run.elapsed() / 60:.1f} minutes")
     return run.exit_code

@@ -21,17 +21,16 @@ with importing(__name__):
     from torch import Tensor
 
     from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures
+    from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options, whole_numbers
     from cleandift_backbones.distill.trainer import (
         Run,
-        add_run_arguments,
         autocast,
         batch_indices,
         mix_seed,
         pick_device,
-        run_options,
         step_generator,
     )
-    from cleandift_backbones.errors import InputError
+    from cleandift_backbones.errors import InputError, resource_errors
     from cleandift_backbones.files import replacing, save_png
     from cleandift_backbones.locks import hold
 
@@ -144,7 +143,7 @@ def train(options: argparse.Namespace) -> int:
     shown = composed(heldout, step_generator(device, options.seed, 1, 2))
     shown[: PREVIEW // 2] = compose_plain(heldout[: PREVIEW // 2])
 
-    vae = build_vae([int(width) for width in options.widths.split(",")], train.shape[-1])
+    vae = build_vae(whole_numbers(options.widths, "--widths"), train.shape[-1])
     vae = vae.to(device, memory_format=torch.channels_last)
     count = sum(p.numel() for p in vae.encoder.parameters())
     print(f"{len(train)} pictures on {device}; the encoder has {count:,} parameters", flush=True)
@@ -174,7 +173,7 @@ def train(options: argparse.Namespace) -> int:
         print(f"step {done}: {figures}", flush=True)
         return figures["latent_rms"]
 
-    with run:
+    with resource_errors("lower --batch-size or --size"), run:
         for step in run:
             generator = step_generator(device, options.seed, step)
             index = batch_indices(step, options.batch_size, len(train), options.seed).to(device, non_blocking=True)

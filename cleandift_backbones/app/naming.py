@@ -9,8 +9,11 @@ from typing import NamedTuple
 import timm
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
+from ..download import parse_source
 from ..extractor import PIXELS, ModelError, list_maps
-from ..models import offered_maps
+from ..last_map import checked_last_map, offered_maps
+from ..models import architecture_of
+from ..unet import map_infos
 
 DEFAULT_SIDE = 224  # of models that do not say
 
@@ -29,13 +32,16 @@ def _known(model: str) -> _Known:
     if not colon:
         config = None if model == PIXELS else timm.get_pretrained_cfg(model)
         return _Known(model, config.input_size[-1] if config and config.input_size else DEFAULT_SIDE)
-    try:  # what the config.json says beside the weights; nothing else is read
+    try:  # what the config.json says beside the weights, and their header where it says that they are truncated
         read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
         config, architecture, arguments = read(place)
     except Exception as error:
         raise ModelError(f"{model} cannot be built: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     side = (config.get("input_size") or [DEFAULT_SIDE])[-1]
-    return _Known(architecture, side, (arguments or {}).get("held"))
+    last = (arguments or {}).get("held")
+    if last is not None:
+        last = checked_last_map(last, parse_source(place), map_infos(architecture_of(architecture)["unet"]))
+    return _Known(architecture, side, last)
 
 
 def map_names(model: str) -> list[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,12 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..images import ImageError, read_image
+from ..decoding import ImageError, opened, read_image
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
 LARGEST = 1024  # pixels of the longer side: figures and models make no use of more
 SMALLEST = 16  # pixels of the shorter side after that
+UPLOAD = 2**27  # pixels of an upload: larger ones take gigabytes while they are decoded
 WORKING = 256  # longer side at which points are matched: finer than any map
 
 
@@ -83,11 +82,8 @@ def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None =
         if not path.exists() and (SAMPLES / path.name).is_file() and path.parent == Path():
             path = SAMPLES / path.name
         source, name = path, name or path.name
-    with warnings.catch_warnings():  # Pillow warns of large pictures, which are made smaller here
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        formats = _plain_formats() if isinstance(source, bytes) else None
-        image = read_image(source, BACKGROUND, name=name, formats=formats)
-        note = _note(source, image, formats)
+    image = read_image(source, BACKGROUND, name=name, limit=UPLOAD if isinstance(source, bytes) else None)
+    note = _note(source, image, name)
     image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     if min(image.size) < SMALLEST:
         raise ImageError(f"{name}: too long and narrow; cut a part out of it")
@@ -102,36 +98,21 @@ def open_pictures(sources: Sequence[str | os.PathLike | bytes | Picture]) -> lis
     return [open_picture(source) for source in sources]
 
 
-@lru_cache(1)
-def _plain_formats() -> list[str]:
-    """What is read of bytes that somebody sent: plain pictures, none of the formats that run another program."""
-    Image.init()
-    plain = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
-    return [name for name in plain if name in Image.OPEN]
-
-
-def _note(source: Path | bytes, image: Image.Image, formats: list[str] | None) -> str:
+def _note(source: Path | bytes, image: Image.Image, name: str | None) -> str:
     notes = []
     if max(image.size) > LARGEST:
         scale = LARGEST / max(image.size)
         small = f"{round(image.width * scale)} x {round(image.height * scale)}"
         megapixels = image.width * image.height / 1e6
         notes.append(f"scaled down from {image.width} x {image.height} ({megapixels:.0f} megapixels) to {small}")
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     # What comes after the first picture, which was read, may be damaged in any way.
-    with suppress(Exception), Image.open(file, formats=formats) as opened:
-        if getattr(opened, "is_animated", False):
-            moves = opened.format in ("GIF", "PNG", "WEBP", "AVIF")
-            notes.append("animated: its first frame" if moves else f"the first of its {opened.n_frames} pictures")
-        if _see_through(opened):
-            notes.append("transparent: drawn on grey")
+    with suppress(ImageError), opened(source, name, load=False) as header:
+        if getattr(header, "is_animated", False):
+            moves = header.format in ("GIF", "PNG", "WEBP", "AVIF")
+            notes.append("animated: its first frame" if moves else f"the first of its {header.n_frames} pictures")
+    with suppress(ImageError), opened(source, name, load=False) as header:
+        if header.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in header.info:
+            with opened(source, name) as stored:
+                alpha = stored.getchannel("A") if stored.mode == "RGBA" else stored.convert("RGBA").getchannel("A")
+                notes += ["transparent: drawn on grey"] if alpha.getextrema()[0] < 255 else []
     return "; ".join(notes)
-
-
-def _see_through(opened: Image.Image) -> bool:
-    """Whether any pixel of a picture is less than opaque."""
-    if opened.mode == "RGBA":
-        return opened.getchannel("A").getextrema()[0] < 255
-    if opened.mode in ("LA", "PA", "La", "RGBa") or "transparency" in opened.info:
-        return opened.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    return False

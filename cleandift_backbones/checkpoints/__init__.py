@@ -12,7 +12,7 @@ from .reading import (
     open_state,
     open_weights,
 )
-from .writing import check_replaceable, plain_state, save_diffusers_unet, save_folder, save_native, verify
+from .writing import check_replaceable, plain_state, save_diffusers_unet, save_folder, save_ldm, save_native, verify
 
 __all__ = [
     "DIFFUSERS_NAME",
@@ -34,6 +34,7 @@ __all__ = [
     "plain_state",
     "save_diffusers_unet",
     "save_folder",
+    "save_ldm",
     "save_native",
     "shard_names",
     "verify",

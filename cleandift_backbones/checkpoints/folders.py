@@ -11,11 +11,19 @@ from ..errors import InputError
 
 NATIVE_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _PREFERRED = (None, "fp16", "bf16", "fp32")  # variants of the same weights; others ("ema") are other weights
 
 
 class CheckpointError(InputError):
     """A weights file that cannot be used; the message names the file, what is wrong, and the remedy."""
+
+
+def pickle_refusal(place: object) -> CheckpointError:
+    return CheckpointError(
+        f"{place} is a pickle file, which can run code when loaded: refused. Convert it to safetensors where you trust "
+        "it (safetensors.torch.save_file), then pass that file"
+    )
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -8,6 +8,7 @@
 | diffusers folder | `unet/`, `vae/` | `unet.*`, `vae.*`, configs |
 | diffusers' VAE, also with its old attention names | `encoder.conv_in.weight` | `vae.*` |
 | diffusers' AutoencoderTiny (TAESD) | `encoder.layers.0.weight` | `vae.*` |
+| LDM single file of SD 1.x, 2.x; UNet or VAE of one | `model.diffusion_model.*`, ... | `unet.*`, `vae.*`, `ldm.*` |
 
 Only safetensors is ever read; pickle is refused unopened.
 """
@@ -27,9 +28,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..files import DamagedFileError, open_tensors
+from . import ldm
 from .dtypes import STORED, widened
-from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files
+from .folders import DIFFUSERS_NAME, NATIVE_NAME, PICKLES, CheckpointError, find_files, pickle_refusal
 from .folders import listed as _listed
+from .forms import identify
 from .wrapping import unwrapped
 
 _logger = logging.getLogger(__name__)
@@ -44,20 +47,6 @@ class TensorFile(Protocol):
     def metadata(self) -> dict[str, str] | None: ...
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
-
-_FULL = {
-    "unet_feature_extractor_cleandift.": "unet.",
-    "unet_feature_extractor_base.": "teacher.",
-    "ae.ae.": "vae.",
-    "time_emb.": "heads.time_emb.",
-    "time_in_proj.": "heads.time_in_proj.",
-    "mapping.": "heads.mapping.",
-    "adapters.": "heads.adapters.",
-}
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-#: last parts of names that bitsandbytes, torchao, quanto and GPTQ put beside quantised weights
-_QUANTIZED = (".absmax", ".quant_map", ".SCB", ".weight._data", ".weight._scale", ".qweight", ".qzeros", ".int_data")
 #: put beside 8-bit floats: the factor of a weight; of a layer's input, which matters in 8-bit products alone; a mark
 _SCALES, _INPUT_SCALES = (".scale_weight", ".weight_scale"), (".scale_input", ".input_scale")
 _TEXT = ".attn2.to_k.weight"  # of layers that attend to text
@@ -70,63 +59,9 @@ _PARTS = {
     "prompt_embeds": "prompt",
     "heads.": "projection heads",
     "head.": "classifier",
+    ldm.TEXT: "text encoder, not read",
+    ldm.EMA: "EMA weights, not read",
 }
-
-
-def _vae_name(name: str) -> str:
-    """diffusers' present name of a VAE tensor that may carry the attention names of diffusers before 0.17."""
-    return re.sub(
-        r"(mid_block\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
-        lambda m: m[1] + _OLD_ATTENTION[m[2]] + ".",
-        name,
-    )
-
-
-def _full_name(name: str) -> str:
-    for prefix, native in _FULL.items():
-        if name.startswith(prefix):
-            return _vae_name(native + name.removeprefix(prefix))
-    return name
-
-
-def _identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
-    """(what a file with these keys is, the native name of each key).
-
-    Raises:
-        CheckpointError: none of the known forms.
-    """
-
-    def any_starts(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in names)
-
-    if any("lora" in name.lower() for name in names):
-        raise CheckpointError(
-            f"{label} is a LoRA, not a whole model: merge it into its base model and save that, then pass the result"
-        )
-    if marks := [name for name in names if name.endswith(_QUANTIZED)]:
-        raise CheckpointError(
-            f"{label} holds weights quantised to integers ({_listed(marks, 3)}): save them in 16 bit (in diffusers, "
-            "model.dequantize() and save_pretrained), then pass that"
-        )
-    if any_starts("unet_feature_extractor_"):
-        return "CompVis full checkpoint", _full_name
-    if any_starts("unet.", "vae."):
-        return "native checkpoint", str
-    if "conv_in.weight" in names and any_starts("down_blocks."):
-        return "UNet in diffusers' layout", lambda name: f"unet.{name}"
-    if "encoder.conv_in.weight" in names:
-        return "VAE in diffusers' layout", lambda name: f"vae.{_vae_name(name)}"
-    if "encoder.layers.0.weight" in names:
-        return "AutoencoderTiny in diffusers' layout", lambda name: f"vae.{name}"
-    if any_starts("model.diffusion_model.", "first_stage_model."):
-        raise CheckpointError(
-            f"{label} is a checkpoint of the original Stable Diffusion code: turn it into a diffusers folder first "
-            "(StableDiffusionPipeline.from_single_file(...).save_pretrained(FOLDER)), then pass that folder"
-        )
-    raise CheckpointError(
-        f"{label} is no checkpoint of a form that this package knows (native vae.* and unet.*, CompVis unet or full, "
-        f"diffusers' UNet, VAE or folder): it holds {_listed(names)}"
-    )
 
 
 def family(width: int, xl: bool = False) -> str:
@@ -291,10 +226,7 @@ def open_weights(path: str | Path) -> safe_open:
         with open(path, "rb") as file:
             head = file.read(2)
         if head == b"PK" or head[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path} is a pickle file, which can run code when loaded: refused. Convert it to safetensors where "
-                "you trust it (safetensors.torch.save_file), then pass that file"
-            ) from None
+            raise pickle_refusal(path) from None
         size, why = path.stat().st_size, error.__cause__
         raise CheckpointError(
             f"{path} ({size} bytes) is truncated or not a safetensors file ({why}): download or convert it again"
@@ -332,7 +264,7 @@ def open_checkpoint(path: str | Path) -> Weights:
 
 
 def _pickles(folder: Path) -> str:
-    found = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".ckpt", ".pkl")]
+    found = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
     return f" Pickle files ({_listed(found)}) are never loaded: convert them to safetensors." if found else ""
 
 
@@ -340,7 +272,7 @@ def open_files(label: str | Path, files: Iterable[TensorFile]) -> Weights:
     """Weights of files that belong together (shards of one checkpoint)."""
     files = list(files)
     names, beside = unwrapped((name for file in files for name in file.keys()), str(label))  # noqa: SIM118 (no mapping)
-    form, rename = _identify(set(names.values()), str(label))
+    form, rename = identify(set(names.values()), str(label))
     if beside:
         _logger.warning(f"{label}: {len(beside)} tensors beside the backbone's are left out: {_listed(beside, 3)}")
     weights = Weights(label, form)

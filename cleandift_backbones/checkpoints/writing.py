@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import struct
 from collections.abc import Mapping
@@ -16,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
-from ..files import readable_size, reading, replacing
+from ..files import readable_size, reading, replacing, set_aside
 from .dtypes import cast, check_dtype
 from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, listed
+from .ldm import ldm_state
 from .reading import open_weights
 from .wrapping import unwrapped
 
+_logger = logging.getLogger(__name__)
 CHECKSUM = "sha256"  # in the metadata of each file: of its tensors, see `checksum`
 
 
@@ -134,6 +137,12 @@ def check_replaceable(folder: str | Path) -> None:
         )
 
 
+def keep_other(path: Path) -> None:
+    """Renames a weights file that this module did not write to NAME.other, before one of that name is written."""
+    if path.is_file() and not _has_checksum(path):
+        _logger.warning(f"{path} was not written by cleandift_backbones: kept as {set_aside(path, 'other').name}")
+
+
 def _has_checksum(path: Path) -> bool:
     try:
         return CHECKSUM in (open_weights(path).metadata() or {})
@@ -198,6 +207,16 @@ def save_folder(
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (aside / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)
+
+
+def save_ldm(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors with native names as one single-file checkpoint with LDM's keys, aside and renamed.
+
+    Raises:
+        OSError: as for `save_native`.
+    """
+    with replacing(path) as aside:
+        write_file(ldm_state(state), aside, metadata)
 
 
 def save_diffusers_unet(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +24,22 @@ from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
 from ..errors import InputError, missing_weights
 from ..heads import ProjectionHeads
+from ..last_map import check_reaches
 from ..learned import stored_timestep
 from ..locks import hold
 from ..models import ARCHITECTURES
 from ..noisy import DIFT
 from ..prompts import PromptEncoder, encoder_identity
+from ..tars import shards_of
 from ..unet import FeatureUNet
 from .cache import CachedBatches, LatentCache
-from .data import Batch, DecodeOptions, FolderBatches, Picture, list_pictures, plain_images
+from .captioned import DataSummary, Picture, list_pictures, peek, summarize
+from .data import Batch, DecodeOptions, FolderBatches, plain_images
 from .engine import autocast, half_of, whole
 from .lora import add_lora
 from .module import Distiller
 from .recipe import Recipe
-from .shards import ShardBatches, find_shards
+from .shards import ShardBatches
 from .trainer import mix_seed
 
 _logger = logging.getLogger(__name__)
@@ -133,6 +137,7 @@ def _load_student(student: FeatureUNet, source: str, timestep: float, latent_enc
             f"student_weights={source} learnt on the latents of the {kind} encoder that it holds: give "
             f"latent_encoder={kind} too, or a student of the VAE's latents"
         )
+    check_reaches(weights, student)
     expected = {f"unet.{name}": tensor for name, tensor in student.state_dict().items()}
     beside = {f"unet.{name}" for name in student.dropped_keys}
     state = checkpoints.fit(weights, expected, lambda name: not name.startswith("unet.") or name in beside)
@@ -184,11 +189,12 @@ class Prompts:
 
 @dataclass
 class Data:
-    """What a run trains and validates on."""
+    """What a run trains and validates on; `summary` says it in numbers."""
 
     pictures: list[Picture] | list[str]
     heldout: list[Picture]
     options: DecodeOptions
+    summary: DataSummary
     cache: LatentCache | None = None
 
     @property
@@ -200,25 +206,25 @@ def list_data(recipe: Recipe, size: int) -> Data:
     """The pictures of a recipe: a folder of pictures, or shards; every 20th is held out if `data.heldout` names none.
 
     Raises:
-        ValueError: none there; shards with a cache or without held-out pictures.
+        InputError: none there; shards with a cache or without held-out pictures.
     """
-    data = recipe.data
+    data, left_out = recipe.data, Counter()
     options = DecodeOptions(size, data.crop, data.flip, data.background)
-    path = Path(data.path)
-    sharded = not path.is_dir() or (any(path.glob("*.tar")) and not (path / "metadata.jsonl").is_file())
-    if not path.exists() and ".tar" not in data.path:
+    if not Path(data.path).exists() and ".tar" not in data.path:
         raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
-    if sharded:
-        shards = find_shards(data.path)
-        if recipe.cache_dir or not data.heldout:
+    shards = shards_of(data.path)
+    heldout = list_pictures(data.heldout) if data.heldout else []
+    if shards:
+        if recipe.cache_dir or not heldout:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout, a folder"
             raise InputError(f"{need}: {data.path} holds .tar shards")
-        return Data(shards, _sparse(list_pictures(data.heldout)), options)
-    pictures = list_pictures(path, without=recipe.output_dir)
-    if data.heldout:
-        return Data(pictures, _sparse(list_pictures(data.heldout)), options)
-    heldout = pictures[::20]
-    return Data([p for i, p in enumerate(pictures) if i % 20] or pictures, _sparse(heldout), options)
+        heldout = _sparse(heldout)
+        return Data(shards, heldout, options, peek(shards, len(heldout)))
+    pictures = list_pictures(data.path, recipe.output_dir, left_out)
+    if not heldout:
+        heldout, pictures = pictures[::20], [p for i, p in enumerate(pictures) if i % 20] or pictures
+    heldout = _sparse(heldout)
+    return Data(pictures, heldout, options, summarize(pictures, len(heldout), left_out))
 
 
 def _sparse(pictures: list[Picture]) -> list[Picture]:

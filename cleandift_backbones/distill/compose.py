@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..decoding import opened
 from ..errors import InputError, MissingFileError
 from ..progress import tqdm
+from ..records import read_records
 
-__all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures"]
+__all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures", "rgba_tensor"]
 
 METADATA_KEYS = ("file_name", "text", "style", "concept", "subgroup")
 # What a background is made of and how often (white sheets come on top of these).
@@ -220,15 +221,8 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
             f"{table} is missing: make the pictures first (tools/make_pictures.py), or fix the folder"
         )
     lines = []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            missing = [key for key in METADATA_KEYS if key not in entry]
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{table}, line {number} is not a JSON object: {error}") from None
-        if missing:
+    for number, entry in read_records(table):
+        if missing := [key for key in METADATA_KEYS if key not in entry]:
             raise InputError(f"{table}, line {number} has no {', '.join(missing)}: make the pictures again")
         lines.append(entry)
     if not lines:
@@ -237,27 +231,27 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
     if absent:
         raise MissingFileError(f"{len(absent)} of {len(lines)} pictures of {table} are missing, first {absent[:3]}")
 
-    def read(entry: dict) -> np.ndarray:
-        path = folder / entry["file_name"]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGBA")
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{path} is not a readable picture: {error}") from None
-        if size is not None and image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
-        return np.asarray(image)
+    def read(entry: dict) -> Tensor:
+        with opened(folder / entry["file_name"]) as image:
+            return rgba_tensor(image.convert("RGBA"), size)
 
     with ThreadPoolExecutor(threads) as pool:
-        arrays = list(tqdm(pool.map(read, lines), total=len(lines), desc=f"reading {folder.name}", unit="picture"))
-    side = arrays[0].shape[0]
-    for entry, array in zip(lines, arrays, strict=True):
-        if array.shape != (side, side, 4):
+        pictures = list(tqdm(pool.map(read, lines), total=len(lines), desc=f"reading {folder.name}", unit="picture"))
+    side = pictures[0].shape[-1]
+    for entry, picture in zip(lines, pictures, strict=True):
+        if picture.shape != (4, side, side):
             raise InputError(
-                f"{folder / entry['file_name']} is {array.shape[1]} x {array.shape[0]} pixels, not {side} x {side}: "
-                "give a size to resize to"
+                f"{folder / entry['file_name']} is {picture.shape[2]} x {picture.shape[1]} pixels, not {side} x "
+                f"{side}: give a size to resize to"
             )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), lines
+    return torch.stack(pictures), lines
+
+
+def rgba_tensor(image: Image.Image, size: int | None) -> Tensor:
+    """An RGBA image as uint8 4 x H x W, resized to size x size unless `size` is None."""
+    if size is not None and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def contact_sheet(pictures: Tensor, columns: int, gap: int = 2) -> Image.Image:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import InputError
-from ..images import ENDINGS, ImageError, find_pictures, read_image, to_tensor
-from .compose import Compositor, compose_plain
+from ..decoding import ImageError, memory_named, opened, read_image
+from ..images import HUGE, THIN, cut_resized, to_tensor
+from .captioned import Picture, caption_of_json, list_pictures
+from .compose import Compositor, compose_plain, rgba_tensor
 from .trainer import batch_indices, step_generator
 
+__all__ = [
+    "Batch", "DecodeOptions", "FolderBatches", "OrderedBatches", "Picture", "caption_of_json", "decode",
+    "decode_batch", "is_transparent", "list_pictures", "plain_images", "read_rgba",
+]  # fmt: skip
+
+_logger = logging.getLogger(__name__)
 SPARE = 10  # pictures tried where none of a batch can be read
-
-
-class Picture(NamedTuple):
-    """A picture that is not decoded yet: its name for messages, a path or the file's bytes, its caption."""
-
-    name: str
-    source: Path | bytes
-    caption: str
 
 
 class Batch(NamedTuple):
@@ -53,61 +50,6 @@ class DecodeOptions:
     background: str = "white"
 
 
-def caption_of_json(told: object) -> str:
-    """The caption in a JSON side-car: its "caption" (img2dataset), "text" or "prompt"; a bare string is one itself.
-
-    Raises:
-        ValueError: there is none that is a string.
-    """
-    if isinstance(told, str):
-        return told.strip()
-    found = (
-        next((told[key] for key in ("caption", "text", "prompt") if told.get(key)), "") if isinstance(told, dict) else 0
-    )
-    if not isinstance(found, str):
-        raise InputError(f"a caption must be a string under caption, text or prompt, got {str(told)[:80]!r}")
-    return found.strip()
-
-
-def list_pictures(folder: str | Path, without: str | Path | None = None) -> list[Picture]:
-    """The pictures of a folder with their captions.
-
-    By metadata.jsonl (Hugging Face imagefolder: file_name, and text or caption), else every picture below the folder,
-    sorted (`images.find_pictures`), with the caption of its side-car .txt or .json; without one the caption is "". What
-    lies below `without`, a run's own folder, is left out.
-
-    Raises:
-        ValueError: no pictures there, a line of metadata.jsonl without file_name, a caption that is no string.
-    """
-    folder = Path(folder)
-    table = folder / "metadata.jsonl"
-    try:
-        if table.is_file():
-            where = table
-            entries = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-            if not all(isinstance(entry, dict) and isinstance(entry.get("file_name"), str) for entry in entries):
-                raise InputError("every line needs a file_name, a string")
-            found = [(folder / entry["file_name"], caption_of_json(entry)) for entry in entries]
-        else:
-            found = []
-            own = Path(without).resolve() if without else None
-            paths = find_pictures(folder) if folder.is_dir() else []
-            for path in (p for p in paths if own is None or own not in p.resolve().parents):
-                where, caption = path.with_suffix(".txt"), ""
-                if where.is_file():
-                    caption = where.read_text(encoding="utf-8").strip()
-                elif (where := path.with_suffix(".json")).is_file():
-                    caption = caption_of_json(json.loads(where.read_text(encoding="utf-8")))
-                found.append((path, caption))
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
-    if not found:
-        raise InputError(
-            f"no pictures in {folder}: give data.path a folder of {', '.join(ENDINGS)} files, or .tar shards"
-        )
-    return [Picture(str(path), path, caption) for path, caption in found]
-
-
 def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator) -> Tensor:
     """A picture as 3 x size x size in [-1, 1]: shorter side resized to the size, never squashed, then cut out.
 
@@ -115,15 +57,21 @@ def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator)
         ImageError: it cannot be read.
     """
     size = options.size
-    image = to_tensor(read_image(picture.source, min_side=1, name=picture.name)) * 2 - 1
-    height, width = image.shape[-2:]
+    image = read_image(picture.source, min_side=1, name=picture.name)
+    width, height = image.size
     new = (max(size, round(height * size / min(height, width))), max(size, round(width * size / min(height, width))))
-    if new != (height, width):
-        image = F.interpolate(image[None], new, mode="bicubic", antialias=True, align_corners=False)[0].clamp(-1, 1)
     top, left = ((length - size) // 2 for length in new)
     if options.crop == "random":
         top, left = (int(torch.randint(length - size + 1, (), generator=generator)) for length in new)
-    image = image[:, top : top + size, left : left + size]
+    with memory_named(picture.name):
+        if height * width > HUGE or max(new) > THIN * size:
+            image = cut_resized(image, new, top, left, (size, size)) * 2 - 1
+        else:  # bit-equal in all versions: resumed runs depend on it
+            image = to_tensor(image) * 2 - 1
+            if new != (height, width):
+                image = F.interpolate(image[None], new, mode="bicubic", antialias=True, align_corners=False)[0]
+                image = image.clamp(-1, 1)
+            image = image[:, top : top + size, left : left + size]
     if options.flip and torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
     return image
@@ -215,27 +163,29 @@ class FolderBatches(OrderedBatches):
 
 
 def is_transparent(picture: Picture) -> bool:
+    """Whether an image file has an alpha channel, from its header; False for what cannot be opened."""
     if isinstance(picture.source, bytes):
         return False
     try:
-        with Image.open(picture.source) as image:
+        with opened(picture.source, picture.name, load=False) as image:
             return image.mode in ("RGBA", "LA") or "transparency" in image.info
-    except OSError:
+    except ImageError:
         return False
 
 
 def read_rgba(picture: Picture, size: int) -> Tensor:
-    """A transparent square picture: uint8 4 x size x size."""
-    try:
-        with Image.open(picture.source) as image:
-            image = image.convert("RGBA")
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"{picture.name} is not a readable picture ({error}): replace or remove it") from None
-    if image.width != image.height:  # transparent all around, not squashed
+    """A transparent image, uint8 4 x size x size; one that is not square is padded with transparent pixels.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    with opened(picture.source, picture.name) as image:
+        image = image.convert("RGBA")
+    if image.width != image.height:
+        if max(image.size) ** 2 > HUGE:  # a thin image, padded to a square, would not fit into memory
+            image = image.resize([max(1, round(side * size / max(image.size))) for side in image.size])
         image = ImageOps.pad(image, [max(image.size)] * 2, color=(0, 0, 0, 0))
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return rgba_tensor(image, size)
 
 
 def plain_images(pictures: Sequence[Picture], options: DecodeOptions) -> tuple[Tensor, list[Picture]]:
@@ -253,8 +203,8 @@ def plain_images(pictures: Sequence[Picture], options: DecodeOptions) -> tuple[T
             else:
                 images.append(decode(picture, plain, torch.Generator()))
             kept.append(picture)
-        except ImageError:
-            continue
+        except ImageError as error:
+            _logger.warning(f"left out of validation: {error}")
     if not images:
         raise ImageError(f"none of the {len(pictures)} pictures for validation can be read, e.g. {pictures[0].name}")
     return torch.stack(images), kept

@@ -34,27 +34,29 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
     """Writes output_dir/native, and lora.safetensors beside it; pushes the folder if the recipe says so.
 
     Args:
-        state: of `student_state`. What the student does not hold (VAE, empty prompt, what runs after its last map) is
-            the teacher's, but for a light encoder of the recipe's.
+        state: of `student_state`. The rest (VAE, empty prompt) is the teacher's, but for a light encoder of the
+            recipe's. The UNet ends at the student's last map: layers of the teacher would not fit behind it.
         adapters: of `lora_state`, if there are any. data: for the card, e.g. "3000 pictures, 768 px".
     """
     out = Path(recipe.output_dir)
     if adapters is not None:
+        checkpoints.writing.keep_other(out / "lora.safetensors")
         checkpoints.save_native(adapters, out / "lora.safetensors")
     # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
     base, encoder = load_teacher(recipe).state_dict(), load_student_encoder(recipe)
+    replaced = ("unet.",) if encoder is None else ("unet.", "vae.")
+    base = {name: tensor for name, tensor in base.items() if not name.startswith(replaced)}
     if encoder is not None:
-        base = {name: tensor for name, tensor in base.items() if not name.startswith("vae.")}
         base |= {f"vae.{name}": tensor for name, tensor in encoder.state_dict().items()}
     state = base | dict(state)
     card = hub.CardInfo(data=data, recipe=json.loads(method(recipe)), results=final_losses(out / "log.jsonl"))
     with torch.device("meta"):
-        config = hub.timm_config(timm.create_model(recipe.model, latent_encoder=recipe.latent_encoder))
-    if recipe.heads.depth:
-        config["model_args"]["heads"] = {k: v for k, v in vars(recipe.heads).items() if k != "weights"}
-    metadata = {"model": recipe.model, "recipe": method(recipe)}
-    folder, dtype = out / "native", getattr(torch, recipe.save_dtype)
-    checkpoints.save_folder(state, folder, config, hub.model_card(config, card), metadata, dtype)
+        model = timm.create_model(recipe.model, latent_encoder=recipe.latent_encoder)
+    heads = {k: v for k, v in vars(recipe.heads).items() if k != "weights"} if recipe.heads.depth else None
+    dtype = getattr(torch, recipe.save_dtype)
+    folder = hub.save_folder(
+        model, out / "native", card, {"recipe": method(recipe)}, dtype, state=state, arguments=dict(heads=heads)
+    )
     if recipe.push_to_hub:
         print(f"pushed to {hub.push_to_hub(folder, recipe.push_to_hub)}")
 

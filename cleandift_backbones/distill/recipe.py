@@ -31,9 +31,7 @@ def _field(default: object, about: str) -> Any:
 
 @dataclass
 class DataRecipe:
-    path: str = _field(
-        MISSING, "folder of images (metadata.jsonl, or side-car .txt or .json), or .tar shards of img2dataset"
-    )  # fmt: skip
+    path: str = _field(MISSING, "folder of images with captions, or .tar shards of img2dataset")
     heldout: str | None = _field(None, "folder for validation; default: every 20th image of path; shards need one")
     size: int | None = _field(None, "side in pixels, a multiple of the latents' stride; default: the model's own")
     crop: str = _field("center", "center or random, after the shorter side is resized to size")
@@ -143,6 +141,21 @@ _POSITIVE = (
     "checkpoint_every",
     "validate_every",
     "log_every",
+    "stop_after",
+    "data.shuffle_buffer",
+)
+_NOT_NEGATIVE = (
+    "clip",
+    "final_rate",
+    "heads.depth",
+    "heads_learning_rate",
+    "lora.rank",
+    "num_workers",
+    "sample_every",
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+    "data.max_broken",
 )
 
 
@@ -271,9 +284,10 @@ def _check(merged: DictConfig) -> None:
     for name, allowed in _CHOICES.items():
         if OmegaConf.select(merged, name) not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {OmegaConf.select(merged, name)!r}")
-    for name in _POSITIVE:
-        if not merged[name] > 0:
-            raise InputError(f"{name} must be above 0, got {merged[name]}")
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = OmegaConf.select(merged, name)
+        if value is not None and not (value > 0 or (value == 0 and name in _NOT_NEGATIVE)):
+            raise InputError(f"{name} must be {'at least' if name in _NOT_NEGATIVE else 'above'} 0, got {value}")
     span = list(merged.timestep_range)
     if len(span) != 2 or not 0 <= span[0] < span[1] <= 999 or span[1] - span[0] + 1 < merged.timestep_levels:
         raise InputError(
@@ -283,16 +297,10 @@ def _check(merged: DictConfig) -> None:
         raise InputError(f"maps must give every map a weight above 0, got {dict(merged.maps)}")
     if merged.data.size is not None and merged.data.size < 64:
         raise InputError(f"data.size must be at least 64 pixels, got {merged.data.size}")
-    if merged.clip < 0 or (merged.stop_after is not None and merged.stop_after <= 0):
-        raise InputError(
-            f"clip must be at least 0 (0: off) and stop_after above 0, got {merged.clip}, {merged.stop_after}"
-        )
     if merged.heads.weights and not merged.heads.depth:
         raise InputError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
     if merged.latent_encoder_weights and merged.latent_encoder == "default":
         raise InputError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
-    if merged.lora.rank < 0 or merged.heads.depth < 0:
-        raise InputError(f"lora.rank and heads.depth must be at least 0, got {merged.lora.rank}, {merged.heads.depth}")
     student, _, architecture = merged.model.partition("_")
     if student != "cleandift" or merged.teacher != f"dift_{architecture}" or architecture not in ARCHITECTURES:
         names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")

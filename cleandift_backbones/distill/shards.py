@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 
@@ -11,18 +10,12 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import InputError
-from ..tars import SUFFIXES, find_shards
-from .data import Batch, DecodeOptions, Picture, caption_of_json, decode_batch
+from ..tars import find_shards, open_shard, read_member, scan
+from .captioned import Picture, read_caption
+from .data import Batch, DecodeOptions, decode_batch
 from .trainer import mix_seed, step_generator
 
-__all__ = ["ShardBatches", "caption_of", "find_shards"]
-
-
-def caption_of(sample: dict) -> str:
-    """The caption of a sample: its .txt, else "caption" or "text" of its .json."""
-    if "txt" in sample:
-        return sample["txt"].decode("utf-8", "replace").strip()
-    return caption_of_json(json.loads(sample["json"])) if "json" in sample else ""
+__all__ = ["ShardBatches", "find_shards"]
 
 
 class ShardBatches(IterableDataset):
@@ -66,7 +59,7 @@ class ShardBatches(IterableDataset):
         for _ in range(done):
             next(samples)
         while True:
-            chosen = [self._picture(next(samples)) for _ in range(self.batch_size)]
+            chosen = [next(samples) for _ in range(self.batch_size)]
             batch = decode_batch(chosen, self.options, self.seed, part, done, spare=self._last)
             self._last = [picture for picture in chosen if picture.name in batch.names] or self._last
             batch.broken.extend(self._corrupt)
@@ -74,16 +67,7 @@ class ShardBatches(IterableDataset):
             yield batch
             done += self.batch_size
 
-    def _picture(self, sample: dict) -> Picture:
-        name = f"{sample['__url__']}:{sample['__key__']}"
-        data = next((sample[suffix] for suffix in SUFFIXES if suffix in sample), b"")
-        try:
-            return Picture(name, data, caption_of(sample))
-        except ValueError as error:
-            self._corrupt.append(f"{name}: {error}")
-            return Picture(name, data, "")
-
-    def _shuffled(self, part: int, parts: int) -> Iterator[dict]:
+    def _shuffled(self, part: int, parts: int) -> Iterator[Picture]:
         draw, held = random.Random(mix_seed(self.seed, part, 17)), []
         for sample in self._stream(part, parts):
             held.append(sample)
@@ -92,24 +76,38 @@ class ShardBatches(IterableDataset):
                 held[index], held[-1] = held[-1], held[index]
                 yield held.pop()
 
-    def _stream(self, part: int, parts: int) -> Iterator[dict]:
-        from webdataset import tarfile_to_samples
-
-        def corrupt(error: Exception) -> bool:
-            self._corrupt.append(f"shard: {error}")
-            return True
-
+    def _stream(self, part: int, parts: int) -> Iterator[Picture]:
         for epoch in itertools.count():
             order = torch.randperm(len(self.shards), generator=step_generator(torch.device("cpu"), self.seed, epoch, 1))
             shards = [self.shards[index] for index in order]
             by_shard = len(shards) >= parts
             found = 0
-            opened = ({"url": shard} for shard in (shards[part::parts] if by_shard else shards))
-            for number, sample in enumerate(tarfile_to_samples(handler=corrupt)(opened)):
+            pictures = itertools.chain.from_iterable(map(self._read, shards[part::parts] if by_shard else shards))
+            for number, picture in enumerate(pictures):
                 if by_shard or number % parts == part:
                     found += 1
-                    yield sample
+                    yield picture
             if not found:
                 raise InputError(
                     f"no samples in the shards of part {part} of {parts}, e.g. {shards[0]}: {self._corrupt}"
                 )
+
+    def _read(self, path: str) -> Iterator[Picture]:
+        """The pictures of a shard, in its order; what cannot be read of it is noted."""
+        shard = scan(path)
+        if shard.damage:
+            self._corrupt.append(shard.damage)
+        try:
+            with open_shard(path) as file:
+                for sample in shard.samples:
+                    name, data, caption = f"{path}:{sample.key}", b"", ""
+                    try:
+                        data = read_member(file, sample.image)
+                        if sample.captions:
+                            beside = sample.captions[0]
+                            caption = read_caption(f"{path}:{beside.name}", read_member(file, beside))
+                    except InputError as error:
+                        self._corrupt.append(str(error))
+                    yield Picture(name, data, caption)
+        except (OSError, EOFError) as error:
+            self._corrupt.append(f"{path}: cannot be read ({error})")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..decoding import ImageError, opened
+from ..errors import InputError
+from ..listing import counted
+from ..tars import open_shard, read_member, scan
 from .engine import half_of
 from .export import final_losses
 from .recipe import Recipe
@@ -21,11 +23,6 @@ if TYPE_CHECKING:
     from .train import Training
 
 LOOKED_AT = 200  # images whose size is looked at, spread over the data
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 step", "2,000 steps"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def header(training: Training) -> list[str]:
@@ -50,7 +47,7 @@ def header(training: Training) -> list[str]:
     return [
         f"model: {recipe.model}, a student of {recipe.teacher}",
         f"trained: {trained}; maps {', '.join(training.module.maps)}",
-        *data_lines(data),
+        *data.summary.lines(),
         f"input: {training.size} px, {recipe.data.crop} crop{cached}; text={recipe.text}",
         f"run: {begin}to step {recipe.max_steps:,}, batch size {batch}; {where}, {precision}",
         f"output: {training.out} with {', '.join(folders)}, native/ at the end, and checkpoints/ "
@@ -64,15 +61,6 @@ def checkpoint_bytes(training: Training) -> int:
     return kept * 4 * sum(p.numel() for p in training.parameters.values())
 
 
-def data_lines(data: Data) -> list[str]:
-    """Number of images, of captions and of held-out images."""
-    held = f"{len(data.heldout):,} held out for validation"
-    if data.streamed:
-        return [f"data: {counted(len(data.pictures), 'shard')}, {counted(len(data.heldout), 'image')} for validation"]
-    captions = sum(bool(picture.caption) for picture in data.pictures)
-    return [f"data: {counted(len(data.pictures), 'image')}, {captions:,} with captions; {held}"]
-
-
 def data_warnings(data: Data, recipe: Recipe) -> list[str]:
     """Sentences about data that train, but not as one expects."""
     found = []
@@ -82,8 +70,8 @@ def data_warnings(data: Data, recipe: Recipe) -> list[str]:
             f"{both} of {counted(len(data.heldout), 'validation image')} are also trained on: the validation loss says "
             "little about other images; give data.heldout=FOLDER, or more images"
         )
-    if not data.streamed and recipe.text != "empty" and not any(picture.caption for picture in data.pictures):
-        found.append(f"text={recipe.text}, but no image has a caption: all prompts are empty; see docs/finetune.md")
+    if warning := data.summary.warning(recipe.text):
+        found.append(warning)
     sizes = list(_sizes(data))
     if small := sum(min(size) < data.options.size for size in sizes):
         found.append(
@@ -96,20 +84,17 @@ def data_warnings(data: Data, recipe: Recipe) -> list[str]:
 def _sizes(data: Data) -> Iterator[tuple[int, int]]:
     """Width and height of some images, from their headers; those that cannot be read are reported later."""
     every = max(1, len(data.pictures) // LOOKED_AT)
-    files = _members(data.pictures) if data.streamed else (p.source for p in data.pictures[::every][:LOOKED_AT])
+    files = _members(data.pictures[0]) if data.streamed else (p.source for p in data.pictures[::every][:LOOKED_AT])
     for file in files:
-        with suppress(Exception), Image.open(file) as image:
+        with suppress(ImageError), opened(file, load=False) as image:
             yield image.size
 
 
-def _members(shards: Iterable[str]) -> Iterator:
-    """The first files of the first shard."""
-    with suppress(Exception), tarfile.open(next(iter(shards))) as tar:
-        for number, member in enumerate(tar):
-            if member.isfile() and not member.name.endswith((".txt", ".json")):
-                yield tar.extractfile(member)
-            if number >= LOOKED_AT:
-                return
+def _members(shard: str) -> Iterator[bytes]:
+    """The first images of a shard."""
+    with suppress(InputError, OSError), open_shard(shard) as file:
+        for sample in scan(shard, LOOKED_AT).samples:
+            yield read_member(file, sample.image)
 
 
 def footer(recipe: Recipe, state: dict[str, Tensor], seconds: float, kept: int) -> list[str]:

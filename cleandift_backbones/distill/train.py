@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..checkpoints import check_replaceable
-from ..errors import DivergedError, FileTakenError, InputError, resource_errors
+from ..errors import DivergedError, FileTakenError, InputError, file_errors, resource_errors
 from ..images import check_folder
 from ..latents import latent_stride
 from ..locks import hold
@@ -80,7 +80,6 @@ class Training:
     """One run. Reads from top to bottom: `run`, then what it calls."""
 
     def __init__(self, recipe: Recipe):
-        check_folder(recipe.output_dir)
         self.recipe, self.out, self.started = recipe, Path(recipe.output_dir), time.monotonic()
         check_replaceable(self.out / "native")  # not only when the training is over
         self.accelerator = accelerator = make_accelerator(recipe)
@@ -144,8 +143,9 @@ class Training:
         """Trains to the end, or until a signal; returns the exit code."""
         recipe, accelerator, main = self.recipe, self.accelerator, self.accelerator.is_main_process
         if main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, self.out / "recipe.yaml")
+            with file_errors(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+                save_recipe(recipe, self.out / "recipe.yaml")
         self._print(header(self))
         if main:
             for sentence in data_warnings(self.data, recipe):
@@ -388,6 +388,7 @@ def distill(recipe: Recipe) -> int:
     """
     remedy = "set gradient_checkpointing=true, or in a new output_dir a lower batch_size or lora.rank=64"
     first = get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    check_folder(recipe.output_dir)
     with (
         resource_errors(f"{remedy}; checkpoints written so far are kept"),
         hold(recipe.output_dir) if first else nullcontext(),

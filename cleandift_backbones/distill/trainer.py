@@ -14,7 +14,6 @@ the batches and the noise that an uninterrupted one would have seen, and no gene
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -26,10 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import DivergedError, FileTakenError, InputError
+from ..checkpoints.writing import write_file
+from ..errors import DivergedError, FileTakenError, InputError, file_errors
 from ..files import open_tensors, replacing, set_aside, write_text
 from ..progress import tqdm
 from .engine import pack_optimizer, unpack_optimizer
@@ -38,12 +37,10 @@ __all__ = [
     "EMA",
     "JsonLog",
     "Run",
-    "add_run_arguments",
     "autocast",
     "batch_indices",
     "lr_factor",
     "pick_device",
-    "run_options",
     "step_generator",
 ]
 
@@ -55,7 +52,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. Raises ValueError for a device that torch cannot use."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is unknown: give auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r} was asked for, but torch sees no CUDA device: use --device cpu")
     return device
@@ -229,7 +229,8 @@ class Run:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self._sums: dict[str, Tensor] = {}
         self._tracked, self._images, self._signal = 0, 0, 0
-        self.out.mkdir(parents=True, exist_ok=True)
+        with file_errors(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / CHECKPOINT
         if path.is_file():
             if resume != "auto":
@@ -345,7 +346,7 @@ class Run:
         state = {"step": self.step, "spent": self.elapsed(), "settings": self.settings}
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         with replacing(self.out / CHECKPOINT) as aside:
-            save_file(tensors, aside, {"state": json.dumps(state)})
+            write_file(tensors, aside, {"state": json.dumps(state)})
         self._saved = time.monotonic()
 
     def _load(self, path: Path) -> None:
@@ -365,35 +366,3 @@ class Run:
             shadow.copy_(tensors[f"ema/{name}"])
         unpack_optimizer(self.optimizer, self._named(), tensors)
         self.step, self.spent = state["step"], state["spent"]
-
-
-def run_options(options: argparse.Namespace) -> dict:
-    """The arguments of `Run` that `add_run_arguments` reads."""
-    same = ("max_steps", "max_minutes", "stop_minutes", "warmup", "save_steps", "resume")
-    return {name: getattr(options, name) for name in same} | {"ema_decay": options.ema}
-
-
-PICTURES = "folder of pictures with train/ and heldout/ (tools/make_pictures.py writes it)"
-
-
-def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, data: str = PICTURES) -> None:
-    """The options that all training scripts share; `data` says what --data is."""
-    add = parser.add_argument
-    add("--data", required=True, help=data)
-    add("--out", required=True, help="folder for the result, the checkpoint, the log and the sheets")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--seed", type=int, default=0, help="equal seeds give equal runs on equal machines (default: 0)")
-    add("--batch-size", type=int, default=batch_size, help=f"pictures a step (default: {batch_size})")
-    add("--lr", type=float, default=lr, help=f"peak learning rate of AdamW (default: {lr})")
-    add("--warmup", type=int, default=500, help="steps of linear warm-up (default: 500)")
-    add("--max-steps", type=int, help="end of the schedule in steps (default: none, the time decides)")
-    add("--max-minutes", type=float, help="end of the schedule in minutes of training, over all resumes")
-    add("--stop-minutes", type=float, help="save and stop this command after so long; --resume auto goes on later")
-    add("--resume", choices=("auto", "never"), default="auto", help="go on from --out's checkpoint (default: auto)")
-    add("--save-steps", type=int, default=1000, help="a checkpoint every N steps, and every 10 minutes (default: 1000)")
-    add("--eval-steps", type=int, default=500, help="held-out figures every N steps (default: 500)")
-    add("--sample-steps", type=int, default=2500, help="a sheet of pictures every N steps (default: 2500)")
-    add("--save-dtype", choices=("fp32", "fp16"), default="fp32", help="precision of the final folder (default: fp32)")
-    add("--ema", type=float, default=0.999, help="decay of the weights' moving average (default: 0.999)")
-    add("--size", type=int, help="resize the pictures to this side in pixels (default: as they are)")
-    add("--compile", action="store_true", help="torch.compile: slower to start, faster to run on a GPU")

@@ -124,7 +124,7 @@ class FeatureCache:
                 dtype=self.dtype, code=_code(extractor), mean=list(extractor.mean), std=list(extractor.std),
                 settings=(settings or {}) | (dict(optimize=extractor.optimized) if extractor.optimized else {}),
             )  # fmt: skip
-            folders[name] = self._folder(info, digest)
+            folders[name] = self._folder(info, digest, extractor.maps)
             places[name] = self._index(folders[name])
         missing = [i for i, key in enumerate(keys) if any(key not in found for found in places.values())]
         if missing and len(missing) < len(items):
@@ -135,7 +135,7 @@ class FeatureCache:
             self._compute(extractor, [items[i] for i in missing], [keys[i] for i in missing], noisy, folders, places)
         return {name: Features(keys, places[name]) for name in extractor.maps}
 
-    def _folder(self, info: dict, weights: str) -> Path:
+    def _folder(self, info: dict, weights: str, maps: Sequence[str]) -> Path:
         told = json.dumps(info, sort_keys=True)
         stem = (
             re.sub(r"[^\w.-]+", "_", f"{info['model']}-{info['map']}-") + hashlib.sha256(told.encode()).hexdigest()[:12]
@@ -143,12 +143,16 @@ class FeatureCache:
         folder = self.folder / f"{stem}-{weights[:12]}"
         others = [path for path in self.folder.glob(f"{stem}-*") if path != folder]
         if others and not folder.exists():
+            # A model has the layers that its maps need: their hash says nothing about those of other maps.
+            alike = any(_maps_of(path) in (None, list(maps)) for path in others)
+            why = f"of other weights ({others[0].name.rsplit('-', 1)[1]}, now {weights[:12]})"
             self.say(
-                f"{info['model']}: the cached features of {info['map']} belong to other weights "
-                f"({others[0].name.rsplit('-', 1)[1]}, now {weights[:12]}); computing them again"
+                f"{info['model']}: the cached features of {info['map']} are "
+                f"{why if alike else 'those of a run with other maps'}; computing them again"
             )
         if not (folder / "info.json").is_file():
-            write_text(folder / "info.json", json.dumps(info | dict(weights=weights), indent=1) + "\n")
+            text = json.dumps(info | dict(weights=weights, maps=list(maps)), indent=1)
+            write_text(folder / "info.json", text + "\n")
         return folder
 
     def _index(self, folder: Path) -> dict[str, Path]:
@@ -230,6 +234,14 @@ class FeatureCache:
                 f"{name}: features reach {maps.abs().max():g}, too large for float16; give --dtype float32"
             )
         return kept.contiguous()
+
+
+def _maps_of(folder: Path) -> list[str] | None:
+    """The maps that the features of a folder were computed with, if that is known."""
+    try:
+        return json.loads((folder / "info.json").read_text(encoding="utf-8")).get("maps")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _code(extractor: Extractor) -> str:

@@ -15,10 +15,12 @@ import torch
 
 from cleandift_command import guard
 
+from ..app.naming import is_noisy
 from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
-from ..images import check_folder, find_pictures
+from ..images import check_folder
+from ..listing import left_out_report, list_folder
 from ..locks import hold
 from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
@@ -28,7 +30,7 @@ from .matching import ALPHAS
 from .noise import noise_shares
 from .noise_report import shares_table, write_shares
 from .probes import Recipe
-from .report import Report, Row
+from .report import Report, Row, check_report
 
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
@@ -203,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     _check(args)
     lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
-    with resource_errors(f"lower --batch-size, {lower}"):
+    with resource_errors(f"lower {lower}"):
         device = resolve_device(args.device)
         plan = make_plan(args)
         with hold(args.out, args.task):
@@ -229,6 +231,7 @@ def _check(args: argparse.Namespace) -> None:
     ))  # fmt: skip
     check_folder(args.out)
     check_folder(getattr(args, "cache", None) or args.out)
+    check_report(args.out, args.task)
     if (window := getattr(args, "soft_argmax", 0)) and (window < 3 or window % 2 == 0):
         raise ModelError(f"--soft-argmax {window} has no middle pixel with others around; give 3, 5, 7, ..., or 0")
     with needs("eval"):
@@ -239,9 +242,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace) -> list[Run]:
     """Every run, its maps found."""
-    noisy = any(name.removeprefix("random:").startswith("dift_") for name in args.model)
-    ensemble = getattr(args, "ensemble", None)
-    check_noise(", ".join(args.model), noisy, timesteps=args.timesteps, ensemble=ensemble)
+    check_noise(args.model, timesteps=args.timesteps, ensemble=getattr(args, "ensemble", None))
     files = {}
     for entry in args.weights:
         name, _, file = entry.rpartition("=")
@@ -259,7 +260,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
         random, bare = name.startswith("random:"), name.removeprefix("random:")
         maps = _maps(args, name, bare)
         weights = files.get(name)
-        if bare.startswith("dift_"):
+        if is_noisy(bare):
             steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
             counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
             for count in counts:
@@ -382,9 +383,13 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
 
 def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
     root = Path(args.data)
-    paths = find_pictures(root)
+    listed = list_folder(root)
+    paths = listed.images
     if len(paths) < 2:
-        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two")
+        told = left_out_report(listed.left_out)
+        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two {told}".strip())
+    if listed.left_out:
+        tqdm.write(f"{root}: {left_out_report(listed.left_out)}", file=sys.stderr)
     paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
     pictures, shares = [file_item(path, root).read() for path in paths], []
     for planned in tqdm(plan, desc="runs", unit="run"):

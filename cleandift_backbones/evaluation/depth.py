@@ -24,8 +24,9 @@ from torch import nn
 
 from ..errors import needs
 from ..files import DamagedFileError, open_tensors, replacing
+from ..records import split_words
 from .bootstrap import Tally
-from .items import DataError, Item, file_item, read_lines, require
+from .items import DataError, Item, file_item, read_lines, read_target, require
 from .probes import Recipe, train_probe
 
 PROMPT = "A photo of a room"
@@ -67,7 +68,7 @@ def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
         raise DataError(f"{root}: no split {split!r} of NYUv2 (found {found}); expected {LAYOUT}")
     images, depths = [], []
     for number, line in enumerate(read_lines(table, LAYOUT), 1):
-        words = line.split()
+        words = split_words(line)
         if len(words) < 2:
             raise DataError(f"{table}, line {number}: {line!r}; expected {LAYOUT}")
         if words[1] == "None":  # BTS's lists of other data sets mark pictures without depth so
@@ -82,12 +83,7 @@ def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
 
 def read_depth(path: Path) -> np.ndarray:
     """A 16-bit PNG in millimetres as metres, H x W. Raises DataError for anything else."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            mode, depth = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise DataError(f"{path}: the depth map cannot be read ({error}); fetch it again") from None
+    mode, depth = read_target(path, "depth map")
     if not mode.startswith("I"):
         raise DataError(f"{path}: colour mode {mode}; expected a 16-bit grey PNG in millimetres")
     return depth.astype(np.float32) / 1000

@@ -26,10 +26,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..errors import InputError
+from ..decoding import opened, read_image
+from ..errors import CleanDIFTError, InputError
 from ..extractor import Extractor, extract
-from ..images import read_image, to_tensor
+from ..images import to_tensor
 from ..progress import tqdm
+from ..records import read_records, read_text
 from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally
 
@@ -143,7 +145,7 @@ _MAKE = "make the folder with `python tools/make_pictures.py --out DIR`"
 
 def _alpha(path: Path, size: int) -> torch.Tensor:
     """Opacity of a picture that was read before, size x size in 0..1."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         alpha = image.convert("RGBA").getchannel("A").resize((size, size), Image.Resampling.BOX)
     return torch.from_numpy(np.array(alpha)).float() / 255
 
@@ -153,14 +155,15 @@ def _read_metadata(root: Path) -> list[dict]:
     if not path.is_file():
         raise SuiteError(f"{path} is missing; {_MAKE}")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            known = {key: line[key] for key in ("file_name", "style", "concept")}
-            lines.append(known | dict(subgroup=line.get("subgroup", "")))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            wanted = "file_name, style and concept"
-            raise SuiteError(f"{path}, line {number}: expected {wanted} ({error!r}); {_MAKE}") from None
+    try:
+        for number, line in read_records(path):
+            if not all(isinstance(line.get(key), str) for key in ("file_name", "style", "concept")):
+                raise SuiteError(f"{path}, line {number}: expected file_name, style and concept; {_MAKE}")
+            lines.append({key: line.get(key, "") for key in ("file_name", "style", "concept", "subgroup")})
+    except SuiteError:
+        raise
+    except CleanDIFTError as error:
+        raise SuiteError(f"{error}; {_MAKE}") from None
     if not lines:
         raise SuiteError(f"{path} is empty; {_MAKE}")
     return lines
@@ -168,8 +171,8 @@ def _read_metadata(root: Path) -> list[dict]:
 
 def _read_eyes(path: Path) -> dict[str, dict[str, list]]:
     try:
-        eyes = json.loads(path.read_text(encoding="utf-8"))["eyes"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        eyes = json.loads(read_text(path))["eyes"]
+    except (CleanDIFTError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
         raise SuiteError(f"{path}: not a JSON file of eye marks ({error!r})") from None
     for concept, styles in eyes.items():
         for style, points in styles.items():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from ..errors import InputError
-from ..images import ImageError, read_image
+from .. import decoding
+from ..decoding import ImageError, opened, read_image
+from ..errors import CleanDIFTError, InputError
 from ..progress import tqdm
+from ..records import read_records, read_text, split_lines
 
 
 class DataError(InputError):
@@ -76,7 +78,10 @@ def read_lines(path: Path, layout: str) -> list[str]:
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.*"))[:8]) if path.parent.is_dir() else ""
         raise DataError(f"split file {path} is missing (found {there or 'nothing'} there); expected {layout}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in split_lines(read_text(path)) if line.strip()]
+    except CleanDIFTError as error:
+        raise DataError(f"{error}; expected {layout}") from None
     if not lines:
         raise DataError(f"split file {path} is empty; expected {layout}")
     return lines
@@ -85,31 +90,37 @@ def read_lines(path: Path, layout: str) -> list[str]:
 def read_table(path: Path, columns: Sequence[str], layout: str) -> list[dict[str, str]]:
     """The lines of a CSV file by its header; DataError unless every line has all `columns`, and all of the header's."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            lines, header = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file ({error}); expected {layout}") from None
+        found = list(read_records(path))
+    except CleanDIFTError as error:
+        raise DataError(f"{error}; expected {layout}") from None
+    if not found:
+        raise DataError(f"{path} has no lines; expected {layout}")
+    header = [name for name in found[0][1] if name is not None]  # None: of a line with too much in it
     lacking = [name for name in columns if name not in header]
     if lacking:
         raise DataError(f"{path} has no column {', '.join(lacking)} (found {', '.join(header)}); expected {layout}")
-    if not lines:
-        raise DataError(f"{path} has no lines; expected {layout}")
-    for number, line in enumerate(lines, 2):
+    for number, line in found:
         short = [name for name in header if line[name] is None or (name in columns and not line[name].strip())]
         if short:
             raise DataError(f"{path}, line {number}: nothing in column {short[0]}; expected {layout}")
-    return lines
+    return [line for _, line in found]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(height, width) that `file_item` reads, from the file's header. Raises DataError for what is no picture."""
     try:
-        with Image.open(path) as image:
-            sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # read_image turns these upright
-            return image.size if sideways else image.size[::-1]
-    except OSError as error:
-        raise DataError(f"{path}: not a picture ({error})") from None
+        return decoding.image_size(path)
+    except ImageError as error:
+        raise DataError(f"not a picture: {error}") from None
+
+
+def read_target(path: Path, what: str) -> tuple[str, np.ndarray]:
+    """A mask or depth map as stored: Pillow's mode and the pixels. Raises DataError if it cannot be decoded."""
+    try:
+        with opened(path) as image:
+            return image.mode, np.asarray(image)
+    except ImageError as error:
+        raise DataError(f"the {what} cannot be read: {error}") from None
 
 
 def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
@@ -124,11 +135,11 @@ def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
     bad = []
     for picture, answer in tqdm(files, desc=f"checking {what}", unit="file", leave=False, disable=len(files) < 1000):
         try:
-            with Image.open(answer) as image:
+            with opened(answer, load=False) as image:
                 size = image.size[::-1]
                 image.verify()
-        except Exception as error:  # Pillow raises nearly anything on damaged files
-            bad.append(f"{answer}: cannot be read ({error}); fetch it again")
+        except ImageError as error:
+            bad.append(f"{error}")
             continue
         if size != (wanted := picture_size(picture)):
             bad.append(f"{answer}: {size[1]}x{size[0]} pixels, but its picture has {wanted[1]}x{wanted[0]}")

@@ -5,6 +5,8 @@ The CleanDIFT paper's kNN: spatial mean of a map, cosine similarity, k = 10, Ima
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..images import ENDINGS, find_pictures
+from ..decoding import endings
+from ..listing import is_hidden, left_out_report, list_folder
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_table, require, require_folder
 
+_logger = logging.getLogger(__name__)
 KS = (1, 5, 10, 20)
 TEMPERATURE = 0.07  # of the weighted vote: Wu et al. 2018 (arXiv 1805.01978), as in DINO
 CHUNK = 2**24  # similarities in memory at a time
@@ -49,18 +53,21 @@ def read_image_folder(folder: str | Path, root: str | Path | None = None, per_cl
         DataError: no such folder, no classes in it, or a class without pictures.
     """
     folder = require_folder(folder, [], LAYOUT)
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     if not classes:
         found = sum(1 for _ in folder.iterdir())
         raise DataError(f"{folder} has no folders of classes (found {found} files); expected {LAYOUT}; {IMAGENET}")
-    items, labels = [], []
+    items, labels, left_out = [], [], Counter()
     for number, name in enumerate(classes):
-        paths = find_pictures(folder / name)
-        if not paths:
-            raise DataError(f"{folder / name} holds no pictures ({', '.join(ENDINGS)}); fill it or remove it")
-        paths = paths[:per_class]
+        found = list_folder(folder / name)
+        left_out.update(found.left_out)
+        if not found.images:
+            raise DataError(f"{folder / name} holds no pictures ({', '.join(endings())}); fill it or remove it")
+        paths = found.images[:per_class]
         items += [file_item(path, Path(root or folder)) for path in paths]
         labels += [number] * len(paths)
+    if left_out:
+        _logger.warning(f"{folder}: {left_out_report(left_out)}")
     return Labelled(items, torch.tensor(labels), classes)
 
 
@@ -89,7 +96,7 @@ def read_val(root: str | Path) -> Labelled:
     """
     root = require_folder(root, ["val"], LAYOUT)
     val, table = root / "val", root / "LOC_val_solution.csv"
-    if not table.is_file() or any(path.is_dir() for path in val.iterdir()):
+    if not table.is_file() or any(path.is_dir() and not is_hidden(path.name) for path in val.iterdir()):
         return read_image_folder(val, root)
     lines = read_table(table, ["ImageId", "PredictionString"], IMAGENET)
     told = {line["ImageId"]: line["PredictionString"].split()[0] for line in lines}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import needs
+from ..errors import CleanDIFTError, needs
+from ..records import read_text
 from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
 Size = tuple[int, int]
@@ -268,8 +269,10 @@ def _pair_lists(folder: Path) -> list[Path]:
 
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(read_text(path))
+    except CleanDIFTError as error:
+        raise DataError(str(error)) from None
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file ({error})") from None
 
 

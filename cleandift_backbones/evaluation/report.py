@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..errors import FileTakenError
 from ..files import DamagedFileError, open_tensors, replacing, write_text
 from .bootstrap import Tally, difference, rate_interval, unit_weights
 
@@ -298,6 +299,18 @@ class Report:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def check_report(folder: str | os.PathLike, name: str) -> None:
+    """Raises FileTakenError where the files of a report would take the place of files of others."""
+    paths = [Path(folder, f"{name}.{ending}") for ending in ("json", "md", "png")]
+    there = [path for path in paths if path.exists()]
+    try:
+        found = json.loads(paths[0].read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if there and not (isinstance(found, dict) and "versions" in found and ("runs" in found or "shares" in found)):
+        raise FileTakenError(f"{there[0]} was not written by an evaluation: give another --out, or move it away")
 
 
 def _settings(row: Row) -> str:

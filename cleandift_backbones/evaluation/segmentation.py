@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
+from ..decoding import endings
+from ..listing import list_names
 from .bootstrap import Tally
-from .items import DataError, Item, file_item, read_lines, require, require_folder
+from .items import DataError, Item, file_item, read_lines, read_target, require, require_folder
 from .probes import Recipe, train_probe
 
 IGNORED = 255
@@ -64,9 +65,9 @@ def read_scenes(root: str | Path, split: str) -> Scenes:
     if (root / "annotations").is_dir() and (root / "images").is_dir():
         folder = {"train": "training", "val": "validation"}.get(split, split)
         require_folder(root, [f"images/{folder}", f"annotations/{folder}"], ADE20K)
-        images = sorted((root / "images" / folder).glob("*.jpg"))
+        images = [Path(path) for path in list_names(root / "images" / folder, endings())]
         if not images:
-            raise DataError(f"{root / 'images' / folder} holds no .jpg files; expected {ADE20K}")
+            raise DataError(f"{root / 'images' / folder} holds no pictures; expected {ADE20K}")
         files, classes, shift = [root / "annotations" / folder / f"{p.stem}.png" for p in images], ADE20K_CLASSES, 1
         layout = ADE20K
     else:
@@ -90,12 +91,7 @@ def read_mask(path: Path, classes: int, shift: int = 0) -> np.ndarray:
     Raises:
         DataError: a file that cannot be decoded, colours instead of classes, or a class that does not exist.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            mode, mask = image.mode, np.asarray(image)
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise DataError(f"{path}: the mask cannot be read ({error}); fetch it again") from None
+    mode, mask = read_target(path, "mask")
     if mode not in ("P", "L"):
         raise DataError(f"{path}: colour mode {mode}; expected a palette or grey PNG whose values are the classes")
     mask = mask.copy()

@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from ..errors import InputError, MissingFileError, needs, resource_errors
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
 from ..files import readable_size
 from ..images import check_folder
+from ..listing import left_out_report
 from ..locks import hold
 from ..progress import tqdm
 from ..version import __version__
@@ -153,9 +155,7 @@ def _check(args: argparse.Namespace) -> None:
             import pyarrow.parquet  # noqa: F401
     if args.weights and not Path(args.weights).is_file():
         raise MissingFileError(f"--weights {args.weights}: no such file")
-    if ":" not in args.model.removeprefix("random:"):
-        noisy = args.model.removeprefix("random:").startswith("dift_")
-        check_noise(args.model, noisy, timestep=args.timestep, ensemble=args.ensemble)
+    check_noise([args.model], timestep=args.timestep, ensemble=args.ensemble)
     check_folder(args.out)
     check_out(args.out)
     if args.threads:
@@ -181,7 +181,6 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Res
         DTYPES[args.dtype], args.keep_size, **kwargs,
     )  # fmt: skip
     extractor.name = args.model
-    check_noise(args.model, extractor.adds_noise, timestep=args.timestep, ensemble=args.ensemble)
     if not args.keep_size:
         return extractor, Resize(args.resize, extractor.size, mean=extractor.mean)
     if extractor.size:
@@ -209,7 +208,8 @@ def _extract(args: argparse.Namespace) -> Report:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    entries, told = list_entries(args.data, args.shard_names)
+    left_out: Counter[str] = Counter()
+    entries, told = list_entries(args.data, args.shard_names, left_out)
     entries = entries[: args.limit]
     extractor, resize = load(args, device)
     prompt = _prompt(args, extractor, entries)
@@ -234,8 +234,8 @@ def _extract(args: argparse.Namespace) -> Report:
         ),
     )  # fmt: skip
     store = Store(args.out, settings, info, args.shard_size * 10**6, args.shard_items, rank, log)
-    done, left_out = store.done()
-    for message in [*(told if rank == 0 else []), *left_out]:
+    done, damaged = store.done()
+    for message in [*([*told, *filter(None, [left_out_report(left_out)])] if rank == 0 else []), *damaged]:
         log(message)
     if told and args.strict:
         raise SourceError(told[0])

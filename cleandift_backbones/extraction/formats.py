@@ -26,6 +26,7 @@ from ..errors import FileError, InputError, needs
 from ..files import DamagedFileError, open_tensors, readable_size, reading
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROW = {"key", "width", "height", "input", "shapes", "row"}
 GROUP_BYTES = 2**22  # of a row group of Parquet, which is read at once
 
 
@@ -67,9 +68,11 @@ class Safetensors:
         try:
             self.file = open_tensors(path)
             self._rows = json.loads((self.file.metadata() or {})["rows"])
+            if not all(row.keys() >= ROW for row in self._rows):
+                raise KeyError("rows")
         except DamagedFileError as error:
             raise ShardError(str(error)) from error
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ShardError(f"{path} is damaged (no rows in its metadata)") from error
 
     @staticmethod

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cleandift_command import started
 
-from ..images import ImageError, to_input
+from ..decoding import ImageError, memory_named
+from ..images import to_input
 from .sources import Entry
 
 T = TypeVar("T")
@@ -93,12 +94,11 @@ class Pictures(Dataset):
     def __getitem__(self, entry: Entry) -> Read:
         try:
             image = entry.read()
-            return Read(entry, self.resize(image), image.size)
+            with memory_named(entry.path):
+                return Read(entry, self.resize(image), image.size)
         except ImageError as error:
             told = str(error)
             return Read(entry, None, error=told if entry.path in told else f"{entry.path}: {told}")
-        except MemoryError:
-            return Read(entry, None, error=f"{entry.path}: too large for this machine's memory; shrink it first")
 
 
 def _itself(read: Read) -> Read:

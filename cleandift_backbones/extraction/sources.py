@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
+import os
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
+from ..decoding import ImageError, endings, read_image
 from ..errors import InputError
-from ..images import ENDINGS, ImageError, find_pictures, read_image
+from ..listing import left_out_report, list_folder
 from ..progress import tqdm
-from ..tars import SUFFIXES, find_shards
-
-_ENDINGS = (*ENDINGS, ".gif")
+from ..records import TABLES, read_records, read_text, split_lines
+from ..tars import scan, shards_of
 
 
 class SourceError(InputError):
@@ -52,45 +53,55 @@ class Entry(NamedTuple):
         return read_image(data, min_side=1, name=name)
 
 
-def list_entries(data: str, shard_names: bool = False) -> tuple[list[Entry], list[str]]:
-    """The pictures of a folder (see `images.find_pictures`), of .tar shards (see `tars.find_shards`), or of a list.
+def list_entries(
+    data: str, shard_names: bool = False, left_out: Counter[str] | None = None
+) -> tuple[list[Entry], list[str]]:
+    """The pictures of a folder (see `listing.list_folder`), of .tar shards (see `tars.shards_of`), or of a list.
 
-    A list is a text file with a path per line, or .jsonl with an object per line: `path` (or `file_name`), and perhaps
-    `key` and `prompt`. Paths are relative to the list's folder. Keys are paths below the folder, the shards' own keys
-    (with `shard_names` behind the name of their shard), or paths as the list has them.
+    A list is a text file with a path per line, or a table (.jsonl, .csv, .parquet) with `path` (or `file_name`), and
+    perhaps `key` and `prompt`. Paths are relative to the list's folder. Keys are paths below the folder, the shards'
+    own keys (with `shard_names` behind the name of their shard), or paths as the list has them.
+
+    Args:
+        left_out: counts the files that are no pictures, by suffix or reason.
 
     Returns:
-        The entries, in the order of the list or sorted; and sentences about what is left out: damaged shards, folders
-        that cannot be read, names that are no text.
+        The entries, in the order of the list or sorted; and sentences about what is left out though it should not be:
+        damaged shards, folders that cannot be read, names that are no text.
 
     Raises:
         SourceError: nothing there, or a key twice.
     """
-    path, told = Path(data), []
-    if path.suffix == ".tar" or any(sign in data for sign in "{*?["):
-        entries, told = _shards(data, shard_names)
-    elif path.is_dir():
-        entries, told = _folder(path)
-        if not entries and any(path.glob("*.tar")):
-            entries, told = _shards(data, shard_names)
-    elif path.is_file():
-        if path.suffix.lower() in _ENDINGS:
+    path, left_out = Path(data), Counter() if left_out is None else left_out
+    try:
+        if os.path.exists(data) and not path.is_dir() and path.suffix.lower() in endings():
             raise SourceError(f"{data} is a picture; give its folder, or a list of pictures")
-        if path.suffix.lower() in (".csv", ".tsv", ".json", ".parquet"):
-            raise SourceError(f"{data}: a list is a text file with a path per line, or .jsonl with an object per line")
-        entries = _list(path)
-    else:
-        raise SourceError(f"{data}: no such folder, shards or list")
+        if not os.path.exists(data) and not any(sign in data for sign in ("*", "?", "[", "{", ".tar")):
+            raise SourceError(f"{data}: no such folder, shards or list")
+        if shards := shards_of(data):
+            entries, told = _shards(shards, shard_names, left_out)
+        elif path.is_dir():
+            entries, told = _folder(path, left_out)
+        else:
+            entries, told = list(_list(path)), []
+    except SourceError:
+        raise
+    except InputError as error:
+        raise SourceError(str(error)) from None
     nameless = [entry for entry in entries if not _is_text(entry.key)]
     if nameless:
         told.append(f"{len(nameless)} names are no UTF-8 and are left out, e.g. {nameless[0].key!r}; rename them")
         entries = [entry for entry in entries if _is_text(entry.key)]
     if not entries:
-        raise SourceError(f"{data} holds no pictures ({', '.join(_ENDINGS)}, or .tar shards of them) {'; '.join(told)}")
+        reasons = "; ".join([*told, *filter(None, [left_out_report(left_out)])])
+        raise SourceError(
+            f"{data} holds no pictures ({', '.join(endings())}, or .tar shards of them) {reasons}".strip()
+        )
     seen: dict[str, Entry] = {}
     for entry in entries:
         if (other := seen.setdefault(entry.key, entry)) is not entry:
-            remedy = "give --shard-names" if entry.size >= 0 else "give each a key of its own"
+            inside = "give --shard-names" if entry.path != other.path else "give each file in it a name of its own"
+            remedy = inside if entry.size >= 0 else "give each a key of its own"
             raise SourceError(f"{data}: two pictures have the key {entry.key!r} ({other.path}, {entry.path}); {remedy}")
     return entries, told
 
@@ -102,68 +113,42 @@ def _is_text(key: str) -> bool:
         return False
 
 
-def _folder(root: Path) -> tuple[list[Entry], list[str]]:
+def _folder(root: Path, left_out: Counter[str]) -> tuple[list[Entry], list[str]]:
     told: list[str] = []
-    paths = find_pictures(root, _ENDINGS, lambda error: told.append(f"{error}: its pictures are left out"))
-    return [Entry(path.relative_to(root).as_posix(), str(path)) for path in paths], told
+    found = list_folder(root, lambda error: told.append(f"{error}: its pictures are left out"))
+    left_out.update(found.left_out)
+    return [Entry(path.relative_to(root).as_posix(), str(path)) for path in found.images], told
 
 
-def _list(path: Path) -> list[Entry]:
-    entries = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if not (line := line.strip()):
-                continue
-            told = json.loads(line) if path.suffix == ".jsonl" else {"path": line}
-            name = told.get("path") or told.get("file_name") if isinstance(told, dict) else None
-            if not isinstance(name, str) or not isinstance(told.get("prompt") or "", str):
-                raise SourceError(f"{path}, line {number}: expected an object with a path (and text), got {line[:80]}")
-            key = name if told.get("key") in (None, "") else told["key"]
-            if not isinstance(key, (str, int)) or isinstance(key, bool):
-                raise SourceError(f"{path}, line {number}: the key {key!r} is no text and no whole number")
-            entries.append(Entry(str(key), str(path.parent / name), prompt=told.get("prompt") or ""))
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is no text ({error}); give a folder, .tar shards, or a list of paths") from None
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{path}, line {number}: no JSON ({error})") from None
-    return entries
+def _list(path: Path) -> Iterator[Entry]:
+    if path.suffix.lower() in TABLES:
+        lines = read_records(path)
+    elif path.suffix.lower() in (".json", ".tsv"):
+        raise SourceError(f"{path}: a list is a text file with a path per line, or a table: .jsonl or .csv")
+    else:
+        lines = ((n, {"path": line.strip()}) for n, line in enumerate(split_lines(read_text(path)), 1) if line.strip())
+    for number, told in lines:
+        name, prompt, key = told.get("path") or told.get("file_name"), told.get("prompt") or "", told.get("key")
+        if not isinstance(name, str) or not isinstance(prompt, str):
+            raise SourceError(f"{path}, line {number}: expected a path (and text), got {str(told)[:80]}")
+        key = name if key in (None, "") else key
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise SourceError(f"{path}, line {number}: the key {key!r} is no text and no whole number")
+        yield Entry(str(key), str(path.parent / name), prompt=prompt)
 
 
-def _shards(data: str, shard_names: bool) -> tuple[list[Entry], list[str]]:
-    try:
-        shards = find_shards(data)
-    except ValueError as error:
-        raise SourceError(str(error)) from None
+def _shards(shards: list[str], shard_names: bool, left_out: Counter[str]) -> tuple[list[Entry], list[str]]:
     with ThreadPoolExecutor(8) as pool:  # mostly waits for the disk
         found = list(
-            tqdm(pool.map(_scan, shards), desc="listing", unit="shard", total=len(shards), disable=len(shards) < 50)
+            tqdm(pool.map(scan, shards), desc="listing", unit="shard", total=len(shards), disable=len(shards) < 50)
         )
-    entries = [
-        entry._replace(key=f"{Path(shard).stem}/{entry.key}") if shard_names else entry
-        for shard, (part, _) in zip(shards, found)
-        for entry in part
-    ]
-    return entries, [told for _, told in found if told]
-
-
-def _scan(shard: str) -> tuple[list[Entry], str]:
-    """Where the pictures of a shard lie, and what is wrong with it."""
-    from webdataset.tariterators import base_plus_ext
-
-    samples: dict[str, tuple[int, Entry]] = {}  # of several pictures of a sample the first kind of SUFFIXES counts
-    told = ""
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                key, suffix = base_plus_ext(member.name)
-                if key and member.isfile() and suffix.lower() in SUFFIXES:
-                    rank = SUFFIXES.index(suffix.lower())
-                    if key not in samples or rank < samples[key][0]:
-                        samples[key] = rank, Entry(key, shard, member.offset_data, member.size)
-                tar.members = []  # it would keep them all
-            tar.fileobj.seek(tar.offset)
-            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-                told = f"{shard} is damaged behind byte {tar.offset}: what follows is left out; fetch it again"
-    except (tarfile.TarError, OSError) as error:
-        told = f"{shard} is damaged or no plain .tar ({error}): what follows is left out; fetch it again"
-    return [entry for _, entry in samples.values()], told
+    entries, told = [], []
+    for shard in found:
+        left_out.update(shard.left_out)
+        if shard.damage:
+            told.append(shard.damage)
+        front = f"{Path(shard.path).stem}/" if shard_names else ""
+        entries += [Entry(front + s.key, shard.path, s.image.offset, s.image.size) for s in shard.samples]
+        if shard.compressed and shard.samples:
+            raise SourceError(f"{shard.path} is compressed, and pictures are read at their places: unpack it (gunzip)")
+    return entries, told

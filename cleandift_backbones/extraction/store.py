@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import leftovers, reading, replacing, set_aside, write_text
 from ..locks import hold, tidy
-from .formats import FORMATS, Computed, ShardError
+from .formats import FORMATS, ROW, Computed, ShardError
 
 META, INDEX, FAILURES = "meta.json", "index.jsonl", "failures.jsonl"
 PROCESS = r"\d{5,}-[0-9a-f]{8}"  # names of processes, see `Store`
@@ -67,7 +67,9 @@ def read_rows(folder: Path, format: str) -> list[dict]:
         ShardError: a shard is damaged.
     """
     shards = {path.name: path for path in list_shards(folder, format)[0]}
-    rows = [row for row in _read_lines(folder / INDEX) if row["shard"] in shards]
+    rows = [row for row in _read_lines(folder / INDEX) if row.get("shard") in shards]
+    if not all(row.keys() >= ROW for row in rows):
+        raise StoreError(f"{folder / INDEX} is damaged (a line without all fields); move it away: it is made anew")
     for name in sorted(shards.keys() - {row["shard"] for row in rows}):
         rows += [row | dict(shard=name) for row in FORMATS[format](shards[name]).rows()]
     rows.sort(key=lambda row: (row["key"], row["shard"]))
@@ -101,7 +103,7 @@ def _read_lines(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); remove it: it is made anew from the shards") from None
+        raise StoreError(f"{path} is damaged ({error}); move it away: it is made anew") from None
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cleandift_backbones import checkpoints
+from cleandift_backbones.errors import StateError, file_errors
 from cleandift_backbones.models import architecture_of
 
 COMMAND = Path(__file__).parents[1] / "benchmark.py"
@@ -69,7 +70,10 @@ def load_once(way: str, file: str, model: str) -> dict:
 
 
 def loading(options: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory(dir=options.temporary) as folder:
+    with (
+        file_errors(options.temporary or tempfile.gettempdir()),
+        tempfile.TemporaryDirectory(dir=options.temporary) as folder,
+    ):
         file = Path(options.file) if options.file else Path(folder, "model.safetensors")
         if not options.file:
             random_native(file, options.model)
@@ -82,7 +86,10 @@ def loading(options: argparse.Namespace) -> dict:
                             os.fsync(handle.fileno())
                             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     command = [sys.executable, str(COMMAND), "loading-once", way, str(file), options.model]
-                    run = subprocess.run(command, check=True, capture_output=True, text=True)
+                    run = subprocess.run(command, capture_output=True, text=True)
+                    if run.returncode:
+                        told = (run.stderr.strip() or "it was killed").splitlines()[-1]
+                        raise StateError(f"loading {file} as {options.model} ({way}) failed: {told}")
                     rows[way][state].append(json.loads(run.stdout.splitlines()[-1]))
                 took = {state: f"{runs[-1]['seconds']:.2f} s" for state, runs in rows[way].items()}
                 print(f"{way}: {took['cold']} cold, {took['warm']} warm")

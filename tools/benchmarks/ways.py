@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from cleandift_backbones import optimize
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.inference import slow_16bit
 from cleandift_backbones.latents import build_latent_encoder
 from cleandift_backbones.models import architecture_of
@@ -39,7 +40,7 @@ class Weights:
         self.cfg, self.entrypoint, self.name, self.device = architecture_of(model), model, name, device
         infos = map_infos(self.cfg["unet"])
         if name not in [info.name for info in infos]:
-            raise SystemExit(f"--map {name}: there are {', '.join(info.name for info in infos)}")
+            raise InputError(f"--map {name}: there are {', '.join(info.name for info in infos)}")
         self.module = next(info.module for info in infos if info.name == name)
         self.index = len(infos) - 1 - [info.name for info in infos].index(name)
         with torch.device("meta"):
