@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import timm
@@ -28,6 +27,7 @@ from .pretrained import (
     open_header,
     open_parts,
 )
+from .records import read_json
 from .training_data import training_data
 from .unet import FeatureUNet, map_infos
 
@@ -100,9 +100,9 @@ def _stored_arguments(main: Path | HubFile, weights: Weights) -> dict:
         return {}
     folder = main if isinstance(main, Path) else Path(weights.label)
     path = folder / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     kept = ("in_chans", "global_pool", "ensemble_size", "noise_seed", "timestep", "final_map", "heads")
-    arguments = {key: value for key, value in config.get("model_args", {}).items() if key in kept}
+    arguments = {key: value for key, value in (config.get("model_args") or {}).items() if key in kept}
     if weights.has("head."):
         if not config.get("num_classes"):
             raise CheckpointError(f"{weights.label} holds a classifier, but no config.json says how it was built")

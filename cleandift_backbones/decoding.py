@@ -133,7 +133,7 @@ def _open(file: Path | io.BytesIO, path: str, load: bool, limit: int | None) -> 
         if load:
             image.seek(0)
             if image.format == "TIFF":
-                _check_strips(image)
+                _check_strips(image, path)
             image.load()
     except BaseException:
         image.close()
@@ -141,11 +141,12 @@ def _open(file: Path | io.BytesIO, path: str, load: bool, limit: int | None) -> 
     return image
 
 
-def _check_strips(image: Image.Image) -> None:
+def _check_strips(image: Image.Image, path: str) -> None:
     """A damaged header may tell of a million rows where there is one strip: Pillow would give the rest as zeros."""
     held = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), *_ in image.tile)
     if held < image.width * image.height:
-        raise OSError(f"{image.width} x {image.height} pixels are declared, the file has {held} of them")
+        declared = f"{image.width} x {image.height} pixels are declared, the file has {held} of them"
+        raise ImageError(f"{path}: truncated or damaged ({declared}); fetch or export it again")
 
 
 def _without_texts(source: str | os.PathLike | bytes) -> io.BytesIO | None:

@@ -19,9 +19,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from . import checkpoints
 from .checkpoints import CheckpointError
 from .download import HubError, HubFile, explained
-from .errors import InputError, InputTypeError
+from .errors import CleanDIFTError, InputError, InputTypeError
 from .last_map import last_map_of, offered_maps, trained_last_map
 from .models import architecture_of
+from .records import read_json
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -246,9 +247,8 @@ def _check_folder(folder: Path) -> str:
         CheckpointError: it is not, or its weights are damaged.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        name = config["architecture"]
-    except (OSError, ValueError, KeyError) as error:
+        name = str(read_json(folder / "config.json")["architecture"])
+    except (CleanDIFTError, KeyError) as error:
         raise CheckpointError(
             f"{folder} is no native folder ({error}): make one with tools/convert.py SOURCE --out FOLDER"
         ) from error
@@ -280,7 +280,7 @@ def _check_repository(
     if "config.json" in files:
         with tempfile.TemporaryDirectory() as cache:
             path = api.hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
-            held = json.loads(Path(path).read_text()).get("architecture", "no timm model")
+            held = read_json(path).get("architecture", "no timm model")
         if held != name:
             raise InputError(
                 f"{repo_id} holds {held}, not {name}: push to another repository, or delete that one first"
@@ -313,7 +313,7 @@ def _corrected(folder: Path) -> dict[str, str]:
     """
     from .unet import map_infos
 
-    config = {"model_args": {}, **json.loads((folder / "config.json").read_text())}
+    config = {"model_args": {}, **read_json(folder / "config.json")}
     infos = map_infos(architecture_of(config["architecture"])["unet"])
     last, arguments = trained_last_map(checkpoints.open_checkpoint(folder), infos), dict(config["model_args"])
     claimed = arguments.pop("held", infos[-1].name)

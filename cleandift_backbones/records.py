@@ -9,10 +9,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from .errors import DependencyError, FileError, InputError, MissingFileError
+from .errors import DependencyError, InputError, file_errors
 
 TABLES = (".jsonl", ".csv", ".parquet")
+JSON_NAMES = {dict: "object", list: "list"}
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -25,11 +27,19 @@ def read_text(path: str | os.PathLike) -> str:
 
 def read_bytes(path: str | os.PathLike) -> bytes:
     """All of a file. Raises FileError, which names it."""
-    try:
+    with file_errors(path, "cannot be read", "check the path"):
         return Path(path).read_bytes()
-    except OSError as error:
-        kind = MissingFileError if isinstance(error, FileNotFoundError) else FileError
-        raise kind(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """A JSON file that holds a value of this kind. Raises InputError or FileError, which name it."""
+    try:
+        found = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(found, kind):
+        raise InputError(f"{path}: expected a JSON {JSON_NAMES[kind]}, got {str(found)[:80]}")
+    return found
 
 
 def split_lines(text: str) -> list[str]:

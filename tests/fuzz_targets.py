@@ -31,7 +31,7 @@ from cleandift_backbones.evaluation import depth, emoji, knn, pairs, segmentatio
 from cleandift_backbones.evaluation.items import check_answers
 from cleandift_backbones.evaluation.report import Row
 from cleandift_backbones.extraction import Features
-from cleandift_backbones.extraction.formats import FORMATS, Computed
+from cleandift_backbones.extraction.formats import Computed
 from cleandift_backbones.extraction.sources import list_entries
 from cleandift_backbones.extraction.store import Store
 from cleandift_backbones.extractor import load_extractor
@@ -119,7 +119,8 @@ def image_files() -> dict[str, bytes]:
         "a.webp": encoded(image(), "WEBP"), "a.tif": encoded(image(), "TIFF", compression="tiff_lzw"),
         "raw.tiff": encoded(image(), "TIFF"), "floats.tif": encoded(floats, "TIFF"),
         "jpeg.tif": encoded(image(), "TIFF", compression="jpeg"), "a.gif": encoded(image(mode="P"), "GIF", **moving),
-        "a.bmp": encoded(image(), "BMP"), "a.ppm": encoded(image(), "PPM"), "ink.jpg": encoded(image(mode="CMYK"), "JPEG"),
+        "a.bmp": encoded(image(), "BMP"), "a.ppm": encoded(image(), "PPM"),
+        "ink.jpg": encoded(image(mode="CMYK"), "JPEG"),
     }  # fmt: skip
 
 
@@ -165,7 +166,10 @@ def shard_files() -> dict[str, bytes]:
         "0001.jpg": encoded(image(1), "JPEG"), "0001.txt": b"a cup", "0002.png": encoded(image(2), "PNG"),
         "0002.json": text({"caption": "cups"}), "x/0.5.webp": encoded(image(3), "WEBP"),
     }  # fmt: skip
-    return {"0.tar": tar(members), "1.tar": tar({f"b{name}": data for name, data in members.items()}, tarfile.PAX_FORMAT)}
+    return {
+        "0.tar": tar(members),
+        "1.tar": tar({f"b{name}": data for name, data in members.items()}, tarfile.PAX_FORMAT),
+    }
 
 
 # --- weights ---
@@ -241,7 +245,9 @@ def run_files() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as temporary:
         kept = Checkpoints(temporary, 3)
         for step in (1, 2):
-            kept.save(step, {"module/a": torch.randn(3, 4), "timestep": torch.tensor(261.0)}, {"step": step, "broken": []})
+            kept.save(
+                step, {"module/a": torch.randn(3, 4), "timestep": torch.tensor(261.0)}, {"step": step, "broken": []}
+            )
         files = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
     return files | {"log.jsonl": lines([{"step": 1, "loss": 0.5}, {"step": 2, "validation": -0.5}])}
 
@@ -432,6 +438,17 @@ def metadata(kind: str) -> dict[str, bytes]:
     return files | ({"metadata.csv": table(rows)} if kind == "csv" else {"metadata.jsonl": lines(rows)})
 
 
+@cache
+def ldm_file() -> bytes:
+    """A single file of the original code, as convert writes it."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = standins.write(Path(temporary, "sd"), standins.diffusers_files())
+        convert.to_ldm(str(folder), Path(temporary, "w.safetensors"), "dift_test")
+        return Path(temporary, "w.safetensors").read_bytes()
+
+
 def diffusers_folder() -> dict[str, bytes]:
     return {f"sd/{name}": data for name, data in standins.diffusers_files().items()}
 
@@ -456,6 +473,7 @@ def targets() -> dict[str, Target]:
         "sharded folder, converted": Target(sharded(), convert_folder, cost=8),
         "native file, loaded": Target(dict(native()), partial(load_file, name="model.safetensors"), names[1:], cost=8),
         "CompVis file": Target({"w.safetensors": standins.compvis_full()}, partial(read_tensors, name="w.safetensors")),
+        "LDM file": Target({"w.safetensors": ldm_file()}, partial(read_tensors, name="w.safetensors")),
         "diffusers folder": Target(diffusers_folder(), partial(convert_folder, name="sd"), configs, cost=8),
         "recipe": Target({"r.yaml": RECIPE, "base.yaml": BASE}, lambda folder: load_recipe(folder / "r.yaml")),
         "checkpoints and log": Target(run_files(), read_run),

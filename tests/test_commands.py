@@ -185,7 +185,7 @@ def test_in_another_program_nothing_is_left_behind():
 def test_file_errors_name_the_file(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(errors.MissingFileError, match="missing: No such file"), errors.file_errors("other"):
+    with pytest.raises(errors.MissingFileError, match="missing does not exist"), errors.file_errors("other"):
         (tmp_path / "missing").read_bytes()
     with pytest.raises(errors.FileTakenError, match="file: File exists"), errors.file_errors(file):
         file.mkdir()
@@ -263,6 +263,11 @@ def raised(tree):
         for node in ast.walk(statement)
         if isinstance(node, ast.Raise)
     }
+    for block in ast.walk(tree):  # `file_errors` and `reading` catch OSErrors
+        if isinstance(block, ast.With):
+            calls = {ast.unparse(item.context_expr).partition("(")[0] for item in block.items}
+            if calls & {"file_errors", "reading"}:
+                caught |= {(node, "OSError") for node in ast.walk(block) if isinstance(node, ast.Raise)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and node.exc is not None:
             name = node.exc.func if isinstance(node.exc, ast.Call) else node.exc

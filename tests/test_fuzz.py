@@ -25,7 +25,20 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )
 NAMES = st.sampled_from(
-    ["x", "x.png", "x.tar", "x.json", "x.txt", ".hidden", "a b", "ü.jpg", "[1].png", "x.safetensors", "no/x", "metadata.csv"]
+    [
+        "x",
+        "x.png",
+        "x.tar",
+        "x.json",
+        "x.txt",
+        ".hidden",
+        "a b",
+        "ü.jpg",
+        "[1].png",
+        "x.safetensors",
+        "no/x",
+        "metadata.csv",
+    ]
 )
 
 

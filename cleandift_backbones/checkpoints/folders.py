@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
+from ..records import read_json
 
 NATIVE_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
@@ -72,7 +72,7 @@ def shard_names(index: str | Path) -> list[str]:
         CheckpointError: not such an index.
     """
     try:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors files ({error!r}): get it again") from error

@@ -15,7 +15,6 @@ Only safetensors is ever read; pickle is refused unopened.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +26,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..errors import InputError
 from ..files import DamagedFileError, open_tensors
+from ..records import read_json
 from . import ldm
 from .dtypes import STORED, widened
 from .folders import DIFFUSERS_NAME, NATIVE_NAME, PICKLES, CheckpointError, find_files, pickle_refusal
@@ -236,9 +237,9 @@ def open_weights(path: str | Path) -> safe_open:
 def _config(folder: Path, name: str = "config.json") -> dict | None:
     path = folder / name
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): get it again") from error
+        return read_json(path) if path.is_file() else None
+    except InputError as error:
+        raise CheckpointError(f"{error}: get it again") from error
 
 
 def open_checkpoint(path: str | Path) -> Weights:

@@ -190,6 +190,10 @@ def _errors_of(path: str | Path) -> Iterator[None]:
         field_name = getattr(error, "full_key", None)
         told = " ".join(str(error).splitlines()[:1])
         raise InputError(f"recipe {path}: {f'{field_name}: ' if field_name else ''}{told}") from error
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"recipe {path}: {error}") from error
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
@@ -267,7 +271,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         merged = _merge(OmegaConf.structured(Recipe), _merge(read_yaml(path), given))
         missing = OmegaConf.missing_keys(merged)
         if missing:
-            raise InputError(f"no value for {', '.join(sorted(missing))}: give e.g. {sorted(missing)[0]}=VALUE")
+            first, *_ = names = sorted(missing)
+            raise InputError(f"no value for {', '.join(names)}: give e.g. {first}=VALUE")
         if merged.mixed_precision == "False":  # YAML reads a bare `no` so
             merged.mixed_precision = "no"
         if merged.teacher is None:

@@ -142,14 +142,19 @@ class EMA:
 
 def read_log(path: Path) -> list[dict]:
     """The lines of a `JsonLog`; one that was cut off (full disk, power cut) is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines(True) if _step_of(line) < math.inf]
+    return [json.loads(line) for line in _log_lines(path) if _step_of(line) < math.inf]
+
+
+def _log_lines(path: Path) -> list[str]:
+    """Lines with their ends, of a file that may be damaged anywhere."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(True)
 
 
 def _step_of(line: str) -> float:
     """The step of a line of the log; of one that was cut off (full disk, power cut) infinity: it is dropped."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

@@ -99,7 +99,7 @@ def _read_labelled(mat: Path, splits: Path, split: str) -> DepthSet:
         indices = loadmat(splits)[f"{split}Ndxs"].ravel().astype(int) - 1
         with h5py.File(mat, "r") as file:
             count, shapes = len(file["images"]), (file["images"].shape, file["depths"].shape)
-    except (KeyError, OSError, ValueError) as error:
+    except Exception as error:  # damaged .mat files raise nearly anything
         raise DataError(f"{mat} or {splits.name}: not NYUv2's labelled files ({error}); expected {LAYOUT}") from None
     if len(shapes[0]) != 4 or shapes[0][1] != 3 or shapes[1] != (shapes[0][0], *shapes[0][2:]):
         raise DataError(f"{mat}: images {shapes[0]} and depths {shapes[1]}; expected N x 3 x W x H and N x W x H")

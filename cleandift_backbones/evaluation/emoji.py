@@ -13,7 +13,6 @@ left afterwards (as for every face), so labels change sides.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -31,7 +30,7 @@ from ..errors import CleanDIFTError, InputError
 from ..extractor import Extractor, extract
 from ..images import to_tensor
 from ..progress import tqdm
-from ..records import read_records, read_text
+from ..records import read_json, read_records
 from . import correspondence, cross_style, emoji_probes
 from .bootstrap import Tally
 
@@ -171,14 +170,17 @@ def _read_metadata(root: Path) -> list[dict]:
 
 def _read_eyes(path: Path) -> dict[str, dict[str, list]]:
     try:
-        eyes = json.loads(read_text(path))["eyes"]
-    except (CleanDIFTError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+        eyes = read_json(path)["eyes"]
+        marks = [(concept, *mark) for concept, styles in eyes.items() for mark in styles.items()]
+    except (CleanDIFTError, KeyError, AttributeError) as error:
         raise SuiteError(f"{path}: not a JSON file of eye marks ({error!r})") from None
-    for concept, styles in eyes.items():
-        for style, points in styles.items():
+    for concept, style, points in marks:
+        try:
             array = np.asarray(points, dtype=float)
-            if array.shape != (2, 2) or not ((array >= 0) & (array < 1)).all():
-                raise SuiteError(f"{path}: {concept} in {style} has {points}; expected two points (x, y) within 0..1")
+        except (TypeError, ValueError):
+            array = np.empty(0)
+        if array.shape != (2, 2) or not ((array >= 0) & (array < 1)).all():
+            raise SuiteError(f"{path}: {concept} in {style} has {points}; expected two points (x, y) within 0..1")
     return eyes
 
 

@@ -56,7 +56,7 @@ def file_item(path: Path, root: Path, prompt: str = "", size: tuple[int, int] | 
 def require(paths: Iterable[Path], what: str, layout: str) -> None:
     """Raises DataError if files are missing: names the first, and how many of how many."""
     paths = list(dict.fromkeys(paths))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]  # False, too, for a name that is too long
     if missing:
         raise DataError(f"{len(missing)} of {len(paths)} {what} are missing, first {missing[0]}; expected {layout}")
 

@@ -5,7 +5,6 @@ Points are (x, y) in pixels, as they stand in the annotations; whole numbers are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import CleanDIFTError, needs
-from ..records import read_text
+from ..records import read_json
 from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
 Size = tuple[int, int]
@@ -269,11 +268,9 @@ def _pair_lists(folder: Path) -> list[Path]:
 
 def _read_json(path: Path):
     try:
-        return json.loads(read_text(path))
+        return read_json(path, object)
     except CleanDIFTError as error:
         raise DataError(str(error)) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file ({error})") from None
 
 
 def _read_mat(path: Path) -> tuple[np.ndarray, float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ..errors import FileTakenError
@@ -69,15 +70,15 @@ class Row:
         with open_tensors(path, "np") as file:
             try:
                 told = json.loads((file.metadata() or {})["row"])
-            except (KeyError, ValueError):
-                raise DamagedFileError(f"{path} is damaged (no row in its metadata)") from None
-            results: dict[str, dict[str, Tally]] = {name: {} for name in told.pop("maps")}
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                name, metric, part = key.rsplit("/", 2)
-                if part == "hits":
-                    tally = Tally(file.get_tensor(key), file.get_tensor(f"{name}/{metric}/trials"))
-                    results[name][metric] = tally
-        return cls(results=results, **told)
+                results: dict[str, dict[str, Tally]] = {name: {} for name in told.pop("maps")}
+                for key in file.keys():  # noqa: SIM118 (no mapping)
+                    name, metric, part = key.rsplit("/", 2)
+                    if part == "hits":
+                        tally = Tally(file.get_tensor(key), file.get_tensor(f"{name}/{metric}/trials"))
+                        results[name][metric] = tally
+                return cls(results=results, **told)
+            except (KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+                raise DamagedFileError(f"{path} is damaged: not a row of a report ({error!r})") from None
 
 
 @dataclass

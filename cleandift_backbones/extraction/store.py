@@ -19,6 +19,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import leftovers, reading, replacing, set_aside, write_text
 from ..locks import hold, tidy
+from ..records import read_json
 from .formats import FORMATS, ROW, Computed, ShardError
 
 META, INDEX, FAILURES = "meta.json", "index.jsonl", "failures.jsonl"
@@ -36,9 +37,9 @@ class StoreError(InputError):
 def read_meta(folder: Path) -> dict:
     """What the features of a folder were made with. Raises StoreError if there is nothing of that kind."""
     try:
-        with reading(folder / META):
-            found = json.loads((folder / META).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        found = read_json(folder / META)
+        settings = found.get("settings")
+        if not isinstance(settings, dict) or settings.get("format") not in FORMATS or not settings.get("maps"):
             raise InputError("no settings")
         return found
     except FileNotFoundError:
@@ -107,7 +108,10 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    try:
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except UnicodeEncodeError as error:  # only damage brings such text: keys that are no UTF-8 are left out in listing
+        raise StoreError(f"{path.parent / INDEX} or a shard is damaged: a key is no text ({error})") from None
 
 
 def check_out(folder: str | Path) -> None:
