@@ -276,7 +276,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if merged.mixed_precision == "False":  # YAML reads a bare `no` so
             merged.mixed_precision = "no"
         if merged.teacher is None:
-            merged.teacher = f"dift_{merged.model.partition('_')[2]}"
+            student, _, architecture = merged.model.partition("_")
+            merged.teacher = f"dift_{architecture}" if student == "cleandift" else "no teacher"
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
             if OmegaConf.select(merged, name):
                 OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))
