@@ -1,6 +1,7 @@
 """The Hub of the tests stands on 127.0.0.1. huggingface_hub reads its address at import, hence before anything else."""
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,10 @@ os.environ.update(
 )
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
+
+# Shells start what runs in the background with SIGINT ignored, and the processes that tests interrupt inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from PIL import Image  # noqa: E402
 

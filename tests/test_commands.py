@@ -67,7 +67,10 @@ def interrupted(process, number=signal.SIGINT, count=1, at_exit=False):
     for _ in range(count):
         os.killpg(process.pid, number)
         time.sleep(0.05)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode in ((128 + number, -number) if at_exit else (128 + number,)), said
     assert "Traceback" not in said and "Exception ignored" not in said, said
     return said
