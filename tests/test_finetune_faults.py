@@ -284,7 +284,7 @@ def test_settings_are_what_they_say(pictures, tmp_path):
     assert recipe.output_dir == str(Path.home() / "x")
     for overrides, message in (
         (["clip=-1"], "clip must be"),
-        (["stop_after=-1"], "stop_after above 0"),
+        (["stop_after=-1"], "stop_after must be above 0"),
         (["heads.depth=0", "heads.weights=a"], "needs heads"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -100,6 +100,8 @@ def _read_lines(path: Path) -> list[dict]:
         lines = [json.loads(line) for line in text.split("\n") if line]
         if not all(isinstance(line, dict) and isinstance(line.get("key"), str) for line in lines):
             raise InputError("a line without a key")
+        if not all(isinstance(line.get("shard", ""), str) for line in lines):
+            raise InputError("a shard that is no name")
         return lines
     except FileNotFoundError:
         return []
