@@ -26,12 +26,28 @@ from ..errors import FileError, InputError, needs
 from ..files import DamagedFileError, open_tensors, readable_size, reading
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ROW = {"key", "width", "height", "input", "shapes", "row"}
 GROUP_BYTES = 2**22  # of a row group of Parquet, which is read at once
 
 
 class ShardError(InputError):
     """A shard that is damaged."""
+
+
+def is_row(found: object) -> bool:
+    """Whether something that was read is a row of an index, with all fields and of the right types."""
+
+    def numbers(value: object) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(one, int) for one in value)
+
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("key"), str)
+        and all(isinstance(found.get(name), int) for name in ("width", "height", "row"))
+        and numbers(found.get("input"))
+        and len(found["input"]) == 2
+        and isinstance(found.get("shapes"), dict)
+        and all(map(numbers, found["shapes"].values()))
+    )
 
 
 class Computed(NamedTuple):
@@ -68,7 +84,7 @@ class Safetensors:
         try:
             self.file = open_tensors(path)
             self._rows = json.loads((self.file.metadata() or {})["rows"])
-            if not all(row.keys() >= ROW for row in self._rows):
+            if not all(map(is_row, self._rows)):
                 raise KeyError("rows")
         except DamagedFileError as error:
             raise ShardError(str(error)) from error
@@ -161,6 +177,8 @@ class Parquet:
         for number, row in enumerate(table.to_pylist()):
             found = {name.removesuffix("_shape"): row.pop(name) for name in shapes}
             rows.append(row | dict(shapes=found, row=number))
+        if not all(map(is_row, rows)):
+            raise ShardError(f"{self.path} is damaged (a row without all fields)")
         return rows
 
     def get(self, row: dict, name: str) -> Tensor:
@@ -169,6 +187,8 @@ class Parquet:
             with reading(self.path), self._damage_named():
                 self.held = (group, name), self.file.read_row_group(group, [name]).column(name)
         values = self.held[1][row["row"] - int(self.starts[group])].values.to_numpy()
+        if values.size != np.prod(row["shapes"][name]):
+            raise ShardError(f"{self.path} is damaged ({values.size} numbers of {name} of {row['key']})")
         return torch.from_numpy(values.copy()).reshape(row["shapes"][name])
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError, UnknownKeyError
 from .formats import FORMATS
-from .store import read_failures, read_meta, read_rows
+from .store import StoreError, read_failures, read_meta, read_rows
 
 OPEN_SHARDS = 16
 
@@ -56,6 +56,8 @@ class Features(Dataset):
         for name in self.maps:
             self._check(name)
         self.rows = read_rows(self.folder, settings["format"])
+        if lacking := [row["key"] for row in self.rows if not row["shapes"].keys() >= set(self.maps)]:
+            raise StoreError(f"{self.folder} is damaged: not all of {', '.join(self.maps)} are stored for {lacking[0]}")
         self.keys = [row["key"] for row in self.rows]
         self.numbers = {key: number for number, key in enumerate(self.keys)}
         self._open: OrderedDict[str, object] = OrderedDict()

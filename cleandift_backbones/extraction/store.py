@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..files import leftovers, reading, replacing, set_aside, write_text
 from ..locks import hold, tidy
 from ..records import read_json
-from .formats import FORMATS, ROW, Computed, ShardError
+from .formats import FORMATS, Computed, ShardError, is_row
 
 META, INDEX, FAILURES = "meta.json", "index.jsonl", "failures.jsonl"
 PROCESS = r"\d{5,}-[0-9a-f]{8}"  # names of processes, see `Store`
@@ -39,8 +39,10 @@ def read_meta(folder: Path) -> dict:
     try:
         found = read_json(folder / META)
         settings = found.get("settings")
-        if not isinstance(settings, dict) or settings.get("format") not in FORMATS or not settings.get("maps"):
-            raise InputError("no settings")
+        if not isinstance(settings, dict) or str(settings.get("format")) not in FORMATS:
+            raise InputError("no settings with a format")
+        if not isinstance(settings.get("maps"), list) or not all(isinstance(name, str) for name in settings["maps"]):
+            raise InputError("no names of maps")
         return found
     except FileNotFoundError:
         raise StoreError(f"{folder} holds no features ({META} is missing); make some with tools/extract.py") from None
@@ -69,7 +71,7 @@ def read_rows(folder: Path, format: str) -> list[dict]:
     """
     shards = {path.name: path for path in list_shards(folder, format)[0]}
     rows = [row for row in _read_lines(folder / INDEX) if row.get("shard") in shards]
-    if not all(row.keys() >= ROW for row in rows):
+    if not all(map(is_row, rows)):
         raise StoreError(f"{folder / INDEX} is damaged (a line without all fields); move it away: it is made anew")
     for name in sorted(shards.keys() - {row["shard"] for row in rows}):
         rows += [row | dict(shard=name) for row in FORMATS[format](shards[name]).rows()]
