@@ -85,7 +85,7 @@ def open_main(source: str) -> tuple[Path | HubFile, Weights]:
     A file on the Hub that is not in the cache is opened by its header; a native checkpoint here is verified.
 
     Raises:
-        FileNotFoundError, download.HubError: not to be had. CheckpointError: no known form, or damaged.
+        FileNotFoundError, download.HubError: unavailable. CheckpointError: no known form, or damaged.
     """
     main = download.parse_source(SOURCES.get(source, {}).get("unet", source))
     weights = open_header(main)

@@ -140,7 +140,7 @@ def fetch(file: HubFile, cache_dir: str | Path | None = None) -> Path:
     """The file's place in the Hub's cache, downloaded (and resumed) if need be; a new download is checked.
 
     Raises:
-        HubError: not to be had, or its SHA-256 is not the one that the Hub names (it is then removed).
+        HubError: unavailable, or its SHA-256 is not the one that the Hub names (it is then removed).
     """
     with explained(file):
         before = cached(file, cache_dir)
@@ -268,7 +268,7 @@ def fetch_checkpoint(source: str | Path | HubFile, cache_dir: str | Path | None 
 
     Raises:
         FileNotFoundError: no such path, and not of the Hub's form.
-        HubError: not to be had. CheckpointError: a pickle file.
+        HubError: unavailable. CheckpointError: a pickle file.
     """
     place = parse_source(source)
     if isinstance(place, Path):

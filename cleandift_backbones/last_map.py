@@ -84,7 +84,7 @@ def open_headers(place: Path | HubFile, cache_dir: str | Path | None = None) -> 
     """A file, a folder, or a native repository, opened by its headers: files are fetched from servers without ranges.
 
     Raises:
-        HubError: not to be had, or no native repository. CheckpointError: see `checkpoints.open_checkpoint`.
+        HubError: unavailable, or no native repository. CheckpointError: see `checkpoints.open_checkpoint`.
     """
     if isinstance(place, Path):
         return checkpoints.open_checkpoint(place)

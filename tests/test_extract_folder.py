@@ -1,4 +1,4 @@
-"""Extraction and the folders of others: whose files it touches, who else is there, and what it says."""
+"""Extraction and the folders of others: which files it touches, parallel runs, and its messages."""
 
 import os
 import pickle
@@ -136,7 +136,7 @@ def test_the_same_command_twice_at_once(folder, tmp_path, capsys):
     assert len(Features(out)) == 6 and not list(out.glob(".*"))
 
 
-# --- what it says and takes ---
+# --- messages and options ---
 
 
 def test_other_maps_are_reported_as_other_maps(folder, tmp_path, capsys):

@@ -60,7 +60,7 @@ class Session:
         tab: the one that is open. settings: what the controls last said.
         notice: what to tell, and whether it is an error. details: what is folded away below it. shown: whether it was
             told.
-        warned: whether an upload was told that the model knows no photographs.
+        warned: whether the notice about photographs was shown at an upload.
         result: the last one, for downloads.
         work: the thread that computes features, if there is one. cancelled: set when the visitor wants that no longer.
         ready: what the work was, and what came of it. given_up: work that was stopped or failed.
