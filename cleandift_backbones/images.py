@@ -16,6 +16,7 @@ from PIL import Image
 
 from .decoding import LARGE, MIN_SIDE, ImageError, read_image, to_rgb
 from .errors import FileError, InputError
+from .files import exists, is_folder, is_text
 
 __all__ = [
     "LARGE",
@@ -37,10 +38,12 @@ MODES = ("squash", "pad", "crop", "keep")
 
 def check_folder(path: str | os.PathLike) -> None:
     """Raises OSError unless a folder is at `path`, or can be made there, and can be written to. Makes nothing."""
+    if not is_text(os.fspath(path)):
+        raise FileError(f"{path}: the name holds bytes that are no UTF-8, which safetensors refuses; give another")
     folder = Path(path).absolute()
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FileError(f"{path}: {folder} is a file, not a folder; give another folder")
     if not os.access(folder, os.W_OK | os.X_OK) or str(folder).startswith(("/proc", "/sys")):
         raise FileError(f"{path}: nothing can be written to {folder}; give another folder")
