@@ -197,6 +197,8 @@ def _resize_large(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     torch resizes rows, then columns; so do the strips: the same numbers up to rounding (1e-6), without ever holding the
     whole picture as floats.
     """
-    rows = torch.from_numpy(np.array(image)).split(STRIP)
-    narrow = [_resize(strip.permute(2, 0, 1).float(), (len(strip), size[1])) for strip in rows]
+    narrow = []
+    for top in range(0, image.height, STRIP):  # cut by Pillow: NumPy would copy the whole picture, twice
+        strip = np.array(image.crop((0, top, image.width, min(top + STRIP, image.height))))
+        narrow.append(_resize(torch.from_numpy(strip).permute(2, 0, 1).float(), (len(strip), size[1])))
     return (_resize(torch.cat(narrow, dim=1), size) / 255).clamp(0, 1)
