@@ -29,7 +29,9 @@ def is_hidden(name: str) -> bool:
 
 def is_special(entry: os.DirEntry) -> bool:
     """Whether an entry is neither a file nor a folder, nor a link without an end: reading it may wait forever."""
-    return not entry.is_file() and not entry.is_dir() and os.path.exists(entry.path)
+    if entry.is_file(follow_symlinks=False):  # known without asking the disk
+        return False
+    return os.path.exists(entry.path) and not os.path.isfile(entry.path) and not os.path.isdir(entry.path)
 
 
 def counted(number: int, what: str) -> str:
