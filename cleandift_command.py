@@ -106,6 +106,10 @@ def guard(stopped: str) -> Callable[[Callable], Callable]:
         @functools.wraps(main)
         def run(arguments: list[str] | None = None) -> int | None:
             former, hook = _set_handlers(_interrupt), sys.unraisablehook
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(AttributeError, ValueError):  # no file (a notebook), or closed
+                    # A terminal of another encoding, a name that is no text: printed with \\x.., not an error.
+                    stream.reconfigure(errors="backslashreplace")
             sys.unraisablehook = functools.partial(_unraisable, hook)
             try:
                 return main(arguments)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -73,10 +74,16 @@ def opened(
         path, file, size = name or "image", io.BytesIO(source), len(source)
     else:
         path, file = name or os.fspath(source), Path(source)
-        if not file.is_file():
-            what = "a folder, not an image file" if file.is_dir() else "no such file"
-            raise ImageError(f"{path}: {what}; check the path")
-        size = file.stat().st_size
+        try:
+            about = file.stat()
+        except (OSError, ValueError) as error:  # also of a name that is too long, or holds a zero byte
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            what = "no such file" if missing else f"cannot be opened ({getattr(error, 'strerror', error)})"
+            raise ImageError(f"{path}: {what}; check the path") from None
+        if not stat.S_ISREG(about.st_mode):
+            what = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe, socket or device"
+            raise ImageError(f"{path}: {what}, not an image file; check the path")
+        size = about.st_size
     if size == 0:
         raise ImageError(f"{path}: the file is empty (0 bytes); fetch or export it again")
     try:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from . import checkpoints
 from .checkpoints import NATIVE_NAME, CheckpointError, choose_file
 from .checkpoints.folders import PICKLES, pickle_refusal
 from .errors import FileError, MissingFileError
-from .files import replacing
+from .files import exists, replacing
 
 _logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def parse_source(source: str | Path | HubFile) -> Path | HubFile:
     if isinstance(source, HubFile):
         return source
     text = str(source)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(text))  # Path.expanduser raises for a user that is not there
+    if exists(path):
         return path
     match = re.fullmatch(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([^/@]+))?(?:/(.+?))?/?", text)
     if isinstance(source, Path) or text.startswith(("/", "./", "../", "~")) or match is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -37,6 +38,8 @@ def open_tensors(path: str | Path, framework: str = "pt") -> safe_open:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    if not is_text(str(path)):  # safetensors takes no such path; the file is sound
+        raise FileError(f"{path}: the name holds bytes that are no UTF-8, which safetensors refuses; rename it")
     with reading(path):
         with open(path, "rb"):  # first: older safetensors report every failure to open as a missing file
             pass
@@ -52,6 +55,42 @@ def open_tensors(path: str | Path, framework: str = "pt") -> safe_open:
 def reading(path: str | Path) -> AbstractContextManager[None]:
     """`errors.file_errors` around reading: its messages say that nothing was changed."""
     return file_errors(path, "cannot be read", "nothing was changed: correct that and start again")
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """`Path.exists`, but a path that the system refuses to look at (no permission, a name too long) is a FileError."""
+    with reading(path):
+        return Path(path).exists()
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """`Path.is_file`; FileError as in `exists`."""
+    with reading(path):
+        return Path(path).is_file()
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """`Path.is_dir`; FileError as in `exists`."""
+    with reading(path):
+        return Path(path).is_dir()
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8. Names of files may hold any bytes; Python reads others as surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_plain(path: str | os.PathLike) -> None:
+    """Raises FileError for a named pipe, socket or device: reading it may wait forever. /dev/fd/N, which shells give
+    for <(command), may be a pipe."""
+    mode = os.stat(path).st_mode
+    shells = os.fspath(path).startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin"))
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or shells):
+        raise FileError(f"{os.fspath(path)} is a pipe, socket or device, no file; give a file")
 
 
 def set_aside(path: str | Path, ending: str = "damaged") -> Path:
@@ -160,9 +199,9 @@ def _keep_others(old: Path, new: Path, written: Callable[[str], bool]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file (UTF-8), aside and renamed."""
+    """Writes a text file (UTF-8), aside and renamed. Names that are no UTF-8 are written as \\udcXX, as JSON has it."""
     with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_png(image: Image.Image, path: str | Path) -> None:

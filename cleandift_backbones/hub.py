@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
@@ -396,7 +397,7 @@ def push_to_hub(
     """
     with ExitStack() as stack:
         if isinstance(model_or_folder, (str, Path)):
-            folder = Path(model_or_folder).expanduser()
+            folder = Path(os.path.expanduser(model_or_folder))
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "folder")
             save_folder(model_or_folder, folder, card, dtype=dtype)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from .decoding import LARGE, MIN_SIDE, ImageError, read_image, to_rgb
 from .errors import FileError, InputError
+from .files import exists, is_folder, is_text
 
 __all__ = [
     "LARGE",
@@ -37,10 +38,12 @@ MODES = ("squash", "pad", "crop", "keep")
 
 def check_folder(path: str | os.PathLike) -> None:
     """Raises OSError unless a folder is at `path`, or can be made there, and can be written to. Makes nothing."""
+    if not is_text(os.fspath(path)):
+        raise FileError(f"{path}: the name holds bytes that are no UTF-8, which safetensors refuses; give another")
     folder = Path(path).absolute()
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise FileError(f"{path}: {folder} is a file, not a folder; give another folder")
     if not os.access(folder, os.W_OK | os.X_OK) or str(folder).startswith(("/proc", "/sys")):
         raise FileError(f"{path}: nothing can be written to {folder}; give another folder")
@@ -194,6 +197,8 @@ def _resize_large(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     torch resizes rows, then columns; so do the strips: the same numbers up to rounding (1e-6), without ever holding the
     whole picture as floats.
     """
-    rows = torch.from_numpy(np.array(image)).split(STRIP)
-    narrow = [_resize(strip.permute(2, 0, 1).float(), (len(strip), size[1])) for strip in rows]
+    narrow = []
+    for top in range(0, image.height, STRIP):  # cut by Pillow: NumPy would copy the whole picture, twice
+        strip = np.array(image.crop((0, top, image.width, min(top + STRIP, image.height))))
+        narrow.append(_resize(torch.from_numpy(strip).permute(2, 0, 1).float(), (len(strip), size[1])))
     return (_resize(torch.cat(narrow, dim=1), size) / 255).clamp(0, 1)

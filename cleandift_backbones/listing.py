@@ -14,17 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .decoding import endings
-from .errors import DependencyError, FileError, InputError, MissingFileError
+from .errors import DependencyError, FileError, InputError, MissingFileError, file_errors
 
 CAPTION_ENDINGS = (".txt", ".caption", ".json")  # of an image's side-car; the first that is there counts
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face's imagefolder
 _OTHER_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN")
-HIDDEN = "hidden"
+HIDDEN, SPECIAL = "hidden", "pipes, sockets and devices"
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name, without its path, is left out."""
     return (name.startswith(".") and name not in (".", "..")) or name in _OTHER_SYSTEMS
+
+
+def is_special(entry: os.DirEntry) -> bool:
+    """Whether an entry is neither a file nor a folder, nor a link without an end: reading it may wait forever."""
+    if entry.is_file(follow_symlinks=False):  # known without asking the disk
+        return False
+    return os.path.exists(entry.path) and not os.path.isfile(entry.path) and not os.path.isdir(entry.path)
 
 
 def counted(number: int, what: str) -> str:
@@ -100,6 +107,8 @@ def list_folder(
                 found.left_out[HIDDEN] += 1
             elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 waiting.append((entry.path, above | {real}))
+            elif is_special(entry):
+                found.left_out[SPECIAL] += 1
             elif (suffix := suffix.lower()) in known:
                 images.append(entry.name)
             elif entry.name in METADATA:
@@ -129,8 +138,9 @@ def find_pictures(root: str | os.PathLike, unreadable: Callable[[OSError], None]
 
 def list_names(folder: str | os.PathLike, ending: str | tuple[str, ...]) -> list[str]:
     """Paths of the files right in a folder whose names end so, in any case, sorted; without hidden ones."""
-    with os.scandir(folder) as entries:
-        return sorted(e.path for e in entries if e.name.lower().endswith(ending) and not is_hidden(e.name))
+    with file_errors(folder, "cannot be listed", "check the path"), os.scandir(folder) as entries:
+        named = [e for e in entries if e.name.lower().endswith(ending) and not is_hidden(e.name)]
+        return sorted(e.path for e in named if not is_special(e))
 
 
 def expand(text: str | os.PathLike) -> list[str]:

@@ -9,6 +9,7 @@ Also with `custom_imports = dict(imports=["cleandift_backbones.mm"])` and plain 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -68,7 +69,8 @@ def _source(pretrained: bool | str | None, init_cfg: Mapping | None) -> bool | s
     place = str(pretrained)
     for prefix in ("local-dir:", "hf-hub:"):  # timm's
         place = place.removeprefix(prefix)
-    return str(Path(place).expanduser().absolute()) if Path(place).expanduser().exists() else place
+    path = os.path.expanduser(place)
+    return os.path.abspath(path) if os.path.exists(path) else place
 
 
 @MODELS.register_module()

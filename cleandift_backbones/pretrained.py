@@ -79,7 +79,7 @@ class Sources:
         """
         of_cfg = None
         if cfg.get("file"):
-            of_cfg = Path(cfg["file"]).expanduser().absolute()
+            of_cfg = Path(os.path.expanduser(cfg["file"])).absolute()
         elif cfg.get("hf_hub_id"):
             repo, _, revision = cfg["hf_hub_id"].partition("@")
             of_cfg = HubFile(repo, cfg.get("hf_hub_filename") or "", revision or None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DependencyError, InputError, file_errors
+from .files import check_plain
 
 TABLES = (".jsonl", ".csv", ".parquet")
 JSON_NAMES = {dict: "object", list: "list"}
@@ -26,8 +27,9 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """All of a file. Raises FileError, which names it."""
+    """All of a file. Raises FileError, which names it, also for a named pipe, whose reading may wait forever."""
     with file_errors(path, "cannot be read", "check the path"):
+        check_plain(path)
         return Path(path).read_bytes()
 
 

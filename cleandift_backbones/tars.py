@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from .decoding import endings
 from .errors import InputError
+from .files import check_plain
 from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, counted, expand, is_hidden, list_names, suffix_of
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -109,6 +110,7 @@ def find_shards(text: str | Path) -> list[str]:
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[BinaryIO]:
     """A shard's bytes, decompressed where it is compressed."""
+    check_plain(path)
     with open(path, "rb") as file:
         opener = next((opener for mark, opener in _COMPRESSED.items() if re.match(mark, file.peek(16))), None)
         if opener is None:
@@ -155,6 +157,8 @@ def scan(path: str | Path, most: int | None = None) -> Shard:
                     shard.left_out[HIDDEN] += 1
                 elif not info.isfile():
                     shard.left_out["links"] += 1
+                elif info.issparse():  # tar -S: the bytes do not lie there as they are
+                    shard.left_out["sparse files"] += 1
                 elif (archive, name) in seen:
                     shard.left_out[TWICE] += 1
                 else:
@@ -211,7 +215,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[int, tarfile.TarInfo]]:
         last = start
         while (info := tar.next()) is not None:
             tar.members.clear()  # it would keep them all
-            if info.size < 0 or (end is not None and info.offset_data + info.size > end):
+            held = 0 if info.issparse() else info.size
+            if info.size < 0 or (end is not None and info.offset_data + held > end):
                 raise InputError(f"unexpected end of data in {info.name}")
             yield archive, info
             if tar.offset <= last:

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from cleandift_backbones.checkpoints import save_native
 from cleandift_backbones.distill.checkpoint import Checkpoints
+from cleandift_backbones.distill.export import write_native
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.train import Training
+from cleandift_backbones.errors import CleanDIFTError
 from tools.finetune import main
 
 # --- resuming ---
@@ -138,6 +140,24 @@ def test_losses_that_are_not_finite(pictures, tmp_path, monkeypatch, caplog):
         training.run()
     assert validate is None and caplog.text.count("is skipped") == 3 and str(pictures) in str(error.value)
     equal(before, training.module.student.state_dict())
+
+
+@pytest.mark.parametrize(
+    "field", ["learning_rate=inf", "timestep=nan", "timestep=1000", "weight_decay=inf", "maps={us6: inf}"]
+)
+def test_numbers_that_no_training_can_use_are_refused(pictures, tmp_path, field):
+    with pytest.raises(CleanDIFTError, match=r"must be (a finite number|in 0\.\.999), got"):
+        load_recipe(RECIPE, arguments(pictures, tmp_path / "run", field)[1:])
+
+
+def test_a_model_that_is_not_finite_is_not_written(pictures, tmp_path):
+    recipe = load_recipe(RECIPE, arguments(pictures, tmp_path / "run")[1:])
+    state = {"unet.a": torch.ones(2), "timestep": torch.tensor(float("nan"))}
+    with pytest.raises(
+        CleanDIFTError, match=r"not finite, first timestep: .*native is not written.*ower learning_rate"
+    ):
+        write_native(recipe, state, None, "")
+    assert not (tmp_path / "run/native").exists()
 
 
 def test_broken_pictures_are_counted(tmp_path, capsys, caplog):

@@ -1,5 +1,7 @@
 """Reading pictures of every kind, and turning them into model inputs."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,13 @@ def test_large_pictures_are_resized_in_strips_to_the_same(mode, size):
     pixels = np.random.default_rng(0).integers(0, 256, (1100, 1000, 3), np.uint8)
     found = to_input(Image.fromarray(pixels), size, mode)
     assert torch.allclose(found, to_input(pixels, size, mode), atol=1e-5)
+
+
+def test_a_large_picture_is_resized_without_a_copy_of_it():
+    image = Image.new("RGB", (6000, 6000), (9, 99, 199))
+    tracemalloc.start()
+    pixels = to_input(image, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6000 * 6000 * 3 / 4, "some strips of rows"
+    assert pixels.shape == (3, 64, 64) and torch.allclose(pixels[:, 0, 0], pixels[:, 63, 63], atol=1e-5)

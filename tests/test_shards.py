@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, Picture, decode, list_pictures, read_rgba
 from cleandift_backbones.distill.shards import ShardBatches, find_shards
+from cleandift_backbones.errors import InputError
 from cleandift_backbones.images import ImageError
 
 OPTIONS = DecodeOptions(64)
@@ -210,3 +211,34 @@ def test_transparent_pictures_are_not_squashed(tmp_path):
     opaque = rgba[3] > 127
     assert rgba.shape == (4, 64, 64)
     assert abs(int(opaque.any(0).sum()) - 2 * int(opaque.any(1).sum())) <= 2  # still twice as wide as high
+
+
+def write(path, count, broken=()):
+    with wds.TarWriter(str(path)) as writer:
+        for number in range(count):
+            data = b"no picture" if number in broken else jpeg(number)
+            writer.write({"__key__": f"{number:09}", "jpg": data, "txt": str(number)})
+
+
+def test_a_worker_whose_shards_hold_nothing_takes_images_of_others(tmp_path):
+    write(tmp_path / "0.tar", 0)
+    write(tmp_path / "1.tar", 3)
+    assert set(captions(batches(tmp_path, 12, workers=2))) == {"0", "1", "2"}
+
+
+def test_one_image_is_enough_for_several_workers(tmp_path):
+    write(tmp_path / "0.tar", 1)
+    assert set(captions(batches(tmp_path, 4, workers=3))) == {"0"}
+
+
+def test_shards_without_any_image_are_refused(tmp_path):
+    write(tmp_path / "0.tar", 0)
+    with pytest.raises(InputError, match=r"no samples in the shards, e\.g\. .*0\.tar \(no images\); give shards"):
+        batches(tmp_path, 1)
+
+
+def test_broken_images_at_the_very_start_stop_nothing(tmp_path):
+    write(tmp_path / "0.tar", 6, broken=range(3))
+    found = batches(tmp_path, 3, batch_size=1, buffer=1)
+    assert captions(found)[0] == "3" and [len(batch.broken) >= 1 for batch in found] == [True] * 3
+    assert all("0.tar" in told for batch in found for told in batch.broken)

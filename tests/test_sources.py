@@ -340,3 +340,28 @@ def test_image_formats_are_the_same_everywhere(tmp_path, capsys):
     assert Features(tmp_path / "out").keys == [f"class/{name}" for name in expected]
     assert not Features(tmp_path / "out").failures
     assert "left out: 4 files (.heic 2, .md 1, hidden 1)" in capsys.readouterr().err
+
+
+def test_files_with_holes_are_counted_and_not_read_as_they_lie(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.bmp").write_bytes(encoded(Image.new("RGB", (256, 256)), "BMP"))
+    for form in ("gnu", "pax"):
+        subprocess.run(["cp", "--sparse=always", "b.bmp", "hole.bmp"], cwd=tmp_path, check=True)
+        shard = tmp_path / f"{form}.tar"
+        subprocess.run(["tar", f"--format={form}", "-cSf", shard, "hole.bmp", "a.png"], cwd=tmp_path, check=True)
+        with tarfile.open(shard) as tar:
+            if not tar.getmember("hole.bmp").issparse():
+                pytest.skip("no holes on this file system")
+        left_out = Counter()
+        entries, told = list_entries(str(shard), left_out=left_out)
+        assert [entry.key for entry in entries] == ["a"] and not told and left_out == {"sparse files": 1}
+
+
+def test_shards_of_one_name_in_two_folders_are_told_with_what_helps(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        pack(tmp_path / name / "0.tar", {"k.png": png()})
+    with pytest.raises(SourceError, match="give --shard-names"):
+        list_entries(str(tmp_path / "*" / "0.tar"))
+    with pytest.raises(SourceError, match="rename one of the shards"):
+        list_entries(str(tmp_path / "*" / "0.tar"), shard_names=True)

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
                 import matplotlib  # noqa: F401
     if options.what != "matching":
         architecture_of(options.model)
-    if options.file and not Path(options.file).is_file():
+    if options.file and not os.path.isfile(options.file):
         parser.error(f"--file {options.file}: no such file")
     if options.what == "inference":
         check_inference(parser, options)

@@ -19,6 +19,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -40,7 +41,7 @@ with importing(__name__):
         load_extractor,
         resolve_device,
     )
-    from cleandift_backbones.files import DamagedFileError, set_aside
+    from cleandift_backbones.files import DamagedFileError, is_file, set_aside
     from cleandift_backbones.images import check_folder
     from cleandift_backbones.locks import hold
     from cleandift_backbones.progress import tqdm
@@ -152,7 +153,7 @@ def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
     check_folder(args.out)
     report.check_report(args.out, "results")
     for name in ("student_weights", "teacher_weights"):
-        if (path := getattr(args, name)) and not Path(path).is_file():
+        if (path := getattr(args, name)) and not is_file(path):
             raise FileError(f"--{name.replace('_', '-')} {path}: no such file")
     with needs("eval"):
         import matplotlib  # noqa: F401
@@ -276,7 +277,7 @@ def _digests(plan: list[dict]) -> dict[str, str]:
         if not run["pretrained"] or run["model"] == PIXELS or ":" in run["model"]:
             continue
         file = run["kwargs"].get("pretrained_cfg_overlay", {}).get("file") or timm.get_pretrained_cfg(run["model"]).file
-        if file and (path := Path(file)).is_file() and path.name not in digests:
+        if file and os.path.isfile(path := Path(file)) and path.name not in digests:
             digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return digests
 

@@ -16,6 +16,7 @@ Only safetensors is ever read; pickle is refused unopened.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import DamagedFileError, open_tensors
+from ..files import DamagedFileError, is_file, is_folder, open_tensors
 from ..records import read_json
 from . import ldm
 from .dtypes import STORED, widened
@@ -218,7 +219,7 @@ def open_weights(path: str | Path) -> safe_open:
         FileError: the system cannot open it at the moment.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"weights file {path} does not exist")
     try:
         return open_tensors(path)
@@ -248,8 +249,8 @@ def open_checkpoint(path: str | Path) -> Weights:
     Raises:
         CheckpointError: nothing there, only pickle files, damaged, or of no known form.
     """
-    path = Path(path).expanduser()
-    if not path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if not is_folder(path):
         return open_files(path, [open_weights(path)])
     if (path / "unet").is_dir() or (path / "vae").is_dir():
         return _open_diffusers(path)

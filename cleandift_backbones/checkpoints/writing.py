@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FileError, FileTakenError, InputError
-from ..files import readable_size, reading, replacing, set_aside
+from ..files import is_file, readable_size, reading, replacing, set_aside
 from .dtypes import cast, check_dtype
 from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, find_files, listed
 from .ldm import ldm_state
@@ -124,7 +124,7 @@ def check_replaceable(folder: str | Path) -> None:
         FileError: it cannot be read at the moment.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if is_file(folder):
         raise FileTakenError(f"{folder} is a file: choose another folder")
     with reading(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

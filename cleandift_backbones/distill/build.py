@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 import torch
@@ -23,6 +22,7 @@ from ..checkpoints.writing import checksum
 from ..download import fetch_checkpoint
 from ..encoders import load_latent_encoder
 from ..errors import InputError, missing_weights
+from ..files import exists
 from ..heads import ProjectionHeads
 from ..last_map import check_reaches
 from ..learned import stored_timestep
@@ -210,7 +210,7 @@ def list_data(recipe: Recipe, size: int) -> Data:
     """
     data, left_out = recipe.data, Counter()
     options = DecodeOptions(size, data.crop, data.flip, data.background)
-    if not Path(data.path).exists() and ".tar" not in data.path:
+    if not exists(data.path) and ".tar" not in data.path:
         raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
     shards = shards_of(data.path)
     heldout = list_pictures(data.heldout) if data.heldout else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints import CheckpointError, open_weights
 from ..checkpoints.writing import write_file
-from ..files import open_tensors, replacing, set_aside, write_text
+from ..files import is_file, open_tensors, replacing, set_aside, write_text
 from ..images import ImageError
 from ..progress import tqdm
 from .data import DecodeOptions, OrderedBatches, Picture, decode
@@ -38,13 +39,13 @@ class LatentCache:
 
     def path(self, picture: Picture) -> Path:
         file = Path(picture.source)
-        stat = file.stat() if file.exists() else None  # a missing one is told when it is read
+        stat = file.stat() if os.path.exists(file) else None  # a missing one is told when it is read
         told = f"{self.identity} {file.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {picture.caption}"
         digest = hashlib.sha256(told.encode()).hexdigest()[:32]
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def _is_whole(self, path: Path) -> bool:
-        if not path.is_file():
+        if not is_file(path):
             return False
         try:
             if {*self.kinds, "prompt"} <= set(open_weights(path).keys()):

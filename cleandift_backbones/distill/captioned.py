@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..decoding import endings
 from ..errors import InputError
+from ..files import is_folder
 from ..listing import Listing, counted, left_out_report, list_folder
 from ..records import read_bytes, read_records
 from ..tars import open_shard, read_member, scan
@@ -53,6 +54,8 @@ def read_caption(name: str, data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")
         return caption_of_json(json.loads(text)) if name.lower().endswith(".json") else text.strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: {error}") from None
 
@@ -75,7 +78,7 @@ def list_pictures(
     """
     folder, found = Path(folder), Listing()
     skip = [without] if isinstance(without, (str, os.PathLike)) else list(without or ())
-    if folder.is_dir():
+    if is_folder(folder):
         found = list_folder(folder, without=skip)
     images, tables = [], {place: _read_metadata(files) for place, files in sorted(found.metadata.items())}
     named = {image.source for table in tables.values() for image in table}

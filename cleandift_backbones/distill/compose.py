@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..decoding import opened
 from ..errors import InputError, MissingFileError
+from ..files import is_file
 from ..progress import tqdm
 from ..records import read_records
 
@@ -216,7 +217,7 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
     """
     folder = Path(folder)
     table = folder / "metadata.jsonl"
-    if not table.is_file():
+    if not is_file(table):
         raise MissingFileError(
             f"{table} is missing: make the pictures first (tools/make_pictures.py), or fix the folder"
         )
@@ -227,7 +228,7 @@ def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: i
         lines.append(entry)
     if not lines:
         raise InputError(f"{table} names no pictures: make the pictures again")
-    absent = [entry["file_name"] for entry in lines if not (folder / entry["file_name"]).is_file()]
+    absent = [entry["file_name"] for entry in lines if not os.path.isfile(folder / entry["file_name"])]
     if absent:
         raise MissingFileError(f"{len(absent)} of {len(lines)} pictures of {table} are missing, first {absent[:3]}")
 

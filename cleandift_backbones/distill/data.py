@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,9 +95,7 @@ def decode_batch(
             images = Compositor()(rgba, step_generator(torch.device("cpu"), *seed))
             return Batch(images, [p.caption for p in pictures], [p.name for p in pictures], [])
     good, broken = [], []
-    for number, picture in enumerate(itertools.chain(pictures, spare)):
-        if number >= len(pictures) and good:
-            break
+    for number, picture in enumerate(itertools.chain(pictures, _unless(good, spare))):
         generator = step_generator(torch.device("cpu"), *seed[:-1], seed[-1] + number)
         try:
             good.append((decode(picture, options, generator), picture))
@@ -108,6 +106,13 @@ def decode_batch(
     good = [good[number % len(good)] for number in range(len(pictures))]
     images, chosen = zip(*good)
     return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
+
+
+def _unless(good: list, spare: Iterable[Picture]) -> Iterator[Picture]:
+    """Spare pictures while none is good; not one is fetched where they are not needed."""
+    spare = iter(spare)
+    while not good and (picture := next(spare, None)) is not None:
+        yield picture
 
 
 class OrderedBatches(Dataset):

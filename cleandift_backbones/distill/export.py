@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import checkpoints, hub
+from ..errors import DivergedError
+from ..listing import counted
 from .build import load_student_encoder, load_teacher
 from .engine import whole
 from .lora import merged_state
@@ -37,8 +39,17 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
         state: of `student_state`. The rest (VAE, empty prompt) is the teacher's, but for a light encoder of the
             recipe's. The UNet ends at the student's last map: layers of the teacher would not fit behind it.
         adapters: of `lora_state`, if there are any. data: for the card, e.g. "3000 pictures, 768 px".
+
+    Raises:
+        DivergedError: a trained tensor is not finite. Nothing is written.
     """
     out = Path(recipe.output_dir)
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise DivergedError(
+            f"{counted(len(broken), 'tensor')} of the trained model are not finite, first {broken[0]}: "
+            f"{out / 'native'} is not written. Lower learning_rate in a new output_dir"
+        )
     if adapters is not None:
         checkpoints.writing.keep_other(out / "lora.safetensors")
         checkpoints.save_native(adapters, out / "lora.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from ..errors import InputError, MissingFileError, file_errors
-from ..files import set_aside, write_text
+from ..files import is_file, is_text, set_aside, write_text
 from ..models import ARCHITECTURES
 
 _logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ _NOT_NEGATIVE = (
 def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
     """A YAML file over the one that its `base` field names, relative to it; `above`: the files that led to it."""
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise MissingFileError(f"recipe {path} does not exist: see configs/finetune/")
     if path.resolve() in above:
         raise InputError(f"recipe {path}: its base leads back to it; remove one base field")
@@ -261,6 +262,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise InputError(f"override {override!r} is not field=value, e.g. data.path=IMAGES")
+        if not is_text(override):
+            raise InputError(f"override {override!r} holds bytes that are no UTF-8; rename the file or folder")
         try:
             given.merge_with_dotlist([override])
         except (OmegaConfBaseException, YAMLError) as error:
@@ -294,6 +297,12 @@ def _check(merged: DictConfig) -> None:
         value = OmegaConf.select(merged, name)
         if value is not None and not (value > 0 or (value == 0 and name in _NOT_NEGATIVE)):
             raise InputError(f"{name} must be {'at least' if name in _NOT_NEGATIVE else 'above'} 0, got {value}")
+    for part in (merged, merged.heads, merged.lora, merged.maps or {}):
+        for name, value in part.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, got {value}")
+    if not 0 <= merged.timestep <= 999:
+        raise InputError(f"timestep must be in 0..999, got {merged.timestep}")
     span = list(merged.timestep_range)
     if len(span) != 2 or not 0 <= span[0] < span[1] <= 999 or span[1] - span[0] + 1 < merged.timestep_levels:
         raise InputError(

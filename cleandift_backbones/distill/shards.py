@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..errors import InputError
 from ..tars import find_shards, open_shard, read_member, scan
 from .captioned import Picture, read_caption
-from .data import Batch, DecodeOptions, decode_batch
+from .data import SPARE, Batch, DecodeOptions, decode_batch
 from .trainer import mix_seed, step_generator
 
 __all__ = ["ShardBatches", "find_shards"]
@@ -60,12 +60,16 @@ class ShardBatches(IterableDataset):
             next(samples)
         while True:
             chosen = [next(samples) for _ in range(self.batch_size)]
-            batch = decode_batch(chosen, self.options, self.seed, part, done, spare=self._last)
+            batch = decode_batch(chosen, self.options, self.seed, part, done, spare=self._spare())
             self._last = [picture for picture in chosen if picture.name in batch.names] or self._last
             batch.broken.extend(self._corrupt)
             self._corrupt.clear()
             yield batch
             done += self.batch_size
+
+    def _spare(self) -> Iterator[Picture]:
+        """For a batch of which nothing can be read: the last good ones; before there are any, the first of all."""
+        yield from self._last or itertools.islice(self._stream(0, 1), SPARE)
 
     def _shuffled(self, part: int, parts: int) -> Iterator[Picture]:
         draw, held = random.Random(mix_seed(self.seed, part, 17)), []
@@ -80,17 +84,20 @@ class ShardBatches(IterableDataset):
         for epoch in itertools.count():
             order = torch.randperm(len(self.shards), generator=step_generator(torch.device("cpu"), self.seed, epoch, 1))
             shards = [self.shards[index] for index in order]
-            by_shard = len(shards) >= parts
-            found = 0
-            pictures = itertools.chain.from_iterable(map(self._read, shards[part::parts] if by_shard else shards))
-            for number, picture in enumerate(pictures):
-                if by_shard or number % parts == part:
-                    found += 1
-                    yield picture
-            if not found:
-                raise InputError(
-                    f"no samples in the shards of part {part} of {parts}, e.g. {shards[0]}: {self._corrupt}"
-                )
+            # Where a part finds no images (shards without any, fewer images than parts) it takes those of all.
+            ways = [(shards[part::parts], 1)] * (len(shards) >= parts) + [(shards, parts), (shards, 1)]
+            for chosen, step in ways:
+                found = False
+                for number, picture in enumerate(itertools.chain.from_iterable(map(self._read, chosen))):
+                    if number % step == part % step:
+                        found = True
+                        yield picture
+                if found:
+                    break
+            else:
+                reasons = "; ".join([*dict.fromkeys(self._corrupt)][:3])
+                reasons = reasons or "no images"
+                raise InputError(f"no samples in the shards, e.g. {shards[0]} ({reasons}); give shards of images")
 
     def _read(self, path: str) -> Iterator[Picture]:
         """The pictures of a shard, in its order; what cannot be read of it is noted."""

@@ -19,6 +19,7 @@ from ..app.naming import is_noisy
 from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
+from ..files import is_file
 from ..images import check_folder
 from ..listing import left_out_report, list_folder
 from ..locks import hold
@@ -246,7 +247,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
     files = {}
     for entry in args.weights:
         name, _, file = entry.rpartition("=")
-        if not name or not Path(file).is_file():
+        if not name or not is_file(file):
             raise FileError(f"--weights {entry}: expected MODEL=FILE with a file that is there")
         files[name] = file
     strange = set(files) - set(args.model)

@@ -28,6 +28,7 @@ from PIL import Image
 from ..decoding import opened, read_image
 from ..errors import CleanDIFTError, InputError
 from ..extractor import Extractor, extract
+from ..files import is_file
 from ..images import to_tensor
 from ..progress import tqdm
 from ..records import read_json, read_records
@@ -110,13 +111,13 @@ def load_suite(
         ImageError: a picture that cannot be read.
     """
     folder = Path(folder)
-    root = folder / "heldout" if (folder / "heldout" / "metadata.jsonl").is_file() else folder
+    root = folder / "heldout" if is_file(folder / "heldout" / "metadata.jsonl") else folder
     lines = _read_metadata(root)
     eyes = _read_eyes(Path(eyes_file))
     if limit is not None:
         kept = _limited([line["concept"] for line in lines], set(eyes), limit, seed)
         lines = [line for line in lines if line["concept"] in kept]
-    missing = [line["file_name"] for line in lines if not (root / line["file_name"]).is_file()]
+    missing = [line["file_name"] for line in lines if not os.path.isfile(root / line["file_name"])]
     if missing:
         raise SuiteError(f"{root}: {len(missing)} of {len(lines)} pictures are missing, first {missing[0]}; {_MAKE}")
     pictures, alphas = torch.empty(len(lines), 3, size, size), torch.ones(len(lines), size, size)

@@ -13,6 +13,7 @@ from PIL import Image
 from .. import decoding
 from ..decoding import ImageError, opened, read_image
 from ..errors import CleanDIFTError, InputError
+from ..files import is_file, is_folder
 from ..progress import tqdm
 from ..records import read_records, read_text, split_lines
 
@@ -64,7 +65,7 @@ def require(paths: Iterable[Path], what: str, layout: str) -> None:
 def require_folder(root: str | os.PathLike, parts: Sequence[str], layout: str) -> Path:
     """The folder as a Path; DataError, which tells what is there instead, unless it holds all parts."""
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"{root} is no folder; expected {layout}")
     lacking = [part for part in parts if not (root / part).exists()]
     if lacking:
@@ -75,7 +76,7 @@ def require_folder(root: str | os.PathLike, parts: Sequence[str], layout: str) -
 
 def read_lines(path: Path, layout: str) -> list[str]:
     """The lines of a split file that are not empty; DataError if it is missing or has none."""
-    if not path.is_file():
+    if not is_file(path):
         there = ", ".join(sorted(p.name for p in path.parent.glob("*.*"))[:8]) if path.parent.is_dir() else ""
         raise DataError(f"split file {path} is missing (found {there or 'nothing'} there); expected {layout}")
     try:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import CleanDIFTError, needs
+from ..files import is_file
 from ..records import read_json
 from .items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
 
@@ -241,7 +242,7 @@ def read_pairs(path: str | Path, split: str = "test", skip_outside: bool = False
         DataError: see `read_spair`; a folder with several JSON files of pairs.
     """
     path = Path(path)
-    if path.is_file():
+    if is_file(path):
         return read_json_pairs(path, skip_outside)
     if (path / "PairAnnotation").is_dir() or (path / "Layout").is_dir():
         return read_spair(path, split, skip_outside)

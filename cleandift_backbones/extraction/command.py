@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ from cleandift_command import guard
 from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..errors import InputError, MissingFileError, needs, resource_errors
 from ..extractor import Extractor, ModelError, list_maps, load_extractor, resolve_device
-from ..files import readable_size
+from ..files import is_file, readable_size
 from ..images import check_folder
 from ..listing import left_out_report
 from ..locks import hold
@@ -153,7 +152,7 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError("Parquet has no bfloat16; give --store-dtype float16 or float32, or --format safetensors")
         with needs("extract"):
             import pyarrow.parquet  # noqa: F401
-    if args.weights and not Path(args.weights).is_file():
+    if args.weights and not is_file(args.weights):
         raise MissingFileError(f"--weights {args.weights}: no such file")
     check_noise([args.model], timestep=args.timestep, ensemble=args.ensemble)
     check_folder(args.out)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..decoding import ImageError, endings, read_image
 from ..errors import InputError
+from ..files import is_text
 from ..listing import left_out_report, list_folder
 from ..progress import tqdm
 from ..records import TABLES, read_records, read_text, split_lines
@@ -88,10 +89,10 @@ def list_entries(
         raise
     except InputError as error:
         raise SourceError(str(error)) from None
-    nameless = [entry for entry in entries if not _is_text(entry.key)]
+    nameless = [entry for entry in entries if not entry.key or not is_text(entry.key)]
     if nameless:
         told.append(f"{len(nameless)} names are no UTF-8 and are left out, e.g. {nameless[0].key!r}; rename them")
-        entries = [entry for entry in entries if _is_text(entry.key)]
+        entries = [entry for entry in entries if entry.key and is_text(entry.key)]
     if not entries:
         reasons = "; ".join([*told, *filter(None, [left_out_report(left_out)])])
         raise SourceError(
@@ -100,17 +101,11 @@ def list_entries(
     seen: dict[str, Entry] = {}
     for entry in entries:
         if (other := seen.setdefault(entry.key, entry)) is not entry:
-            inside = "give --shard-names" if entry.path != other.path else "give each file in it a name of its own"
+            several = "rename one of the shards" if shard_names else "give --shard-names"
+            inside = several if entry.path != other.path else "give each file in it a name of its own"
             remedy = inside if entry.size >= 0 else "give each a key of its own"
             raise SourceError(f"{data}: two pictures have the key {entry.key!r} ({other.path}, {entry.path}); {remedy}")
     return entries, told
-
-
-def _is_text(key: str) -> bool:
-    try:
-        return bool(key.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _folder(root: Path, left_out: Counter[str]) -> tuple[list[Entry], list[str]]:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import leftovers, reading, replacing, set_aside, write_text
+from ..files import is_file, is_folder, leftovers, reading, replacing, set_aside, write_text
 from ..locks import hold, tidy
 from ..records import read_json
 from .formats import FORMATS, Computed, ShardError, is_row
@@ -112,16 +112,13 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
-    try:
-        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    except UnicodeEncodeError as error:  # only damage brings such text: keys that are no UTF-8 are left out in listing
-        raise StoreError(f"{path.parent / INDEX} or a shard is damaged: a key is no text ({error})") from None
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def check_out(folder: str | Path) -> None:
     """Raises StoreError for a folder of other files, in which nothing must be made, not even a lock."""
     folder = Path(folder)
-    if (folder / META).is_file() or not folder.is_dir():
+    if is_file(folder / META) or not is_folder(folder):
         return
     with reading(folder):
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
