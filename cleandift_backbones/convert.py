@@ -20,7 +20,6 @@ from .learned import START_TIMESTEP, stored_timestep
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
 from .pretrained import (
     Sources,
-    check_configs,
     fit_model,
     missing_message,
     open_encoder,
@@ -41,6 +40,7 @@ def find_architecture(weights: Weights) -> str:
     Raises:
         CheckpointError: none of them.
     """
+    checkpoints.check_inputs(weights)
     for name, cfg in ARCHITECTURES.items():
         widths, context = cfg["unet"]["block_out_channels"], cfg["unet"]["cross_attention_dim"]
         shapes = {
@@ -156,7 +156,7 @@ def to_native(
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
     sources = Sources(name, SOURCES.get(name, {}), parts or {}, latent_encoder)
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
-    check_configs(weights, cfg)
+    checkpoints.check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
     heads, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
@@ -303,7 +303,7 @@ def to_ldm(
             missing = [f"vae: {error}"]
             raise MissingWeightsError(missing_message(sources, missing), name, missing) from error
         weights.drop("vae.").put(found, "vae.")
-    check_configs(weights, cfg)
+    checkpoints.check_configs(weights, cfg)
     with torch.device("meta"):
         like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(cfg["vae"]).state_dict().items()}
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()

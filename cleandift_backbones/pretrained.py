@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -131,6 +130,11 @@ def open_parts(
 
     weights = attempt("unet", open_header, main, cache_dir)
     if weights is not None:
+        if not weights.has("unet."):
+            raise checkpoints.CheckpointError(
+                f"{weights.label} ({weights.form}) holds no UNet, but {weights.describe() or 'nothing that is known'}: "
+                "give a file, folder or repository with one"
+            )
         checkpoints.check_family(weights, cfg["unet"]["cross_attention_dim"])
         _settle_encoder(weights, sources)
     own = own_text_encoder(main, weights, cache_dir)
@@ -265,17 +269,6 @@ def missing_message(sources: Sources, missing: list[str]) -> str:
     )
 
 
-def check_configs(weights: Weights, cfg: Mapping[str, dict]) -> None:
-    """Raises CheckpointError where a config of a diffusers folder differs from the architecture's."""
-    for part, found in weights.configs.items():
-        for key, value in cfg[part].items():
-            if key in found and json.dumps(found[key]) != json.dumps(value):
-                raise checkpoints.CheckpointError(
-                    f"{weights.label}: {key} of its {part} is {found[key]}, the model has {value}: take another model, "
-                    "or other weights"
-                )
-
-
 def load_pretrained(
     model: CleanDIFT,
     cfg: Mapping[str, dict],
@@ -308,7 +301,7 @@ def load_pretrained(
     noisy = hasattr(model, "ensemble_size")
     fixed = model.fixed | ({"heads."} if model.heads is None else set())
     weights, constants = open_parts(main, sources, cfg, fixed, noisy, cache_dir)
-    check_configs(weights, cfg)
+    checkpoints.check_configs(weights, cfg)
     if dtype == "auto":
         dtype = weights.dtype()
     _check_heads(model, weights)
