@@ -155,12 +155,16 @@ def to_native(
     cfg, noisy = with_encoder(architecture_of(name), latent_encoder), name.startswith("dift")
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
     sources = Sources(name, SOURCES.get(name, {}), parts or {}, latent_encoder)
+    if noisy and "timestep" in sources.given:
+        raise InputError(f"the timestep of {name} is not learned: give a number, not {sources.given['timestep']}")
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     checkpoints.check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
     heads, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
         constants["timestep"] = torch.tensor(float(timestep))
+        if noisy:  # whose timestep is an argument: config.json holds it
+            arguments["timestep"] = int(timestep) if timestep == int(timestep) else timestep
     elif noisy:  # DIFT's is an argument; a file holds one all the same
         constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()

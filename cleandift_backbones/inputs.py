@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -92,12 +93,19 @@ def refuse_unknown_ways(kwargs: dict[str, Any], infos: list[dict]) -> None:
         )
 
 
-def take_state(kwargs: dict[str, Any]) -> dict | None:
+def take_state(kwargs: dict[str, Any], pretrained: object = True) -> dict | None:
     """Takes the `state_dict` out of a timm pretrained config, which would keep and copy it.
 
+    A repository of the user's replaces the file that comes with the package, which timm would prefer.
+
     Raises:
-        InputError: a way to name weights that these models do not know.
+        InputError: a way to name weights that these models do not know; weights that pretrained=False leaves unused.
     """
+    if isinstance(pretrained, (str, os.PathLike)):
+        raise InputTypeError(
+            f"pretrained={str(pretrained)!r} names no weights, it is True or False: give pretrained=True and "
+            "pretrained_cfg_overlay=dict(file=PATH)"
+        )
     state = None
     for name in ("pretrained_cfg", "pretrained_cfg_overlay"):
         cfg = kwargs.get(name)
@@ -114,4 +122,8 @@ def take_state(kwargs: dict[str, Any]) -> dict | None:
             )
         state = cfg.get("state_dict") if cfg.get("state_dict") is not None else state
         kwargs[name] = {key: value for key, value in cfg.items() if key != "state_dict"}
+        if name == "pretrained_cfg_overlay" and cfg.get("hf_hub_id"):
+            kwargs[name].setdefault("file", None)
+    if state is not None and not pretrained:
+        raise InputError("a state_dict is given, but pretrained=False leaves it unused: pass pretrained=True")
     return state

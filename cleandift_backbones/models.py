@@ -249,7 +249,7 @@ def _create(
         kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
     refuse_unknown_ways(kwargs, infos)
-    state = take_state(kwargs) if pretrained else None
+    state = take_state(kwargs, pretrained)
     if held is not None and kwargs.get("features_only") and kwargs.get("out_indices") is None:
         stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"), state)

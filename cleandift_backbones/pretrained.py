@@ -18,7 +18,7 @@ from .checkpoints import Weights
 from .download import HubError, HubFile, NoRanges, RemoteFile
 from .errors import DependencyError, InputError, MissingWeightsError, StateError
 from .last_map import check_reaches
-from .learned import learned_timestep
+from .learned import given_timestep, learned_timestep
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
@@ -162,7 +162,10 @@ def open_parts(
     if "heads" in lacking:
         weights.put(open_header(download.parse_source(places["heads"]), cache_dir), "heads.")
     constants = {}
-    if "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
+    own_number = weights.has("timestep") or "timestep" in weights.metadata
+    if own_number and "timestep" in lacking and "timestep" in sources.given:  # in the place of their own
+        constants["timestep"] = given_timestep(places["timestep"], cache_dir)
+    elif "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
         constants["timestep"] = learned_timestep(places["timestep"], weights, cache_dir)
     if "text_encoder" in lacking:
         constants["prompt_embeds"] = prompts.embed("", places["text_encoder"], cache_dir, keep=True)
@@ -378,5 +381,12 @@ def fit_model(
     fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
     state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)
     for name, tensor in fixed.items():
+        like = expected[name].shape
+        if name == "prompt_embeds" and tensor.shape[1:] != like[1:]:
+            raise checkpoints.CheckpointError(
+                f"the text encoder gives prompts of {' x '.join(map(str, tensor.shape[1:]))} numbers, the model of "
+                f"{weights.label} needs {' x '.join(map(str, like[1:]))}: give the text encoder that it was "
+                "trained with"
+            )
         state[name] = checkpoints.cast(name, tensor, dtype or expected[name].dtype)
     return state

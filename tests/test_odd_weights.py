@@ -6,12 +6,14 @@ import pytest
 import standins
 import timm
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from cleandift_backbones.checkpoints import CheckpointError, ldm
 from cleandift_backbones.convert import to_diffusers, to_native
 from cleandift_backbones.encoders import load_latent_encoder
+from cleandift_backbones.errors import CleanDIFTError, InputError
 from cleandift_backbones.models import SOURCES
+from tools.convert import main
 
 UNET, VAE = standins.unet(1).state_dict(), standins.vae().state_dict()
 NATIVE = {f"unet.{name}": tensor for name, tensor in UNET.items()}
@@ -156,3 +158,65 @@ def test_an_index_without_its_shards(published):
     (published / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="index.json names 2 files, of which .*00002.* is missing: get the whole"):
         load(published)
+
+
+# --- what is given is used ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A native file of cleandift_tiny with the timestep 123.25."""
+    to_native("cleandift_tiny", tmp_path / "tiny.safetensors", timestep=123.25)
+    return str(tmp_path / "tiny.safetensors")
+
+
+def make(**kwargs):
+    return timm.create_model("cleandift_tiny", pretrained=True, **kwargs)
+
+
+def test_a_timestep_that_is_given_goes_before_the_stored_one(tmp_path, tiny, capsys):
+    assert make(sources=dict(timestep=tiny)).timestep == 123.25
+    assert main(["cleandift_tiny", "--timestep", tiny, "--out", str(tmp_path / "out")]) == 0
+    assert load_file(tmp_path / "out/model.safetensors")["timestep"] == 123.25
+    unet = written(tmp_path / "unet.safetensors", UNET)
+    with pytest.raises(CheckpointError, match="unet.safetensors holds no timestep: give a file that does"):
+        make(sources=dict(timestep=str(unet)))
+    with pytest.raises(CleanDIFTError, match="/none.safetensors is neither a file"):
+        make(sources=dict(timestep="/none.safetensors"))
+    for text, message in (("nan", "0..999, got nan"), ("-1", "0..999, got -1"), ("soon", "soon is neither a file")):
+        with pytest.raises(SystemExit):
+            main(["cleandift_tiny", f"--timestep={text}", "--out", str(tmp_path / "other")])
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert main(["cleandift_tiny", "--timestep", "1e2", "--out", str(tmp_path / "other")]) == 0
+    assert load_file(tmp_path / "other/model.safetensors")["timestep"] == 100
+
+
+def test_a_timestep_for_dift(tmp_path):
+    """It is an argument there, which the folder's config.json holds."""
+    assert main(["dift_tiny", "--timestep", "100", "--out", str(tmp_path / "out")]) == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, features_only=True).model
+    assert model.timestep == 100
+    with pytest.raises(InputError, match="of dift_tiny is not learned: give a number, not x.safetensors"):
+        to_native("dift_tiny", tmp_path / "other", parts=dict(timestep="x.safetensors"))
+    with pytest.raises(InputError, match="timestep must be an integer in 0..999, got 100.5"):
+        to_native("dift_tiny", tmp_path / "other", timestep=100.5)
+
+
+def test_a_repository_goes_before_the_file_in_the_package(hub, tiny):
+    with open(tiny, "rb") as file:
+        hub.place("me/mine", {"model.safetensors": file.read()})
+    assert make(pretrained_cfg_overlay=dict(hf_hub_id="me/mine")).timestep == 123.25
+    with pytest.raises(CleanDIFTError, match="me/none does not exist"):
+        make(pretrained_cfg_overlay=dict(hf_hub_id="me/none"))
+
+
+def test_weights_that_would_stay_unused():
+    with pytest.raises(InputError, match="pretrained=False leaves it unused"):
+        timm.create_model("cleandift_tiny", pretrained_cfg_overlay=dict(state_dict=NATIVE))
+    with pytest.raises(CleanDIFTError, match="pretrained='my.safetensors' names no weights"):
+        timm.create_model("cleandift_tiny", pretrained="my.safetensors")
+
+
+def test_a_text_encoder_of_another_model(published):
+    with pytest.raises(CheckpointError, match="prompts of 3 x 6 numbers, the model .* needs 16 x 96"):
+        make(sources=dict(text_encoder=str(published)))
