@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,23 @@ def map_index(names: Sequence[str], item: str | int) -> int | None:
         if -len(names) <= index < len(names):
             return index % len(names)
     return None
+
+
+def number_in_range(name: str, value: Any, low: float = 0, high: float = 999) -> float | None:
+    """An argument that is a number, also as a tensor or array of one; None stays.
+
+    Raises:
+        InputError: no number, or out of range.
+    """
+    if value is None:
+        return None
+    try:
+        number = value if isinstance(value, int) else float("nan" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not low <= number <= high:
+        raise InputError(f"{name} must lie in {low}..{high}, got {value!r}: give one number")
+    return number
 
 
 def reach(images: Tensor) -> tuple[float, float]:
@@ -91,6 +110,21 @@ def refuse_unknown_ways(kwargs: dict[str, Any], infos: list[dict]) -> None:
             f"{natural}. Decoders of segmentation_models_pytorch that fit, with a ..._pyramid: {', '.join(SMP)}; "
             "DeepLabV3, DeepLabV3Plus and PAN want dilation (PAN not with encoder_output_stride=32)"
         )
+
+
+@contextmanager
+def unknown_arguments(model: str) -> Iterator[None]:
+    """Around the building of a model: an argument that it does not have is an InputTypeError that names it."""
+    try:
+        yield
+    except TypeError as error:
+        match = re.search(r"__init__\(\) got an unexpected keyword argument ('\w+')", str(error))
+        if match is None or isinstance(error, InputTypeError):
+            raise
+        raise InputTypeError(
+            f"{match[1]} is no argument of {model}: leave it out. help(timm.model_entrypoint({model!r})) lists those "
+            "that there are"
+        ) from error
 
 
 def take_state(kwargs: dict[str, Any], pretrained: object = True) -> dict | None:

@@ -19,7 +19,7 @@ from timm.models import (
 
 from .checkpoints.dtypes import check_dtype
 from .errors import InputError
-from .inputs import refuse_unknown_ways, take_state
+from .inputs import refuse_unknown_ways, take_state, unknown_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -272,7 +272,7 @@ def _create(
     if prompt is not None:
         prompts.check(prompt)
     # With weights to come nothing is initialised: parameters stay on the meta device until they are assigned.
-    with torch.device("meta") if pretrained else nullcontext():
+    with torch.device("meta") if pretrained else nullcontext(), unknown_arguments(variant):
         model = build_model_with_cfg(
             partial(model_cls, cfg, pyramid=pyramid),
             variant,
