@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, InputTypeError, StateError
 from .heads import ProjectionHeads
-from .inputs import CHECKED_CALLS, can_look, map_index, warn_of_range
+from .inputs import CHECKED_CALLS, can_look, map_index, number_in_range, warn_of_range
 from .latents import build_latent_encoder, latent_maps, latent_stride
 from .numbers import KeepsNumbers
 from .prompts import embed
@@ -60,6 +60,8 @@ def take_indices(infos: Sequence[dict], indices: int | str | Sequence[int | str]
         else:
             items = [indices] if isinstance(indices, str) else list(indices)
             plain = [map_index(names, item) for item in items]
+            if not items:
+                raise ValueError("no map is asked for")
             if None in plain:
                 raise ValueError(f"there is no map {items[plain.index(None)]!r}")
         return feature_take_indices(len(infos), plain)[0]
@@ -143,10 +145,12 @@ class CleanDIFT(KeepsNumbers):
         heads: dict | None = None,
     ):
         super().__init__()
-        if projected_timestep is not None and not 0 <= projected_timestep <= 999:
-            raise InputError(f"projected_timestep must lie in 0..999, got {projected_timestep}")
-        if timestep is not None and not 0 <= timestep <= 999:
-            raise InputError(f"timestep must lie in 0..999, got {timestep}")
+        timestep = number_in_range("timestep", timestep)
+        projected_timestep = number_in_range("projected_timestep", projected_timestep)
+        if not all(hasattr(value, "__index__") for value in (in_chans, num_classes)):
+            raise InputTypeError(
+                f"in_chans and num_classes must be whole numbers, got {in_chans!r} and {num_classes!r}"
+            )
         if in_chans < 1 or num_classes < 0:
             raise InputError(
                 f"in_chans must be at least 1 and num_classes at least 0, got {in_chans} and {num_classes}"
@@ -173,7 +177,13 @@ class CleanDIFT(KeepsNumbers):
         self.register_buffer("timestep", number)
         self.register_buffer("prompt_embeds", torch.randn(embed_shape))
         self.num_features = self.head_hidden_size = self.unet.infos[self._position(final_map)].channels
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        try:
+            self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        except AssertionError as error:
+            raise InputError(
+                f"global_pool={global_pool!r} is none of timm's poolings of maps: 'avg', 'max', 'avgmax', 'catavgmax', "
+                "'fast', or '' for the map itself"
+            ) from error
         if prompt is not None:
             self.set_prompt(prompt)
 

@@ -20,7 +20,6 @@ from .learned import START_TIMESTEP, stored_timestep
 from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
 from .pretrained import (
     Sources,
-    check_configs,
     fit_model,
     missing_message,
     open_encoder,
@@ -41,6 +40,7 @@ def find_architecture(weights: Weights) -> str:
     Raises:
         CheckpointError: none of them.
     """
+    checkpoints.check_inputs(weights)
     for name, cfg in ARCHITECTURES.items():
         widths, context = cfg["unet"]["block_out_channels"], cfg["unet"]["cross_attention_dim"]
         shapes = {
@@ -155,12 +155,16 @@ def to_native(
     cfg, noisy = with_encoder(architecture_of(name), latent_encoder), name.startswith("dift")
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
     sources = Sources(name, SOURCES.get(name, {}), parts or {}, latent_encoder)
+    if noisy and "timestep" in sources.given:
+        raise InputError(f"the timestep of {name} is not learned: give a number, not {sources.given['timestep']}")
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
-    check_configs(weights, cfg)
+    checkpoints.check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
     heads, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
         constants["timestep"] = torch.tensor(float(timestep))
+        if noisy:  # whose timestep is an argument: config.json holds it
+            arguments["timestep"] = int(timestep) if timestep == int(timestep) else timestep
     elif noisy:  # DIFT's is an argument; a file holds one all the same
         constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()
@@ -303,7 +307,7 @@ def to_ldm(
             missing = [f"vae: {error}"]
             raise MissingWeightsError(missing_message(sources, missing), name, missing) from error
         weights.drop("vae.").put(found, "vae.")
-    check_configs(weights, cfg)
+    checkpoints.check_configs(weights, cfg)
     with torch.device("meta"):
         like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(cfg["vae"]).state_dict().items()}
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()

@@ -12,7 +12,7 @@ from .download import HubError
 from .errors import MissingWeightsError, StateError
 from .latents import build_latent_encoder
 from .models import SOURCES, architecture_of, with_encoder
-from .pretrained import BESIDE, Sources, check_configs, missing_message, open_encoder
+from .pretrained import BESIDE, Sources, missing_message, open_encoder
 
 
 def load_latent_encoder(
@@ -39,7 +39,7 @@ def load_latent_encoder(
     except (HubError, FileNotFoundError) as error:
         missing = [f"vae: {error}"]
         raise MissingWeightsError(missing_message(parts, missing), model, missing) from error
-    check_configs(weights, {"vae": config, "unet": {}})
+    checkpoints.check_configs(weights, {"vae": config})
     with torch.device("meta"):
         encoder = build_latent_encoder(config)
     expected = {f"vae.{name}": tensor for name, tensor in encoder.state_dict().items()}

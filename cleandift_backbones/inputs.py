@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +34,23 @@ def map_index(names: Sequence[str], item: str | int) -> int | None:
         if -len(names) <= index < len(names):
             return index % len(names)
     return None
+
+
+def number_in_range(name: str, value: Any, low: float = 0, high: float = 999) -> float | None:
+    """An argument that is a number, also as a tensor or array of one; None stays.
+
+    Raises:
+        InputError: no number, or out of range.
+    """
+    if value is None:
+        return None
+    try:
+        number = value if isinstance(value, int) else float("nan" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    if not low <= number <= high:
+        raise InputError(f"{name} must lie in {low}..{high}, got {value!r}: give one number")
+    return number
 
 
 def reach(images: Tensor) -> tuple[float, float]:
@@ -92,12 +112,34 @@ def refuse_unknown_ways(kwargs: dict[str, Any], infos: list[dict]) -> None:
         )
 
 
-def take_state(kwargs: dict[str, Any]) -> dict | None:
+@contextmanager
+def unknown_arguments(model: str) -> Iterator[None]:
+    """Around the building of a model: an argument that it does not have is an InputTypeError that names it."""
+    try:
+        yield
+    except TypeError as error:
+        match = re.search(r"__init__\(\) got an unexpected keyword argument ('\w+')", str(error))
+        if match is None or isinstance(error, InputTypeError):
+            raise
+        raise InputTypeError(
+            f"{match[1]} is no argument of {model}: leave it out. help(timm.model_entrypoint({model!r})) lists those "
+            "that there are"
+        ) from error
+
+
+def take_state(kwargs: dict[str, Any], pretrained: object = True) -> dict | None:
     """Takes the `state_dict` out of a timm pretrained config, which would keep and copy it.
 
+    A repository of the user's replaces the file that comes with the package, which timm would prefer.
+
     Raises:
-        InputError: a way to name weights that these models do not know.
+        InputError: a way to name weights that these models do not know; weights that pretrained=False leaves unused.
     """
+    if isinstance(pretrained, (str, os.PathLike)):
+        raise InputTypeError(
+            f"pretrained={str(pretrained)!r} names no weights, it is True or False: give pretrained=True and "
+            "pretrained_cfg_overlay=dict(file=PATH)"
+        )
     state = None
     for name in ("pretrained_cfg", "pretrained_cfg_overlay"):
         cfg = kwargs.get(name)
@@ -114,4 +156,8 @@ def take_state(kwargs: dict[str, Any]) -> dict | None:
             )
         state = cfg.get("state_dict") if cfg.get("state_dict") is not None else state
         kwargs[name] = {key: value for key, value in cfg.items() if key != "state_dict"}
+        if name == "pretrained_cfg_overlay" and cfg.get("hf_hub_id"):
+            kwargs[name].setdefault("file", None)
+    if state is not None and not pretrained:
+        raise InputError("a state_dict is given, but pretrained=False leaves it unused: pass pretrained=True")
     return state

@@ -34,13 +34,34 @@ def stored_timestep(weights: Weights) -> Tensor | None:
     return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
+def given_timestep(source: str | Path, cache_dir: str | Path | None = None) -> Tensor:
+    """The timestep of a CompVis full checkpoint or another file that holds it; on the Hub it is read by ranges.
+
+    Raises:
+        CheckpointError: it holds none. HubError, FileNotFoundError: the file is unavailable.
+    """
+    place = download.parse_source(source)
+    if isinstance(place, Path):
+        found = stored_timestep(checkpoints.open_checkpoint(place))
+    else:
+        try:
+            found = download.remember_of(
+                "timestep", place, lambda: RemoteFile(place).get_tensor("timestep").float(), cache_dir
+            )
+        except KeyError:
+            found = None
+    if found is None:
+        raise CheckpointError(f"{place} holds no timestep: give a file that does, or a number as timestep")
+    return found
+
+
 def learned_timestep(
     source: str | Path | None, weights: Weights | None = None, cache_dir: str | Path | None = None
 ) -> Tensor:
     """The learned timestep of weights, or of a CompVis full checkpoint or another file that holds it.
 
-    On the Hub that is read by ranges, a few hundred kB of 3.9 GB, and kept beside the Hub's cache. If it is not
-    found, a warning says so, and it is 261.
+    On the Hub a few hundred kB of 3.9 GB are read, and it is kept beside the Hub's cache. If it is not found, a warning
+    says so, and it is 261.
     """
     try:
         found = None if weights is None else stored_timestep(weights)
@@ -48,17 +69,8 @@ def learned_timestep(
             return found
         if source is None:
             raise HubError("no source is known")
-        place = download.parse_source(source)
-        if isinstance(place, Path):
-            found = stored_timestep(checkpoints.open_checkpoint(place))
-        else:
-            found = download.remember_of(
-                "timestep", place, lambda: RemoteFile(place).get_tensor("timestep").float(), cache_dir
-            )
-        if found is None:
-            raise CheckpointError(f"{place} holds no timestep")
-        return found
-    except (HubError, FileNotFoundError, CheckpointError, KeyError) as error:
+        return given_timestep(source, cache_dir)
+    except (HubError, FileNotFoundError, CheckpointError) as error:
         _logger.warning(
             f"the learned timestep could not be read from {source} ({error}): {START_TIMESTEP:.0f}, at which its "
             "training started, is used. Features will differ a little; pass timestep=..., or "

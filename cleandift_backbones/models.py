@@ -19,7 +19,7 @@ from timm.models import (
 
 from .checkpoints.dtypes import check_dtype
 from .errors import InputError
-from .inputs import refuse_unknown_ways, take_state
+from .inputs import refuse_unknown_ways, take_state, unknown_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -249,7 +249,7 @@ def _create(
         kwargs["text_encoder"] = parts.get("text_encoder")
     infos = feature_list(cfg, pyramid)
     refuse_unknown_ways(kwargs, infos)
-    state = take_state(kwargs) if pretrained else None
+    state = take_state(kwargs, pretrained)
     if held is not None and kwargs.get("features_only") and kwargs.get("out_indices") is None:
         stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"), state)
@@ -272,7 +272,7 @@ def _create(
     if prompt is not None:
         prompts.check(prompt)
     # With weights to come nothing is initialised: parameters stay on the meta device until they are assigned.
-    with torch.device("meta") if pretrained else nullcontext():
+    with torch.device("meta") if pretrained else nullcontext(), unknown_arguments(variant):
         model = build_model_with_cfg(
             partial(model_cls, cfg, pyramid=pyramid),
             variant,

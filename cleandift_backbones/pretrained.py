@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +18,7 @@ from .checkpoints import Weights
 from .download import HubError, HubFile, NoRanges, RemoteFile
 from .errors import DependencyError, InputError, MissingWeightsError, StateError
 from .last_map import check_reaches
-from .learned import learned_timestep
+from .learned import given_timestep, learned_timestep
 
 if TYPE_CHECKING:
     from .backbone import CleanDIFT
@@ -131,6 +130,11 @@ def open_parts(
 
     weights = attempt("unet", open_header, main, cache_dir)
     if weights is not None:
+        if not weights.has("unet."):
+            raise checkpoints.CheckpointError(
+                f"{weights.label} ({weights.form}) holds no UNet, but {weights.describe() or 'nothing that is known'}: "
+                "give a file, folder or repository with one"
+            )
         checkpoints.check_family(weights, cfg["unet"]["cross_attention_dim"])
         _settle_encoder(weights, sources)
     own = own_text_encoder(main, weights, cache_dir)
@@ -158,7 +162,10 @@ def open_parts(
     if "heads" in lacking:
         weights.put(open_header(download.parse_source(places["heads"]), cache_dir), "heads.")
     constants = {}
-    if "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
+    own_number = weights.has("timestep") or "timestep" in weights.metadata
+    if own_number and "timestep" in lacking and "timestep" in sources.given:  # in the place of their own
+        constants["timestep"] = given_timestep(places["timestep"], cache_dir)
+    elif "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
         constants["timestep"] = learned_timestep(places["timestep"], weights, cache_dir)
     if "text_encoder" in lacking:
         constants["prompt_embeds"] = prompts.embed("", places["text_encoder"], cache_dir, keep=True)
@@ -265,17 +272,6 @@ def missing_message(sources: Sources, missing: list[str]) -> str:
     )
 
 
-def check_configs(weights: Weights, cfg: Mapping[str, dict]) -> None:
-    """Raises CheckpointError where a config of a diffusers folder differs from the architecture's."""
-    for part, found in weights.configs.items():
-        for key, value in cfg[part].items():
-            if key in found and json.dumps(found[key]) != json.dumps(value):
-                raise checkpoints.CheckpointError(
-                    f"{weights.label}: {key} of its {part} is {found[key]}, the model has {value}: take another model, "
-                    "or other weights"
-                )
-
-
 def load_pretrained(
     model: CleanDIFT,
     cfg: Mapping[str, dict],
@@ -308,7 +304,7 @@ def load_pretrained(
     noisy = hasattr(model, "ensemble_size")
     fixed = model.fixed | ({"heads."} if model.heads is None else set())
     weights, constants = open_parts(main, sources, cfg, fixed, noisy, cache_dir)
-    check_configs(weights, cfg)
+    checkpoints.check_configs(weights, cfg)
     if dtype == "auto":
         dtype = weights.dtype()
     _check_heads(model, weights)
@@ -385,5 +381,12 @@ def fit_model(
     fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
     state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)
     for name, tensor in fixed.items():
+        like = expected[name].shape
+        if name == "prompt_embeds" and tensor.shape[1:] != like[1:]:
+            raise checkpoints.CheckpointError(
+                f"the text encoder gives prompts of {' x '.join(map(str, tensor.shape[1:]))} numbers, the model of "
+                f"{weights.label} needs {' x '.join(map(str, like[1:]))}: give the text encoder that it was "
+                "trained with"
+            )
         state[name] = checkpoints.cast(name, tensor, dtype or expected[name].dtype)
     return state

@@ -42,6 +42,14 @@ def _size(text: str) -> str:
     return text
 
 
+def _number(text: str | None) -> float | None:
+    """A timestep given as a number; None for none, and for a source."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("source", help="file, folder, OWNER/NAME[@REVISION][/PATH], or a model's name")
@@ -79,8 +87,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = [f"--{name.replace('_', '-')}" for name in unused if getattr(options, name)]
     if given:
         line.error(f"{', '.join(given)} has no meaning with --to {options.to}")
-    number = options.timestep is not None and options.timestep.replace(".", "", 1).isdigit()
-    parts = {"vae": options.vae, "text_encoder": options.text_encoder, "timestep": None if number else options.timestep}
+    number = _number(options.timestep)
+    parts = {
+        "vae": options.vae,
+        "text_encoder": options.text_encoder,
+        "timestep": options.timestep if number is None else None,
+    }
     common = dict(
         model=options.model,
         teacher=options.unet == "teacher",
@@ -97,8 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
             name, weights = to_native(
                 options.source,
                 options.out,
-                parts={part: source for part, source in parts.items() if source},
-                timestep=float(options.timestep) if number else None,
+                parts={part: source for part, source in parts.items() if source is not None},
+                timestep=number,
                 cut=options.cut,
                 max_shard_size=options.max_shard_size,
                 latent_encoder=options.latent_encoder,

@@ -145,7 +145,7 @@ def match_entries(
     mutual_only: bool = False,
 ) -> Match:  # fmt: skip
     """The same from features that are there already."""
-    points = [check_point(point, pictures) for point in points]
+    points = [check_point(point, pictures) for point in (() if points is None else points)]
     maps = [map_of(entry, map, spec) for entry in entries]
     count = len(points)
     found, scores = torch.zeros(count, len(maps), 2), torch.zeros(count, len(maps))
@@ -174,8 +174,17 @@ def match_entries(
 
 
 def check_point(point: Point, pictures: Sequence[Picture]) -> Point:
-    """Raises ValueError for a point outside its picture, or of no picture."""
-    number, x, y = int(point[0]), float(point[1]), float(point[2])
+    """Raises ValueError for a point outside its picture, of no picture, or of another form."""
+    try:
+        place, x, y = (float(value) for value in point)
+        number = int(place)
+        if number != place:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):  # also of NaN and infinity
+        raise InputError(
+            f"point {point} is not (picture, x, y): a whole number that counts pictures from 0, and fractions from 0 "
+            "to 1 of its width and height"
+        ) from None
     if not 0 <= number < len(pictures):
         raise InputError(f"point {point}: there is no picture {number}; count from 0 to {len(pictures) - 1}")
     if not (0 <= x <= 1 and 0 <= y <= 1):

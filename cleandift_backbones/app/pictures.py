@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..decoding import ImageError, opened, read_image
+from ..errors import InputTypeError
 
 SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
 BACKGROUND = (224, 224, 224)  # behind transparent pictures: white parts must stay visible
@@ -92,7 +93,19 @@ def open_picture(source: str | os.PathLike | bytes | Picture, name: str | None =
 
 
 def open_pictures(sources: Sequence[str | os.PathLike | bytes | Picture]) -> list[Picture]:
-    """Reads pictures. Raises ImageError for one that cannot be used, and if there is none."""
+    """Reads pictures.
+
+    Raises:
+        ImageError: one that cannot be used, or none.
+        InputTypeError: something else than a list of files or their bytes.
+    """
+    listed = isinstance(sources, Sequence) and not isinstance(sources, (str, bytes))
+    wrong = [s for s in sources if not isinstance(s, (str, os.PathLike, bytes, Picture))] if listed else [sources]
+    if wrong:
+        raise InputTypeError(
+            f"pictures must be a list of paths, or of the bytes of image files, not {type(wrong[0]).__name__}: save "
+            "what is in memory as a PNG file first, and give one picture as a list of one"
+        )
     if not len(sources):
         raise ImageError("no pictures to look at; give at least one")
     return [open_picture(source) for source in sources]

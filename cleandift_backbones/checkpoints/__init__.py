@@ -1,7 +1,7 @@
 """Every form in which weights exist on disk, in (`reading`) and out (`writing`). Knows key names, builds no models."""
 
 from .dtypes import cast, check_dtype
-from .fitting import check_family, fit
+from .fitting import check_configs, check_family, check_inputs, fit
 from .folders import DIFFUSERS_NAME, NATIVE_NAME, CheckpointError, choose_file, shard_names
 from .reading import (
     TensorFile,
@@ -21,8 +21,10 @@ __all__ = [
     "TensorFile",
     "Weights",
     "cast",
+    "check_configs",
     "check_dtype",
     "check_family",
+    "check_inputs",
     "check_replaceable",
     "choose_file",
     "family",

@@ -85,7 +85,7 @@ def find_files(folder: Path, name: str) -> list[Path]:
     """The files of a folder that hold the weights called `name`, see `choose_file`; [] if there are none.
 
     Raises:
-        CheckpointError: several variants; an index that is none.
+        CheckpointError: several variants; an index that is none, or that names shards that are not there.
     """
     if not folder.is_dir():
         return []
@@ -96,4 +96,12 @@ def find_files(folder: Path, name: str) -> list[Path]:
     if chosen is None:
         return []
     file = folder / chosen[0]
-    return [folder / shard for shard in shard_names(file)] if file.suffix == ".json" else [file]
+    if file.suffix != ".json":
+        return [file]
+    shards = [folder / shard for shard in shard_names(file)]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise CheckpointError(
+            f"{file} names {len(shards)} files, of which {listed(missing)} {'are' if missing[1:] else 'is'} missing: "
+            "get the whole folder again"
+        )
+    return shards

@@ -76,5 +76,5 @@ def identify(names: set[str], label: str) -> tuple[str, Callable[[str], str]]:
         return "AutoencoderTiny in diffusers' layout", lambda name: f"vae.{name}"
     raise CheckpointError(
         f"{label} is no checkpoint of a form that this package knows (native vae.* and unet.*, CompVis unet or full, "
-        f"diffusers' UNet, VAE or folder, LDM single file): it holds {_listed(names)}"
+        f"diffusers' UNet, VAE or folder, LDM single file): it holds {_listed(names) or 'nothing'}"
     )

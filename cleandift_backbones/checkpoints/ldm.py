@@ -39,6 +39,13 @@ _RESNET = {
 }
 _VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # files of a VAE alone also hold its loss
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+#: names that diffusers' own converter to LDM left as they are, where it was older or newer than the model
+_UNCHANGED = {
+    "to_q": ("to_q", "query"),
+    "to_k": ("to_k", "key"),
+    "to_v": ("to_v", "value"),
+    "to_out.0": ("to_out.0", "to_out", "proj_attn"),
+}
 
 
 def unet_modules(levels: int, layers: int, attending: Collection[int]) -> dict[str, str]:
@@ -147,6 +154,9 @@ def identify(names: Collection[str]) -> tuple[str, Callable[[str], str]] | None:
     vae_levels = _count(vae, r"(?:encoder\.down|decoder\.up)\.(\d+)\.")
     vae_layers = _count(vae, r"(?:encoder\.down|decoder\.up)\.\d+\.block\.(\d+)\.")
     vae_table = _inverse(vae_modules(vae_levels, vae_layers))
+    for half in ("encoder", "decoder"):
+        for new, others in _UNCHANGED.items():
+            vae_table |= {f"{half}.mid.attn_1.{old}": f"{half}.mid_block.attentions.0.{new}" for old in others}
 
     def native(name: str) -> str:
         if unet_prefix is not None and name.startswith(unet_prefix):

@@ -128,8 +128,9 @@ class Weights:
             if len(factor) not in (1, *tensor.shape[:1]):
                 raise CheckpointError(f"{self.label}: {scale} has {len(factor)} numbers for {tuple(tensor.shape)}")
             tensor = tensor.float() * factor.reshape(-1, *[1] * (tensor.ndim - 1))
-        if name.startswith("vae.") and name.endswith(".weight") and ".attentions.0.to_" in name and tensor.ndim == 4:
-            return tensor[:, :, 0, 0]  # the oldest VAE files have 1 x 1 convolutions here
+        if name.startswith("vae.") and ".attentions.0.to_" in name and tensor.ndim > 2:
+            # The oldest VAE files have 1 x 1 convolutions here, and some of diffusers' converter biases of C x 1 x 1.
+            return tensor[(..., *[0] * 2)]
         return tensor
 
     def dtype(self) -> torch.dtype | None:

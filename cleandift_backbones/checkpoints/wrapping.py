@@ -9,11 +9,16 @@ from .folders import CheckpointError, listed
 
 #: put anywhere in a name: by torch.compile, (Distributed)DataParallel, FSDP, activation checkpointing, Lightning Fabric
 _ANYWHERE = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-#: put in front: by timm's features_only, mmengine, segmentation_models_pytorch, transformers, EMA of several packages
-_IN_FRONT = "model|backbone|_backbone|timm_model|encoder|ema|ema_model|base_model|net"
+#: put in front: by timm's features_only, mmengine, segmentation_models_pytorch, transformers, EMA of several packages,
+#: ComfyUI, and what files of a whole pipeline or training hold
+_IN_FRONT = (
+    "model|backbone|_backbone|timm_model|encoder|ema|ema_model|base_model|net|diffusion_model|state_dict|pipe|unet"
+)
+_LDM = r"(?:time_embed|input_blocks|middle_block|output_blocks|out|label_emb)\."  # first parts of names in LDM's UNet
 _FIRST = re.compile(
-    rf"((?:(?:{_IN_FRONT})\.)*?)"
-    r"(?:(?:unet|vae)\.|unet_feature_extractor_|conv_in\.weight$|encoder\.(?:conv_in|layers\.0)\.weight$)"
+    rf"((?:(?:{_IN_FRONT})\.)*?)(?:unet\.(?!unet\.|{_LDM})|vae\.|unet_feature_extractor_|conv_in\.weight$|"
+    r"encoder\.(?:conv_in|layers\.0)\.weight$|model\.diffusion_model\.|first_stage_model\.|"
+    r"input_blocks\.0\.0\.weight$|encoder\.down\.0\.)"
 )
 
 
