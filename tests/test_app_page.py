@@ -124,7 +124,7 @@ def test_uploads_of_every_kind(visitor, tmp_path):
     visitor.upload(tmp_path / "huge.png")
     assert "scaled down from 10000 x 10000 (100 megapixels) to 1024 x 1024" in visitor.notice()
     visitor.upload(tmp_path / "text.png")
-    assert "text.png: not an image that Pillow can read" in visitor.notice() and len(visitor.pictures()) == 7
+    assert "text.png: not an image in a supported format" in visitor.notice() and len(visitor.pictures()) == 7
     assert visitor.page.locator("#match .notice.error").is_visible()
 
 
