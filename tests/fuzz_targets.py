@@ -64,6 +64,7 @@ class Target:
         files: paths below a folder -> bytes: a valid input.
         read: reads the folder as the package does; what it returns counts for nothing.
         damaged: those of the files that are damaged; all if it is empty.
+        refuses: False where damage is never an error, such as where an older file is taken in its place.
         cost: how many examples of other kinds one takes; the slow ones get fewer.
     """
 
@@ -71,6 +72,7 @@ class Target:
     read: Callable[[Path], object]
     damaged: tuple[str, ...] = ()
     cost: float = 1
+    refuses: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,7 +199,7 @@ def targets() -> dict[str, Target]:
         "LDM file": Target({"w.safetensors": ldm_file()}, partial(read_tensors, name="w.safetensors")),
         "diffusers folder": Target(diffusers_folder(), partial(convert_folder, name="sd"), configs, cost=8),
         "recipe": Target({"r.yaml": RECIPE, "base.yaml": BASE}, lambda folder: load_recipe(folder / "r.yaml")),
-        "checkpoints and log": Target(run_files(), read_run),
+        "checkpoints and log": Target(run_files(), read_run, refuses=False),
         "store, safetensors": Target(store_files("safetensors"), partial(read_store, "safetensors")),
         "store, parquet": Target(store_files("parquet"), partial(read_store, "parquet")),
         "store resumed, safetensors": Target(store_files("safetensors"), partial(resume_store, "safetensors")),
