@@ -31,6 +31,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from cleandift_command import blocked, guard, importing
@@ -293,6 +294,7 @@ def make_pictures(
     for folder in {path.parent for path in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
     todo = [job for path, job in jobs.items() if path not in there]
+    resource_tracker.ensure_running()  # its start unblocks SIGINT again, so it must not happen inside `blocked`
     with blocked(signal.SIGINT):
         pool = multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else _Serial()
     with pool:
