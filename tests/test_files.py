@@ -68,3 +68,10 @@ def test_leftovers_are_known_by_name(tmp_path):
     for name in names:
         (tmp_path / name).write_text("x")
     assert [path.name for path in leftovers(tmp_path, r"a-\d\.png")] == names[:1]
+
+
+def test_sizes_are_readable():
+    from cleandift_backbones.files import readable_size
+
+    sizes = {0: "0 bytes", 640: "640 bytes", 1_400_000: "1.4 MB", 9_960: "10 kB", 999_600: "1.0 MB", 23e9: "23 GB"}
+    assert {size: readable_size(size) for size in sizes} == sizes
