@@ -5,6 +5,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import cleandift_backbones.hub as publishing
 import tools.convert
@@ -65,6 +66,26 @@ def test_an_old_repository(tmp_path, hub, offline, shards):
     assert names(timm.create_model(**load)) == FOUR
     offline()
     assert names(timm.create_model(**load)) == FOUR
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_an_old_repository_on_a_mirror_that_sends_files_whole(tmp_path, hub, variant):
+    """Also one whose file has a variant's name, which is loaded too."""
+    save(tmp_path / "old")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    files[f"model{variant}.safetensors"] = files.pop("model.safetensors")
+    hub.place("me/old", files)
+    hub.ranges = False
+    assert names(timm.create_model("hf-hub:me/old", pretrained=True, features_only=True)) == FOUR
+
+
+def test_weights_in_memory_decide_what_a_folder_s_config_gives(tmp_path):
+    for name, last in (("cut", "mid"), ("whole", "us10")):
+        save(tmp_path / name, last)
+    cut, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
+    for folder, state, given in (("cut", whole, FOUR), ("whole", whole, FOUR), ("whole", cut, ["mid"])):
+        load = dict(pretrained=True, features_only=True, pretrained_cfg_overlay=dict(state_dict=state))
+        assert names(timm.create_model(f"local-dir:{tmp_path / folder}", **load)) == given
 
 
 def test_an_old_folder_through_the_other_doors(tmp_path):
