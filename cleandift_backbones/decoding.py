@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from .errors import CleanDIFTError, InputError
+from .errors import CleanDIFTError, InputError, is_out_of_memory
 
 MIN_SIDE = 64
 LARGE = 2**20  # pixels; larger images are handled in strips
@@ -121,10 +121,8 @@ def memory_named(name: str) -> Iterator[None]:
     """A block that makes tensors of an image: where memory is out, ImageError with its name."""
     try:
         yield
-    except MemoryError:
-        raise _too_large(name) from None
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch's own words
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise _too_large(name) from None
 

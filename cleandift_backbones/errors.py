@@ -136,6 +136,13 @@ def missing_weights(remedy: str) -> Iterator[None]:
         raise MissingWeightsError(message, error.name, error.reasons) from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: Python's, torch's for GPUs, or torch's RuntimeError of a CPU."""
+    words = r"out of memory|allocate memory|not enough memory"
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and re.search(words, str(error), re.I) is not None)
+
+
 @contextmanager
 def resource_errors(remedy: str) -> Iterator[None]:
     """Around work with a model: memory that runs out, and errors in data workers, become errors of this package.
@@ -161,7 +168,7 @@ def resource_errors(remedy: str) -> Iterator[None]:
             raise OutOfMemoryError(
                 f"a process that reads images was killed, perhaps because memory ran out; {remedy}"
             ) from error
-        if isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|not enough memory", text, re.I):
+        if is_out_of_memory(error):
             raise OutOfMemoryError(f"out of memory; {remedy}") from error
         raise
 

@@ -21,7 +21,7 @@ from torch import nn
 
 import cleandift_backbones
 
-from .errors import InputError, MissingWeightsError
+from .errors import InputError, MissingWeightsError, is_out_of_memory
 from .images import to_tensor
 from .inputs import map_index
 from .progress import tqdm
@@ -85,7 +85,7 @@ class Extractor:
             try:
                 outputs = self.model(x)
             except (AssertionError, RuntimeError, ValueError) as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 raise ModelError(
                     f"{self.name} cannot take pictures of {x.shape[-1]}x{x.shape[-2]}: {_line(error)}"
@@ -187,14 +187,10 @@ def memory_told(name: str, count: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         lower = "lower the batch size (--batch-size)" if count > 1 else "lower the size (--size)"
         raise OutOfMemory(f"{name}: out of memory with a batch of {count}; {lower}") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _line(error: Exception) -> str:

@@ -104,7 +104,7 @@ def test_pipes_and_sockets_are_left_out_and_counted(tmp_path):
     (tmp_path / "gone.png").symlink_to("nowhere")
     (tmp_path / "self.png").symlink_to("self.png")
     found = list_folder(tmp_path).images
-    assert {tmp_path / "gone.png", tmp_path / "self.png"} < {*found}, "links to nothing are told as broken images"
+    assert {tmp_path / "gone.png", tmp_path / "self.png"} < {*found}, "links to nothing count as broken images"
 
 
 def test_a_pipe_that_is_named_is_refused_and_not_waited_for(tmp_path):

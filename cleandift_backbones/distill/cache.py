@@ -39,7 +39,7 @@ class LatentCache:
 
     def path(self, picture: Picture) -> Path:
         file = Path(picture.source)
-        stat = file.stat() if os.path.exists(file) else None  # a missing one is told when it is read
+        stat = file.stat() if os.path.exists(file) else None  # a missing one is an error when it is read
         told = f"{self.identity} {file.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {picture.caption}"
         digest = hashlib.sha256(told.encode()).hexdigest()[:32]
         return self.folder / digest[:2] / f"{digest}.safetensors"
