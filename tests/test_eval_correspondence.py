@@ -76,7 +76,7 @@ def test_spair_says_what_is_missing(spair):
     with pytest.raises(DataError, match=r"val\.txt is missing \(found test\.txt there\); expected SPair-71k"):
         pairs.read_spair(spair, "val")
     (spair / "JPEGImages/cat/2009_000001.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 4 pictures are missing, first .*cat/2009_000001\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 4 pictures are missing, first .*cat/2009_000001\.jpg, listed in 00000.*json"):
         pairs.read_spair(spair)
     annotation = next((spair / "PairAnnotation/test").glob("000001-*"))
     annotation.write_text(json.dumps({"category": "cat"}))
@@ -115,7 +115,7 @@ def test_json_pairs(tmp_path):
         (dict(target_points=[[25, 3]]), r"1 keypoints lie outside .*pair 0: target keypoint \(25\.0, 3\.0\) in 20x50"),
         (dict(target_points=[[1, 1], [2, 2]]), "1 source and 2 target keypoints"),
         (dict(target_points=["x"]), "not lists of"),
-        (dict(target="c.png"), r"1 of 2 pictures are missing, first .*c\.png"),
+        (dict(target="c.png"), r"1 of 2 pictures are missing, first .*c\.png, listed in pairs\.json, pair 0"),
         (dict(target_box=[3, 3, 3, 3]), "box has no area"),
         (dict(target_box=[3]), "pair 0: IndexError"),
         (dict(source_points=[], target_points=[]), "no pair has a keypoint in common"),

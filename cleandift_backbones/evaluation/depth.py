@@ -75,8 +75,8 @@ def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
             continue
         images.append(root / words[0].lstrip("/"))
         depths.append(root / words[1].lstrip("/"))
-    require(images, "pictures", LAYOUT)
-    require(depths, "depth maps", LAYOUT)
+    require([(path, table) for path in images], "pictures", LAYOUT)
+    require([(path, table) for path in depths], "depth maps", LAYOUT)
     items = [file_item(path, root, PROMPT) for path in images]
     return DepthSet(items, [partial(read_depth, path) for path in depths], list(zip(images, depths, strict=True)))
 

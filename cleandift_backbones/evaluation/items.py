@@ -54,12 +54,23 @@ def file_item(path: Path, root: Path, prompt: str = "", size: tuple[int, int] | 
     return Item(name.as_posix(), read, f"{facts.st_size} {facts.st_mtime_ns}", prompt)
 
 
-def require(paths: Iterable[Path], what: str, layout: str) -> None:
-    """Raises DataError if files are missing: names the first, and how many of how many."""
-    paths = list(dict.fromkeys(paths))
-    missing = [path for path in paths if not os.path.isfile(path)]  # False, too, for a name that is too long
+def require(files: Iterable[tuple[Path, object]], what: str, layout: str) -> None:
+    """Raises DataError if files are missing: names the first with what lists it, and how many of how many.
+
+    Args:
+        files: (path, what lists it: a file, or a line or an entry of one), a path once or more.
+        what: the kind of the files, in the plural.
+        layout: what the data set looks like.
+    """
+    listed: dict[Path, object] = {}
+    for path, source in files:
+        listed.setdefault(path, source)
+    missing = [path for path in listed if not os.path.isfile(path)]  # False, too, for a name that is too long
     if missing:
-        raise DataError(f"{len(missing)} of {len(paths)} {what} are missing, first {missing[0]}; expected {layout}")
+        raise DataError(
+            f"{len(missing)} of {len(listed)} {what} are missing, first {missing[0]}, listed in {listed[missing[0]]}; "
+            f"expected {layout}"
+        )
 
 
 def require_folder(root: str | os.PathLike, parts: Sequence[str], layout: str) -> Path:

@@ -101,7 +101,7 @@ def read_val(root: str | Path) -> Labelled:
     lines = read_table(table, ["ImageId", "PredictionString"], IMAGENET)
     told = {line["ImageId"]: line["PredictionString"].split()[0] for line in lines}
     paths = [val / f"{name}.JPEG" for name in told]
-    require(paths, "pictures of val", IMAGENET)
+    require([(path, table) for path in paths], "pictures of val", IMAGENET)
     classes = sorted(set(told.values()))
     labels = torch.tensor([classes.index(name) for name in told.values()])
     return Labelled([file_item(path, root) for path in paths], labels, classes)

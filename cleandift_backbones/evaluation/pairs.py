@@ -128,9 +128,10 @@ def read_spair(root: str | Path, split: str = "test", skip_outside: bool = False
         DataError: another layout, missing files, an annotation that is not so, keypoints outside their pictures.
     """
     root = require_folder(root, ["JPEGImages", "PairAnnotation", "Layout/large"], SPAIR)
-    names = read_lines(root / "Layout" / "large" / f"{split}.txt", SPAIR)
+    table = root / "Layout" / "large" / f"{split}.txt"
+    names = read_lines(table, SPAIR)
     files = [root / "PairAnnotation" / split / f"{name}.json" for name in names]
-    require(files, "pair annotations", SPAIR)
+    require([(file, table) for file in files], "pair annotations", SPAIR)
     builder, told = _Builder("SPair-71k", root, skip_outside), []
     for path in files:
         pair = _read_json(path)
@@ -144,7 +145,7 @@ def read_spair(root: str | Path, split: str = "test", skip_outside: bool = False
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"{path}: not a pair annotation of SPair-71k ({error!r})") from None
-    require([image for entry in told for image in entry[1]], "pictures", SPAIR)
+    require([(image, entry[0]) for entry in told for image in entry[1]], "pictures", SPAIR)
     for entry in told:
         builder.add(*entry)
     return builder.done()
@@ -184,10 +185,10 @@ def read_pf_pascal(root: str | Path, split: str = "test", skip_outside: bool = F
         images = [base / "JPEGImages" / Path(line[f"{side}_image"]).name for side in ("source", "target")]
         marks = [base / "Annotations" / category / f"{image.stem}.mat" for image in images]
         told.append((f"{table.name}, line {number}", images, marks, category, line))
-    require([image for entry in told for image in entry[1]], "pictures", PF_PASCAL)
+    require([(image, entry[0]) for entry in told for image in entry[1]], "pictures", PF_PASCAL)
     in_table = "XA" in lines[0]
     if not in_table:
-        require([mark for entry in told for mark in entry[2]], "annotations", PF_PASCAL)
+        require([(mark, entry[0]) for entry in told for mark in entry[2]], "annotations", PF_PASCAL)
     builder = _Builder("PF-PASCAL", root, skip_outside)
     for label, images, marks, category, line in told:
         box = None
@@ -228,7 +229,7 @@ def read_json_pairs(path: str | Path, skip_outside: bool = False) -> PairSet:
             told.append((f"{path.name}, pair {number}", images, points, str(entry.get("category", "")), box))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(f"{path}, pair {number}: {error!r}; expected {JSON}") from None
-    require([image for entry in told for image in entry[1]], "pictures", JSON)
+    require([(image, entry[0]) for entry in told for image in entry[1]], "pictures", JSON)
     builder = _Builder(path.stem, path.parent, skip_outside)
     for label, images, points, category, box in told:
         builder.add(label, images, [picture_size(image) for image in images], points, category, box)

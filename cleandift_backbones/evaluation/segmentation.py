@@ -65,9 +65,10 @@ def read_scenes(root: str | Path, split: str) -> Scenes:
     if (root / "annotations").is_dir() and (root / "images").is_dir():
         folder = {"train": "training", "val": "validation"}.get(split, split)
         require_folder(root, [f"images/{folder}", f"annotations/{folder}"], ADE20K)
-        images = [Path(path) for path in list_names(root / "images" / folder, endings())]
+        source = root / "images" / folder
+        images = [Path(path) for path in list_names(source, endings())]
         if not images:
-            raise DataError(f"{root / 'images' / folder} holds no pictures; expected {ADE20K}")
+            raise DataError(f"{source} holds no pictures; expected {ADE20K}")
         files, classes, shift = [root / "annotations" / folder / f"{p.stem}.png" for p in images], ADE20K_CLASSES, 1
         layout = ADE20K
     else:
@@ -76,11 +77,12 @@ def read_scenes(root: str | Path, split: str) -> Scenes:
             found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
             raise DataError(f"{root}: neither layout (found {found}); expected {VOC}; or {ADE20K}")
         require_folder(root, ["JPEGImages", "SegmentationClass", "ImageSets/Segmentation"], VOC)
-        names = read_lines(root / "ImageSets" / "Segmentation" / f"{split}.txt", VOC)
+        source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        names = read_lines(source, VOC)
         images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
         files, classes, shift = [root / "SegmentationClass" / f"{name}.png" for name in names], VOC_CLASSES, 0
-    require(images, "pictures", layout)
-    require(files, "masks", layout)
+    require([(path, source) for path in images], "pictures", layout)
+    require([(path, source) for path in files], "masks", layout)
     masks = [lambda path=path: read_mask(path, classes, shift) for path in files]
     return Scenes([file_item(path, root) for path in images], masks, classes, list(zip(images, files, strict=True)))
 
