@@ -226,7 +226,8 @@ def test_pictures_that_cannot_be_read(items, tmp_path):
     wrong = file_item(tmp_path / "data" / "2.png", tmp_path / "data", size=(64, 99))
     with pytest.raises(ImageError, match=r"2\.png: 96x64 pixels, but its annotation says 99x64"):
         FeatureCache(tmp_path / "cache", progress=False).features(resnet(), [wrong])
-    with pytest.raises(DataError, match=r"1 of 2 pictures are missing, first .*9\.png, listed in list\.txt; expected PNG"):
+    said = r"1 of 2 pictures are missing, first .*9\.png, listed in list\.txt; expected PNG"
+    with pytest.raises(DataError, match=said):
         require([(tmp_path / "data" / name, "list.txt") for name in ("2.png", "9.png")], "pictures", "PNG")
 
 

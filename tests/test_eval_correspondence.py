@@ -76,7 +76,8 @@ def test_spair_says_what_is_missing(spair):
     with pytest.raises(DataError, match=r"val\.txt is missing \(found test\.txt there\); expected SPair-71k"):
         pairs.read_spair(spair, "val")
     (spair / "JPEGImages/cat/2009_000001.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of 4 pictures are missing, first .*cat/2009_000001\.jpg, listed in 00000.*json"):
+    said = r"1 of 4 pictures are missing, first .*cat/2009_000001\.jpg, listed in 00000.*json"
+    with pytest.raises(DataError, match=said):
         pairs.read_spair(spair)
     annotation = next((spair / "PairAnnotation/test").glob("000001-*"))
     annotation.write_text(json.dumps({"category": "cat"}))

@@ -354,7 +354,7 @@ def test_train_vae_writes_a_diffusers_folder(vae_folder, pictures):
     posterior = vae.encode(compose_plain(pictures)).latent_dist
     assert posterior.mean.shape == (16, 4, 8, 8)
     log = [json.loads(line) for line in (vae_folder / "log.jsonl").open()]
-    assert log[-1]["step"] == 3 and log[-1]["heldout_l1"] > 0 and log[-1]["heldout_psnr"] > 0
+    assert log[-1]["step"] == 3 and log[-1]["emoji_heldout_l1"] > 0 and log[-1]["emoji_heldout_psnr"] > 0
     assert vae.config.scaling_factor == pytest.approx(1 / log[-1]["latent_rms"], rel=1e-3)
     assert Image.open(vae_folder / "reconstructions.png").size[0] > 32
 
@@ -428,7 +428,7 @@ def test_default_widths_fit_the_feature_file():
         ("train_vae", ["--widths", "8,12,16", "--crop", "0"], "three multiples of 8"),
         ("train_vae", ["--crop", "64"], "--crop 64 of pictures of 32 pixels"),
         ("train_teacher", ["--widths", "16,16"], "four multiples of 16"),
-        ("train_teacher", ["--widths", "128,128,128,128"], "feature parameters are more than"),
+        ("train_teacher", ["--widths", "192,192,192,192"], "feature parameters are more than"),
         ("train_teacher", ["--vae", "nowhere"], "nowhere is no VAE folder"),
     ],
 )

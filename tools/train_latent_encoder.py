@@ -49,8 +49,9 @@ BATCHES = 10**9  # of a run that ends by the clock
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_arguments(parser, batch_size=8, lr=2e-3, data="folder of pictures, at any depth")
+    add_run_arguments(parser, batch_size=8, lr=2e-3)
     add = parser.add_argument
+    add("--data", required=True, help="folder of pictures, at any depth")
     add("--heldout", help="folder of pictures for the held-out figures (default: every 20th of --data)")
     add("--model", default="cleandift_tiny", help="whose VAE is imitated (default: cleandift_tiny)")
     add("--vae", help="source of that VAE: path or OWNER/NAME[/PATH] on the Hub (default: where it is published)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the small teacher: a complete Stable Diffusion on emoji, over the VAE of tools/train_vae.py.
+"""Trains the small teacher: a complete Stable Diffusion of emoji and photographs, over the VAE of tools/train_vae.py.
 
 Writes a diffusers folder (OUT/model_index.json, unet, vae, text_encoder, tokenizer, scheduler; EMA weights) that
 StableDiffusionPipeline.from_pretrained loads, OUT/samples.png and OUT/log.jsonl. The UNet has the topology of SD 2.1:
@@ -34,12 +34,18 @@ with importing(__name__):
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
     from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
-    from cleandift_backbones.distill.compose import Compositor, contact_sheet, load_pictures
-    from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options, whole_numbers
+    from cleandift_backbones.distill.compose import contact_sheet
+    from cleandift_backbones.distill.run_arguments import (
+        add_picture_arguments,
+        add_run_arguments,
+        picture_sets,
+        run_options,
+        whole_numbers,
+    )
+    from cleandift_backbones.distill.starting import start_from, start_text
     from cleandift_backbones.distill.trainer import (
         Run,
         autocast,
-        batch_indices,
         mix_seed,
         pick_device,
         step_generator,
@@ -49,14 +55,18 @@ with importing(__name__):
     from cleandift_backbones.locks import hold
 
 CONTEXT = 96  # width of the prompt's embedding
-LIMIT = 7_900_000  # parameters that a feature file of at most 16 MB can hold in fp16
-HELDOUT, TIMESTEPS = 256, (20, 100, 250, 500, 800)  # pictures and noise levels of the held-out loss
+COLUMNS = 5  # samples of a photograph's caption on the sheet
+LIMIT = 15_900_000  # parameters that a feature file of at most 32 MB can hold in fp16
+HELDOUT, TIMESTEPS = 256, (20, 100, 250, 500, 800)  # pictures of a kind, and noise levels, of the held-out loss
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_picture_arguments(parser)
     add_run_arguments(parser, batch_size=32, lr=6e-4)
     add = parser.add_argument
+    add("--start", help="checkpoint or folder whose UNet to start from, e.g. an earlier dift_tiny.safetensors")
+    add("--start-text", help="folder with text_encoder and tokenizer to start from, e.g. an earlier teacher")
     add("--vae", required=True, help="the VAE's folder, made by tools/train_vae.py (its OUT/vae)")
     add(
         "--widths",
@@ -71,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="gamma of the min-SNR weights; 0 weighs all levels alike (default: 5)",
     )
     add("--guidance", type=float, default=4.0, help="guidance scale of the sample sheet (default: 4)")
-    add("--sample-rows", type=int, default=12, help="prompts on the sample sheet, each in all styles (default: 12)")
+    add("--sample-rows", type=int, default=12, help="texts on the sample sheet, a row each (default: 12)")
     options = parser.parse_args(arguments)
     if options.max_steps is None and options.max_minutes is None:
         options.max_minutes = 14.0 if pick_device(options.device).type == "cuda" else 480.0
@@ -203,25 +213,37 @@ def draw_samples(
     return torch.cat(pictures)
 
 
-def choose_prompts(train: list[dict], heldout: list[dict], rows: int) -> list[tuple[str, str]]:
-    """(label, text) of the sheet's rows, always the same: training concepts, held-out ones, the empty prompt."""
-    chosen = []
-    for name, entries, count in (("train", train, rows // 2), ("held out", heldout, rows - rows // 2 - 1)):
-        texts = sorted({entry["text"] for entry in entries}, key=lambda text: (len(text.split()) > 3, text))
-        texts = random.Random(0).sample(texts, min(count, len(texts)))
-        chosen += [(f"{name}: {text}", text) for text in sorted(texts)]
-    return [*chosen, ("empty prompt", "")]
+def choose_rows(train: list[dict], heldout: list[dict], styles: list[str], count: int) -> list[tuple[str, list[str]]]:
+    """(label, prompts) of the sheet's rows, always the same: training texts, held-out ones, the empty prompt.
+
+    A row of an emoji is its concept in all styles, one of photographs the same caption COLUMNS times.
+    """
+    kinds = {bool(entry["style"]) for entry in train}
+    each, rows = max(1, count // (2 * len(kinds))), []
+    for name, entries in (("train", train), ("held out", heldout)):
+        for drawn in sorted(kinds, reverse=True):
+            texts = {entry["text"] for entry in entries if bool(entry["style"]) == drawn}
+            texts = sorted(texts, key=lambda text: (len(text.split()) > 3, text)) if drawn else sorted(texts)
+            for text in sorted(random.Random(0).sample(texts, min(each, len(texts)))):
+                prompts = [caption(text, style) for style in styles] if drawn else [text] * COLUMNS
+                rows.append((f"{name}: {text}" + f" ({', '.join(styles)})" * drawn, prompts))
+    return [*rows, ("empty prompt", [""] * COLUMNS)]
 
 
 def sample_sheet(
-    pipeline: StableDiffusionPipeline, rows: list[tuple[str, str]], styles: list[str], seed: int, guidance: float
+    pipeline: StableDiffusionPipeline, rows: list[tuple[str, list[str]]], seed: int, guidance: float
 ) -> Image.Image:
-    """A labelled sheet: one row a text, one column a style."""
-    prompts = [caption(text, style) if text else "" for _, text in rows for style in styles]
-    sheet = contact_sheet(draw_samples(pipeline, prompts, seed, guidance), len(styles), gap=14)
+    """A labelled sheet of `choose_rows`."""
+    columns = max(len(prompts) for _, prompts in rows)
+    drawn = draw_samples(pipeline, [prompt for _, prompts in rows for prompt in prompts], seed, guidance)
+    blank = torch.ones_like(drawn[:1])
+    parts = drawn.split([len(prompts) for _, prompts in rows])
+    sheet = contact_sheet(
+        torch.cat([torch.cat([part, *[blank] * (columns - len(part))]) for part in parts]), columns, 14
+    )
     height = (sheet.height - 14) // len(rows)
     for number, (label, _) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((14, number * height + 1), f"{label} ({', '.join(styles)})"[:100], fill=0)
+        ImageDraw.Draw(sheet).text((14, number * height + 1), label[:100], fill=0)
     return sheet
 
 
@@ -275,29 +297,32 @@ def train(options: argparse.Namespace) -> int:
     with file_errors(options.vae):
         vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32).requires_grad_(False).eval()
     vae = vae.to(device, memory_format=torch.channels_last)
-    train, entries = load_pictures(Path(options.data) / "train", options.size)
-    heldout, heldout_entries = load_pictures(Path(options.data) / "heldout", options.size)
-    train = train.to(device)
+    pictures = picture_sets(options).to(device)
+    entries, heldout_entries, latent_side = pictures.entries, pictures.heldout_entries, pictures.size // 4
 
     tokenizer = build_tokenizer([caption(entry["text"], entry["style"]) for entry in entries])
     captions = Captions(tokenizer, entries, device)
-    text_encoder = build_text_encoder(tokenizer).to(device)
-    unet = build_unet(whole_numbers(options.widths, "--widths"), train.shape[-1] // 4)
-    unet = unet.to(device, memory_format=torch.channels_last)
-    scheduler, composed = build_scheduler(), Compositor()
+    text_encoder = build_text_encoder(tokenizer)
+    if options.start_text:
+        start_text(text_encoder, tokenizer, options.start_text)
+    unet = build_unet(whole_numbers(options.widths, "--widths"), latent_side)
+    if options.start:
+        start_from(unet, "unet", options.start)
+    text_encoder, unet = text_encoder.to(device), unet.to(device, memory_format=torch.channels_last)
+    scheduler = build_scheduler()
     pipeline = build_pipeline(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
     kept = feature_parameters(vae, unet)
     print(
-        f"{len(train)} pictures on {device}; {len(tokenizer)} words; {kept:,} of {LIMIT:,} feature parameters",
+        f"{len(pictures)} pictures on {device}; {len(tokenizer)} words; {kept:,} of {LIMIT:,} feature parameters",
         flush=True,
     )
     if kept > LIMIT:
-        raise InputError(f"{kept:,} feature parameters are more than {LIMIT:,} (16 MB in fp16): use narrower --widths")
+        raise InputError(f"{kept:,} feature parameters are more than {LIMIT:,} (32 MB in fp16): use narrower --widths")
 
     maybe = torch.compile if options.compile else lambda function: function
-    forward, render, encoder = maybe(unet), maybe(composed.render), maybe(vae.encoder)
+    forward, pictures.render, encoder = maybe(unet), maybe(pictures.render), maybe(vae.encoder)
     if options.cuda_graph:
-        forward = graphed(unet, options.batch_size, train.shape[-1] // 4, device)
+        forward = graphed(unet, options.batch_size, latent_side, device)
     alphas = scheduler.alphas_cumprod.to(device)
 
     @torch.no_grad()
@@ -306,25 +331,23 @@ def train(options: argparse.Namespace) -> int:
         moments = vae.quant_conv(encoder(pictures))
         return moments.float().chunk(2, 1)[0] * vae.config.scaling_factor
 
-    chosen = torch.linspace(0, len(heldout) - 1, min(HELDOUT, len(heldout))).long()  # spread over the styles
-    heldout = heldout[chosen].to(device)
-    heldout_ids = Captions(tokenizer, heldout_entries, device).sample(chosen.to(device), None, 0, 0, 0, 0)
-    heldout_noise_generator = step_generator(device, options.seed, 1, 2)
-    with torch.no_grad():
-        shown = composed(heldout, heldout_noise_generator)
-        heldout_latents = torch.cat([encode(batch) for batch in shown.split(options.batch_size)])
-        heldout_noise = torch.randn(heldout_latents.shape, device=device, generator=heldout_noise_generator)
+    heldout, heldout_captions = {}, Captions(tokenizer, heldout_entries, device)
+    for kind, (images, index) in pictures.heldout(HELDOUT, options.seed).items():
+        with torch.no_grad():
+            latents = torch.cat([encode(batch) for batch in images.split(options.batch_size)])
+        noise = torch.randn(latents.shape, device=device, generator=step_generator(device, options.seed, 1, 3))
+        heldout[kind] = latents, noise, heldout_captions.sample(index.to(device), None, 0, 0, 0, 0)
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
-    names = ("seed", "batch_size", "lr", "warmup", "widths", "min_snr", "ema")
+    names = ("seed", "batch_size", "lr", "warmup", "widths", "min_snr", "ema", "photo_share", "start")
     run = Run(
         out,
         {"unet": unet, "text_encoder": text_encoder},
         optimizer,
-        settings={k: getattr(options, k) for k in names} | {"pictures": len(train), "size": train.shape[-1]},
+        settings={k: getattr(options, k) for k in names} | {"pictures": len(pictures), "size": pictures.size},
         **run_options(options),
     )
 
@@ -332,38 +355,36 @@ def train(options: argparse.Namespace) -> int:
     def evaluate(done: int) -> None:
         losses = {}
         with run.ema.applied(), autocast(device):
-            context = torch.cat([text_encoder(ids)[0] for ids in heldout_ids.split(options.batch_size)])
-            for timestep in TIMESTEPS:
-                parts = zip(
-                    *(x.split(options.batch_size) for x in (heldout_latents, heldout_noise, context)), strict=True
-                )
-                errors = [
-                    diffusion_terms(unet, alphas, z, e, torch.full((len(z),), timestep, device=device), c, 0)[1]
-                    for z, e, c in parts
-                ]
-                losses[f"heldout_t{timestep}"] = float(torch.cat(errors).mean())
+            for kind, (latents, noise, ids) in heldout.items():
+                context = torch.cat([text_encoder(part)[0] for part in ids.split(options.batch_size)])
+                for timestep in TIMESTEPS:
+                    parts = zip(*(x.split(options.batch_size) for x in (latents, noise, context)), strict=True)
+                    errors = [
+                        diffusion_terms(unet, alphas, z, e, torch.full((len(z),), timestep, device=device), c, 0)[1]
+                        for z, e, c in parts
+                    ]
+                    losses[f"{kind}_t{timestep}"] = float(torch.cat(errors).mean())
         losses["heldout"] = sum(losses.values()) / len(losses)
         run.log.write(step=done, minutes=run.elapsed() / 60, **losses)
         print(f"step {done}: { ({k: round(v, 4) for k, v in losses.items()}) }", flush=True)
 
-    styles = sorted(
-        {entry["style"] for entry in entries}, key=lambda s: list(STYLE_NAMES).index(s) if s in STYLE_NAMES else 99
-    )
-    rows = choose_prompts(entries, heldout_entries, options.sample_rows)
+    names = list(STYLE_NAMES)
+    styles = sorted({e["style"] for e in entries if e["style"]}, key=lambda s: names.index(s) if s in names else 99)
+    rows = choose_rows(entries, heldout_entries, styles, options.sample_rows)
 
     def sample() -> None:
         text_encoder.eval()
         with run.ema.applied():
-            sheet = sample_sheet(pipeline, rows, styles, options.seed, options.guidance)
+            sheet = sample_sheet(pipeline, rows, options.seed, options.guidance)
         save_png(sheet, out / "samples.png")
         text_encoder.train()
 
     with resource_errors("lower --batch-size or --size"), run:
         for step in run:
             generator = step_generator(device, options.seed, step)
-            index = batch_indices(step, options.batch_size, len(train), options.seed).to(device, non_blocking=True)
             with torch.no_grad(), autocast(device):
-                latents = encode(render(train[index], composed.draw(len(index), device, generator)))
+                images, index = pictures.batch(step, options.batch_size, options.seed, generator)
+                latents = encode(images)
             noise = torch.randn(latents.shape, device=device, generator=generator)
             timesteps = torch.randint(1000, (len(index),), device=device, generator=generator)
             with autocast(device):

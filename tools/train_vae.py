@@ -20,8 +20,15 @@ with importing(__name__):
     from diffusers import AutoencoderKL
     from torch import Tensor
 
-    from cleandift_backbones.distill.compose import Compositor, compose_plain, contact_sheet, load_pictures
-    from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options, whole_numbers
+    from cleandift_backbones.distill.compose import contact_sheet
+    from cleandift_backbones.distill.run_arguments import (
+        add_picture_arguments,
+        add_run_arguments,
+        picture_sets,
+        run_options,
+        whole_numbers,
+    )
+    from cleandift_backbones.distill.starting import start_from
     from cleandift_backbones.distill.trainer import (
         Run,
         autocast,
@@ -34,14 +41,16 @@ with importing(__name__):
     from cleandift_backbones.files import replacing, save_png
     from cleandift_backbones.locks import hold
 
-HELDOUT = 128  # pictures that the held-out figures are taken on
-PREVIEW = 16  # pictures on the sheet
+HELDOUT = 128  # pictures of a kind that the held-out figures are taken on
+PREVIEW = 16  # pictures of a kind on the sheet
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_picture_arguments(parser)
     add_run_arguments(parser, batch_size=32, lr=1e-3)
     add = parser.add_argument
+    add("--start", help="checkpoint or folder whose VAE weights to start from, e.g. an earlier dift_tiny.safetensors")
     add("--widths", default="24,48,96", help="channels at strides 1, 2 and 4, each a multiple of 8 (default: 24,48,96)")
     add("--kl", type=float, default=3e-4, help="weight of the KL term, a mean over latent numbers (default: 3e-4)")
     add("--crop", type=int, default=64, help="train on random squares of this side; 0: whole pictures (default: 64)")
@@ -130,66 +139,80 @@ def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")
-    train = load_pictures(Path(options.data) / "train", options.size)[0].to(device)
-    side = train.shape[-1]
+    pictures = picture_sets(options).to(device)
+    side = pictures.size
     if side % 4 or options.crop % 4 or not 0 <= options.crop <= side:
         raise InputError(
             f"--crop {options.crop} of pictures of {side} pixels: both must be multiples of 4, the crop no larger"
         )
-    heldout = load_pictures(Path(options.data) / "heldout", options.size)[0]
-    chosen = torch.linspace(0, len(heldout) - 1, min(HELDOUT, len(heldout))).long()  # spread over the styles
-    chosen = chosen[batch_indices(0, len(chosen), len(chosen), options.seed)]  # mixed for the sheet
-    heldout, composed = heldout[chosen].to(device), Compositor()
-    shown = composed(heldout, step_generator(device, options.seed, 1, 2))
-    shown[: PREVIEW // 2] = compose_plain(heldout[: PREVIEW // 2])
+    heldout = {kind: shown for kind, (shown, _) in pictures.heldout(HELDOUT, options.seed).items()}
 
-    vae = build_vae(whole_numbers(options.widths, "--widths"), train.shape[-1])
+    vae = build_vae(whole_numbers(options.widths, "--widths"), side)
+    if options.start:
+        start_from(vae, "vae", options.start)
     vae = vae.to(device, memory_format=torch.channels_last)
     count = sum(p.numel() for p in vae.encoder.parameters())
-    print(f"{len(train)} pictures on {device}; the encoder has {count:,} parameters", flush=True)
+    print(f"{len(pictures)} pictures on {device}; the encoder has {count:,} parameters", flush=True)
     terms = torch.compile(vae_terms) if options.compile else vae_terms
-    render = torch.compile(composed.render) if options.compile else composed.render
+    if options.compile:
+        pictures.render = torch.compile(pictures.render)
     optimizer = torch.optim.AdamW(
         vae.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
     )
     settings = {
         k: getattr(options, k)
-        for k in ("seed", "batch_size", "lr", "warmup", "widths", "kl", "gradient", "crop", "ema")
+        for k in (
+            "seed",
+            "batch_size",
+            "lr",
+            "warmup",
+            "widths",
+            "kl",
+            "gradient",
+            "crop",
+            "ema",
+            "photo_share",
+            "start",
+        )
     }
     run = Run(
         out,
         {"vae": vae},
         optimizer,
-        settings=settings | {"pictures": len(train), "size": train.shape[-1]},
+        settings=settings | {"pictures": len(pictures), "size": side},
         **run_options(options),
     )
 
     def report(done: int) -> float:
-        with run.ema.applied():
-            figures, rebuilt = evaluate(vae, shown)
-        run.log.write(step=done, minutes=run.elapsed() / 60, **figures)
-        pairs = torch.cat([torch.cat([shown[i : i + 8], rebuilt[i : i + 8]]) for i in range(0, PREVIEW, 8)])
-        save_png(contact_sheet(pairs, min(8, len(shown))), out / "reconstructions.png")
-        print(f"step {done}: {figures}", flush=True)
-        return figures["latent_rms"]
+        told, rows, power = {}, [], 0.0
+        for kind, shown in heldout.items():
+            with run.ema.applied():
+                figures, rebuilt = evaluate(vae, shown)
+            power += pictures.shares[kind] * figures["latent_rms"] ** 2
+            told |= {f"{kind}_{name}": value for name, value in figures.items()}
+            for first in range(0, min(PREVIEW, len(shown)), 8):
+                rows += [shown[first : first + 8], rebuilt[first : first + 8]]
+        run.log.write(step=done, minutes=run.elapsed() / 60, latent_rms=power**0.5, **told)
+        save_png(contact_sheet(torch.cat(rows), min(8, len(rows[0]))), out / "reconstructions.png")
+        print(f"step {done}: {told}", flush=True)
+        return power**0.5
 
     with resource_errors("lower --batch-size or --size"), run:
         for step in run:
             generator = step_generator(device, options.seed, step)
-            index = batch_indices(step, options.batch_size, len(train), options.seed).to(device, non_blocking=True)
-            rgba = train[index]
-            pictures = render(rgba, composed.draw(len(rgba), device, generator))
-            if options.crop:  # one place for the whole batch: the placement of the emoji varies anyway
-                top, left = batch_indices(step, 2, pictures.shape[-1] - options.crop + 1, options.seed).tolist()
-                pictures = pictures[..., top : top + options.crop, left : left + options.crop]
-            pictures = pictures.contiguous(memory_format=torch.channels_last)
-            side = pictures.shape[-1] // 4
-            noise = torch.randn(len(rgba), 4, side, side, device=device, generator=generator)
+            images, _ = pictures.batch(step, options.batch_size, options.seed, generator)
+            if options.crop:  # one place for the whole batch: the placement within the picture varies anyway
+                top, left = batch_indices(step, 2, side - options.crop + 1, options.seed).tolist()
+                images = images[..., top : top + options.crop, left : left + options.crop]
+            images = images.contiguous(memory_format=torch.channels_last)
+            noise = torch.randn(
+                len(images), 4, *(length // 4 for length in images.shape[2:]), device=device, generator=generator
+            )
             with autocast(device):
-                parts = terms(vae, pictures, noise)
+                parts = terms(vae, images, noise)
             loss = parts["l1"] + options.gradient * parts["gradient"] + options.kl * parts["kl"]
             run.update(loss)
-            run.track(len(rgba), loss=loss, **parts)
+            run.track(len(images), loss=loss, **parts)
             if (step + 1) % options.eval_steps == 0:
                 report(step + 1)
     if run.finished:

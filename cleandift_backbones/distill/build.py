@@ -33,7 +33,7 @@ from ..prompts import PromptEncoder, encoder_identity
 from ..tars import shards_of
 from ..unet import FeatureUNet
 from .cache import CachedBatches, LatentCache
-from .captioned import DataSummary, Picture, list_pictures, peek, summarize
+from .captioned import DataSummary, Picture, list_pictures, peek, pictures_of, spread, summarize
 from .data import Batch, DecodeOptions, FolderBatches, plain_images
 from .engine import autocast, half_of, whole
 from .lora import add_lora
@@ -212,23 +212,17 @@ def list_data(recipe: Recipe, size: int) -> Data:
     options = DecodeOptions(size, data.crop, data.flip, data.background)
     if not exists(data.path) and ".tar" not in data.path:
         raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
-    shards = shards_of(data.path)
-    heldout = list_pictures(data.heldout) if data.heldout else []
-    if shards:
+    heldout = pictures_of(data.heldout, VALIDATION_PICTURES) if data.heldout else []
+    if shards := shards_of(data.path):
         if recipe.cache_dir or not heldout:
-            need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout, a folder"
+            need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout"
             raise InputError(f"{need}: {data.path} holds .tar shards")
-        heldout = _sparse(heldout)
         return Data(shards, heldout, options, peek(shards, len(heldout)))
     pictures = list_pictures(data.path, recipe.output_dir, left_out)
     if not heldout:
         heldout, pictures = pictures[::20], [p for i, p in enumerate(pictures) if i % 20] or pictures
-    heldout = _sparse(heldout)
+        heldout = spread(heldout, VALIDATION_PICTURES)
     return Data(pictures, heldout, options, summarize(pictures, len(heldout), left_out))
-
-
-def _sparse(pictures: list[Picture]) -> list[Picture]:
-    return pictures[:: max(1, len(pictures) // VALIDATION_PICTURES)][:VALIDATION_PICTURES]
 
 
 def cache_latents(

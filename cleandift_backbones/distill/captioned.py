@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from ..errors import InputError
 from ..files import is_folder
 from ..listing import Listing, counted, left_out_report, list_folder
 from ..records import read_bytes, read_records
-from ..tars import open_shard, read_member, scan
+from ..tars import open_shard, read_member, scan, shards_of
 
+_logger = logging.getLogger(__name__)
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON side-car or a line of metadata, the first that is there
 PEEK = 10_000  # files in shards that are looked at before a run
 NOT_NAMED = "not in the metadata file"
@@ -96,6 +98,64 @@ def list_pictures(
         suffixes, report = ", ".join(endings()), left_out_report(+found.left_out)
         raise InputError(f"no pictures in {folder}: give a folder of {suffixes} files, or .tar shards {report}".strip())
     return images
+
+
+def read_shard(path: str, notes: list[str], chosen: Iterable[int] | None = None) -> Iterator[Picture]:
+    """The images of a shard with their captions, in its order, as bytes; what cannot be read is told in `notes`.
+
+    Args:
+        chosen: numbers of the samples to read, ascending; None: all.
+    """
+    shard = scan(path)
+    if shard.damage:
+        notes.append(shard.damage)
+    try:
+        with open_shard(path) as file:
+            for sample in shard.samples if chosen is None else [shard.samples[number] for number in chosen]:
+                name, data, caption = f"{path}:{sample.key}", b"", ""
+                try:
+                    data = read_member(file, sample.image)
+                    if sample.captions:
+                        beside = sample.captions[0]
+                        caption = read_caption(f"{path}:{beside.name}", read_member(file, beside))
+                except InputError as error:
+                    notes.append(str(error))
+                yield Picture(name, data, caption)
+    except (OSError, EOFError) as error:
+        notes.append(f"{path}: cannot be read ({error})")
+
+
+def pictures_of(
+    place: str | Path, most: int | None = None, without: str | Path | None = None, left_out: Counter[str] | None = None
+) -> list[Picture]:
+    """The images of a folder, or of shards (`tars.shards_of`), with their captions; those of shards in memory.
+
+    Args:
+        most: at most so many, evenly spread.
+        without, left_out: see `list_pictures`; of folders.
+
+    Raises:
+        InputError: no images there, see also `list_pictures`.
+    """
+    shards = shards_of(place)
+    if not shards:
+        return spread(list_pictures(place, without, left_out), most)
+    places = [(path, number) for path in shards for number in range(len(scan(path).samples))]
+    by_shard: dict[str, list[int]] = {}
+    for path, number in spread(places, most):
+        by_shard.setdefault(path, []).append(number)
+    notes: list[str] = []
+    images = [image for path, numbers in by_shard.items() for image in read_shard(path, notes, numbers)]
+    for note in dict.fromkeys(notes):
+        _logger.warning(note)
+    if not images:
+        raise InputError(f"no pictures in {place}: the shards hold no images {'; '.join(notes[:3])}".strip())
+    return images
+
+
+def spread(items: list, most: int | None) -> list:
+    """At most `most` of a list, evenly spread; all of it if that is None."""
+    return items if most is None else items[:: max(1, len(items) // most)][:most]
 
 
 def _read_metadata(files: list[Path]) -> list[Picture]:

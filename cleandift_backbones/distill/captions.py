@@ -23,13 +23,13 @@ BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
 
 
 def style_words(style: str) -> str:
-    """What a caption says of a style: "noto v1 style" for notov1; an unknown style's own name."""
-    return f"{STYLE_NAMES.get(style, style)} style"
+    """What a caption says of a style: "noto v1 style" for notov1; an unknown style's own name; "" for none."""
+    return style and f"{STYLE_NAMES.get(style, style)} style"
 
 
 def caption(text: str, style: str) -> str:
-    """The full caption of a picture, such as "grinning face, noto v1 style"."""
-    return f"{text}, {style_words(style)}"
+    """The full caption of a picture, such as "grinning face, noto v1 style"; of a photograph, of no style, its text."""
+    return f"{text}, {style_words(style)}" if style else text
 
 
 def build_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:

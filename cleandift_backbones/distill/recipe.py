@@ -33,7 +33,9 @@ def _field(default: object, about: str) -> Any:
 @dataclass
 class DataRecipe:
     path: str = _field(MISSING, "folder of images with captions, or .tar shards of img2dataset")
-    heldout: str | None = _field(None, "folder for validation; default: every 20th image of path; shards need one")
+    heldout: str | None = _field(
+        None, "folder for validation; or shards; default: every 20th image of path, shards need it"
+    )
     size: int | None = _field(None, "side in pixels, a multiple of the latents' stride; default: the model's own")
     crop: str = _field("center", "center or random, after the shorter side is resized to size")
     flip: bool = _field(True, "mirror half of the images")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from ..errors import InputError
+from .picture_sets import PictureSets
 
 
 def run_options(options: argparse.Namespace) -> dict:
@@ -16,7 +17,7 @@ def run_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in same} | {"ema_decay": options.ema}
 
 
-PICTURES = "folder of pictures with train/ and heldout/ (tools/make_pictures.py writes it)"
+PICTURES = "folder of emoji with train/ and heldout/ (tools/make_pictures.py writes it)"
 
 
 def above_zero(kind: type) -> Callable[[str], float]:
@@ -39,10 +40,23 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float, data: str = PICTURES) -> None:
-    """The options that all training scripts share; `data` says what --data is."""
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `picture_sets.PictureSets`."""
     add = parser.add_argument
-    add("--data", required=True, help=data)
+    add("--data", help=PICTURES)
+    add("--photos", help="photographs with captions to train on: a folder, or .tar shards (folder or pattern)")
+    add("--photos-heldout", help="photographs that the held-out figures are taken on, likewise")
+    add("--photo-share", type=float, default=0.75, help="part of each batch that is photographs (default: 0.75)")
+
+
+def picture_sets(options: argparse.Namespace) -> PictureSets:
+    """The pictures that `add_picture_arguments` tells of."""
+    return PictureSets(options.data, options.photos, options.photos_heldout, options.photo_share, options.size)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: float) -> None:
+    """The options that all training scripts share."""
+    add = parser.add_argument
     add("--out", required=True, help="folder for the result, the checkpoint, the log and the sheets")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--seed", type=int, default=0, help="equal seeds give equal runs on equal machines (default: 0)")
@@ -61,7 +75,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: f
         "--save-steps",
         type=above_zero(int),
         default=1000,
-        help="steps between checkpoints; also every 10 minutes (default: 1000)",
+        help="steps between checkpoints; also every 2 minutes (default: 1000)",
     )
     add("--eval-steps", type=above_zero(int), default=500, help="held-out figures every N steps (default: 500)")
     add("--sample-steps", type=above_zero(int), default=2500, help="a sheet of pictures every N steps (default: 2500)")

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import InputError
-from ..tars import find_shards, open_shard, read_member, scan
-from .captioned import Picture, read_caption
+from ..tars import find_shards
+from .captioned import Picture, read_shard
 from .data import SPARE, Batch, DecodeOptions, decode_batch
 from .trainer import mix_seed, step_generator
 
@@ -88,7 +88,9 @@ class ShardBatches(IterableDataset):
             ways = [(shards[part::parts], 1)] * (len(shards) >= parts) + [(shards, parts), (shards, 1)]
             for chosen, step in ways:
                 found = False
-                for number, picture in enumerate(itertools.chain.from_iterable(map(self._read, chosen))):
+                for number, picture in enumerate(
+                    itertools.chain.from_iterable(read_shard(path, self._corrupt) for path in chosen)
+                ):
                     if number % step == part % step:
                         found = True
                         yield picture
@@ -98,23 +100,3 @@ class ShardBatches(IterableDataset):
                 reasons = "; ".join([*dict.fromkeys(self._corrupt)][:3])
                 reasons = reasons or "no images"
                 raise InputError(f"no samples in the shards, e.g. {shards[0]} ({reasons}); give shards of images")
-
-    def _read(self, path: str) -> Iterator[Picture]:
-        """The pictures of a shard, in its order; what cannot be read of it is noted."""
-        shard = scan(path)
-        if shard.damage:
-            self._corrupt.append(shard.damage)
-        try:
-            with open_shard(path) as file:
-                for sample in shard.samples:
-                    name, data, caption = f"{path}:{sample.key}", b"", ""
-                    try:
-                        data = read_member(file, sample.image)
-                        if sample.captions:
-                            beside = sample.captions[0]
-                            caption = read_caption(f"{path}:{beside.name}", read_member(file, beside))
-                    except InputError as error:
-                        self._corrupt.append(str(error))
-                    yield Picture(name, data, caption)
-        except (OSError, EOFError) as error:
-            self._corrupt.append(f"{path}: cannot be read ({error})")
