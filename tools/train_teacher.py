@@ -29,6 +29,7 @@ with importing(__name__):
         StableDiffusionPipeline,
         UNet2DConditionModel,
     )
+    from diffusers.models.attention_processor import AttnProcessor
     from PIL import Image, ImageDraw
     from torch import Tensor, nn
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
@@ -308,6 +309,8 @@ def train(options: argparse.Namespace) -> int:
     unet = build_unet(whole_numbers(options.widths, "--widths"), latent_side)
     if options.start:
         start_from(unet, "unet", options.start)
+    if device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # a step is 15 % faster without PyTorch's fused attention
     text_encoder, unet = text_encoder.to(device), unet.to(device, memory_format=torch.channels_last)
     scheduler = build_scheduler()
     pipeline = build_pipeline(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)

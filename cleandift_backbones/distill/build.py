@@ -33,7 +33,7 @@ from ..prompts import PromptEncoder, encoder_identity
 from ..tars import shards_of
 from ..unet import FeatureUNet
 from .cache import CachedBatches, LatentCache
-from .captioned import DataSummary, Picture, list_pictures, peek, pictures_of, spread, summarize
+from .captioned import DataSummary, Picture, peek, pictures_of, spread, summarize
 from .data import Batch, DecodeOptions, FolderBatches, plain_images
 from .engine import autocast, half_of, whole
 from .lora import add_lora
@@ -203,7 +203,10 @@ class Data:
 
 
 def list_data(recipe: Recipe, size: int) -> Data:
-    """The pictures of a recipe: a folder of pictures, or shards; every 20th is held out if `data.heldout` names none.
+    """The pictures of a recipe: a folder of pictures, or shards, or several of these mixed.
+
+    Shards alone are streamed; beside others they are read into memory. Every 20th picture is held out if `data.heldout`
+    names none.
 
     Raises:
         InputError: none there; shards with a cache or without held-out pictures.
@@ -213,12 +216,17 @@ def list_data(recipe: Recipe, size: int) -> Data:
     if not exists(data.path) and ".tar" not in data.path:
         raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
     heldout = pictures_of(data.heldout, VALIDATION_PICTURES) if data.heldout else []
-    if shards := shards_of(data.path):
+    shards, places = shards_of(data.path), [data.path, *(data.more or ())]
+    if shards and not data.more:
         if recipe.cache_dir or not heldout:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout"
             raise InputError(f"{need}: {data.path} holds .tar shards")
         return Data(shards, heldout, options, peek(shards, len(heldout)))
-    pictures = list_pictures(data.path, recipe.output_dir, left_out)
+    pictures = [image for place in places for image in pictures_of(place, None, recipe.output_dir, left_out)]
+    if recipe.cache_dir and any(isinstance(picture.source, bytes) for picture in pictures):
+        raise InputError(
+            f"cache_dir needs folders of pictures: {', '.join(filter(shards_of, places))} holds .tar shards"
+        )
     if not heldout:
         heldout, pictures = pictures[::20], [p for i, p in enumerate(pictures) if i % 20] or pictures
         heldout = spread(heldout, VALIDATION_PICTURES)

@@ -33,8 +33,9 @@ def _field(default: object, about: str) -> Any:
 @dataclass
 class DataRecipe:
     path: str = _field(MISSING, "folder of images with captions, or .tar shards of img2dataset")
+    more: list[str] | None = _field(None, "further folders or shards that are mixed in; all are listed, none streamed")
     heldout: str | None = _field(
-        None, "folder for validation; or shards; default: every 20th image of path, shards need it"
+        None, "folder or shards for validation; default: every 20th image; shards that are streamed need it"
     )
     size: int | None = _field(None, "side in pixels, a multiple of the latents' stride; default: the model's own")
     crop: str = _field("center", "center or random, after the shorter side is resized to size")
@@ -283,6 +284,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if merged.teacher is None:
             student, _, architecture = merged.model.partition("_")
             merged.teacher = f"dift_{architecture}" if student == "cleandift" else "no teacher"
+        if merged.data.more:
+            merged.data.more = [os.path.expanduser(place) for place in merged.data.more]
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
             if OmegaConf.select(merged, name):
                 OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))

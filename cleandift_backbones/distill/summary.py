@@ -64,8 +64,8 @@ def checkpoint_bytes(training: Training) -> int:
 def data_warnings(data: Data, recipe: Recipe) -> list[str]:
     """Sentences about data that train, but not as one expects."""
     found = []
-    trained = set() if data.streamed else {str(picture.source) for picture in data.pictures}
-    if both := sum(str(picture.source) in trained for picture in data.heldout):
+    trained = set() if data.streamed else {picture.source for picture in data.pictures}
+    if both := sum(picture.source in trained for picture in data.heldout):
         found.append(
             f"{both} of {counted(len(data.heldout), 'validation image')} are also trained on: the validation loss says "
             "little about other images; give data.heldout=FOLDER, or more images"
