@@ -17,7 +17,7 @@ from .hub import CardInfo, save_folder
 from .last_map import last_map_of, trained_last_map
 from .latents import build_latent_encoder, latent_stride
 from .learned import START_TIMESTEP, stored_timestep
-from .models import ARCHITECTURES, SOURCES, architecture_of, with_encoder
+from .models import ARCHITECTURES, architecture_of, published, with_encoder
 from .pretrained import (
     Sources,
     fit_model,
@@ -87,7 +87,7 @@ def open_main(source: str) -> tuple[Path | HubFile, Weights]:
     Raises:
         FileNotFoundError, download.HubError: unavailable. CheckpointError: no known form, or damaged.
     """
-    main = download.parse_source(SOURCES.get(source, {}).get("unet", source))
+    main = download.parse_source(published(source).get("unet", source))
     weights = open_header(main)
     if isinstance(main, Path) and "sha256" in weights.metadata:
         checkpoints.verify(main)
@@ -150,11 +150,11 @@ def to_native(
     main, found = open_main(source)
     if teacher:
         found.teacher()  # says so if there is none
-    name = model or (source if source in SOURCES else find_model(found, teacher))
+    name = model or (source.partition(".")[0] if published(source) else find_model(found, teacher))
     latent_encoder = latent_encoder or found.latent_encoder() or "default"
     cfg, noisy = with_encoder(architecture_of(name), latent_encoder), name.startswith("dift")
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
-    sources = Sources(name, SOURCES.get(name, {}), parts or {}, latent_encoder)
+    sources = Sources(name, published(source) or published(name), parts or {}, latent_encoder)
     if noisy and "timestep" in sources.given:
         raise InputError(f"the timestep of {name} is not learned: give a number, not {sources.given['timestep']}")
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
@@ -186,7 +186,7 @@ def to_native(
     if out.suffix == ".safetensors":
         checkpoints.save_native(state, out, metadata)
     else:
-        known = training_data(source if source in SOURCES else f"local-dir:{source}")
+        known = training_data(source if published(source) else f"local-dir:{source}")
         card = CardInfo(
             data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."
         )
@@ -291,7 +291,8 @@ def to_ldm(
     if out.suffix != ".safetensors":
         raise InputError(f"an LDM checkpoint is one file: give an output NAME.safetensors, not {out}")
     name, weights, like, metadata = _open_whole(source, model, teacher, fill)
-    cfg, sources = architecture_of(name), Sources(name, SOURCES.get(name, {}), {"vae": vae} if vae else {})
+    places = published(source) or published(name)
+    cfg, sources = architecture_of(name), Sources(name, places, {"vae": vae} if vae else {})
     held = weights.latent_encoder()
     if held == "tiny" and not vae:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from . import checkpoints
 from .download import HubError
 from .errors import MissingWeightsError, StateError
 from .latents import build_latent_encoder
-from .models import SOURCES, architecture_of, with_encoder
+from .models import architecture_of, published, with_encoder
 from .pretrained import BESIDE, Sources, missing_message, open_encoder
 
 
@@ -30,7 +30,7 @@ def load_latent_encoder(
         checkpoints.CheckpointError: weights of another kind, or another size.
     """
     config = with_encoder(architecture_of(model), latent_encoder)["vae"]
-    parts = Sources(model, SOURCES.get(model, {}), dict(vae=source) if source else {}, latent_encoder)
+    parts = Sources(model.partition(".")[0], published(model), dict(vae=source) if source else {}, latent_encoder)
     place = parts.get("vae") or (parts.get("unet") if latent_encoder == "default" else None)
     if place is None:
         raise StateError(f"no weights of latent_encoder={latent_encoder!r} are known for {model}: give their source")

@@ -111,10 +111,12 @@ _SD21_PARTS = dict(
 
 
 def _tiny(name: str) -> dict[str, str]:
+    """The included parts of "MODEL.TAG"."""
+    model, tag = name.split(".")
     return dict(
-        unet=str(ASSETS / f"{name}.safetensors"),
-        vae_tiny=str(ASSETS / "tiny_latents.safetensors"),
-        text_encoder=str(ASSETS / "tiny_text"),
+        unet=str(ASSETS / tag / f"{model}.safetensors"),
+        vae_tiny=str(ASSETS / tag / "latents.safetensors"),
+        text_encoder=str(ASSETS / tag / "text"),
     )
 
 
@@ -124,15 +126,30 @@ def _compvis(name: str) -> dict[str, str]:
     return dict(unet=f"{where}_unet.safetensors", timestep=full, heads=full)
 
 
-#: model -> part of the weights -> where it is published: a file or folder, or OWNER/NAME[@REVISION][/PATH] on the Hub.
+#: model, or MODEL.TAG -> part of the weights -> where it is published: a file or folder, or
+#: OWNER/NAME[@REVISION][/PATH] on the Hub.
 SOURCES: dict[str, dict[str, str]] = {
     "cleandift_sd15": _compvis("cleandift_sd15") | _SD15_PARTS,
     "cleandift_sd21": _compvis("cleandift_sd21") | _SD21_PARTS,
-    "cleandift_tiny": _tiny("cleandift_tiny"),
     "dift_sd15": _SD15_PARTS | dict(unet=f"{_SD15_HUB}/unet/diffusion_pytorch_model.safetensors"),
     "dift_sd21": _SD21_PARTS | dict(unet=f"{_SD21_HUB}/unet/diffusion_pytorch_model.safetensors"),
-    "dift_tiny": _tiny("dift_tiny"),
+    **{name: _tiny(name) for name in ("cleandift_tiny.emoji", "dift_tiny.emoji")},
 }
+
+
+def published(model: str, tag: str | None = None) -> dict[str, str]:
+    """The entry of SOURCES of a model's weights; {} if none are published.
+
+    Args:
+        model: its name, with or without a tag ("cleandift_tiny", "cleandift_tiny.emoji").
+        tag: of its weights; None: that of the name, or the default one.
+    """
+    model, dot, named = model.partition(".")
+    tags = default_cfgs[model].tags if model in default_cfgs else ()
+    if dot and named not in tags:
+        return {}
+    model, tag = model.removesuffix("_pyramid"), tag or named or next(iter(tags), "")
+    return SOURCES.get(model) or SOURCES.get(f"{model}.{tag}", {})
 
 
 def _cfg(size: int, stride: int, **kwargs: Any) -> dict:
@@ -175,13 +192,13 @@ default_cfgs = generate_default_cfgs(
     {
         "cleandift_sd15.compvis": _SD15("cleandift_sd15", license="mit"),
         "cleandift_sd21.compvis": _SD21("cleandift_sd21", license="mit"),
-        "cleandift_tiny.emoji": _TINY(file=SOURCES["cleandift_tiny"]["unet"]),
+        "cleandift_tiny.emoji": _TINY(file=SOURCES["cleandift_tiny.emoji"]["unet"]),
         "cleandift_sd15_pyramid.compvis": _SD15("cleandift_sd15", license="mit"),
         "cleandift_sd21_pyramid.compvis": _SD21("cleandift_sd21", license="mit"),
-        "cleandift_tiny_pyramid.emoji": _TINY(file=SOURCES["cleandift_tiny"]["unet"]),
+        "cleandift_tiny_pyramid.emoji": _TINY(file=SOURCES["cleandift_tiny.emoji"]["unet"]),
         "dift_sd15.sd": _SD15("dift_sd15", license="creativeml-openrail-m"),
         "dift_sd21.sd": _SD21("dift_sd21", license="openrail++"),
-        "dift_tiny.emoji": _TINY(file=SOURCES["dift_tiny"]["unet"]),
+        "dift_tiny.emoji": _TINY(file=SOURCES["dift_tiny.emoji"]["unet"]),
         "test_cleandift": _cfg(128, 64, license="apache-2.0"),
     }
 )
@@ -243,7 +260,8 @@ def _create(
         model_cls = CleanDIFT
     cfg, dtype = with_encoder(ARCHITECTURES[arch], latent_encoder), check_dtype(dtype, auto=True)
     name = variant.removesuffix("_pyramid")
-    parts = Sources(name, SOURCES.get(name, {}), sources or {}, latent_encoder)
+    stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    parts = Sources(name, published(name, stored.tag), sources or {}, latent_encoder)
     text_encoder = kwargs.setdefault("text_encoder", parts.given.get("text_encoder"))
     if text_encoder is None:
         kwargs["text_encoder"] = parts.get("text_encoder")
@@ -251,7 +269,6 @@ def _create(
     refuse_unknown_ways(kwargs, infos)
     state = take_state(kwargs, pretrained)
     if held is not None and kwargs.get("features_only") and kwargs.get("out_indices") is None:
-        stored = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         held = settled_last_map(held, parts, stored.to_dict(), map_infos(cfg["unet"]), kwargs.get("cache_dir"), state)
     default = default_indices(cfg, infos, pyramid, held)
     if kwargs.get("features_only"):

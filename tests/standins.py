@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cleandift_backbones.heads import ProjectionHeads
-from cleandift_backbones.models import ARCHITECTURES, ASSETS
+from cleandift_backbones.models import ARCHITECTURES, published
 from cleandift_backbones.unet import map_infos
 
 CFG = ARCHITECTURES["test"]
@@ -41,7 +41,8 @@ def text_encoder():
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(20)
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_text" / "tokenizer", model_max_length=CFG["prompt_length"])
+    words = f"{published('dift_tiny')['text_encoder']}/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(words, model_max_length=CFG["prompt_length"])
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=CFG["unet"]["cross_attention_dim"],

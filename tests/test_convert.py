@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from cleandift_backbones.hub import save_folder
-from cleandift_backbones.models import ARCHITECTURES, ASSETS
+from cleandift_backbones.models import ARCHITECTURES, published
 from cleandift_backbones.unet import FeatureUNet
 from tools.convert import main
 
@@ -33,7 +33,7 @@ def source(tmp_path_factory):
     AutoencoderKL(**TINY["vae"], **blocks).save_pretrained(folder / "vae")
     DDIMScheduler(**TINY["scheduler"]).save_pretrained(folder / "scheduler")
     for part in ("tokenizer", "text_encoder"):
-        shutil.copytree(ASSETS / "tiny_text" / part, folder / part)
+        shutil.copytree(Path(published("dift_tiny")["text_encoder"]) / part, folder / part)
     return folder
 
 
@@ -183,7 +183,7 @@ def test_refusals(source, tmp_path, capsys):
         save({"conv_in.weight": torch.zeros(1), "down_blocks.0": torch.zeros(1)})
     )
     refused(tmp_path / "other.safetensors", "holds no UNet of a known architecture")
-    refused(ASSETS / "cleandift_tiny.safetensors", "holds no teacher", "--unet", "teacher")
+    refused(published("cleandift_tiny")["unet"], "holds no teacher", "--unet", "teacher")
     out.write_bytes(b"mine")
     with pytest.raises(SystemExit):
         main([str(source), "--model", "dift_tiny", "--out", str(out)])

@@ -177,7 +177,7 @@ def test_teachers_of_both_kinds(pictures, tmp_path, prediction):
     """SD 1.5 predicts the noise, SD 2.1 the velocity: fine-tuned teachers of either kind, in diffusers' layout."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
-    from cleandift_backbones.models import ARCHITECTURES, ASSETS
+    from cleandift_backbones.models import ARCHITECTURES
 
     cfg = ARCHITECTURES["tiny"]
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def test_teachers_of_both_kinds(pictures, tmp_path, prediction):
     weights = [f"teacher_weights={tmp_path / 'sd'}", "max_steps=1"]
     import cleandift_backbones.models as models
 
-    sources = {**models.SOURCES["dift_tiny"], "vae": str(ASSETS / "dift_tiny.safetensors")}
+    sources = {**models.published("dift_tiny"), "vae": models.published("dift_tiny")["unet"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.SOURCES, "dift_tiny", sources)
         state = finetune(pictures, tmp_path / "run", *weights)

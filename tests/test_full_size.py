@@ -15,7 +15,7 @@ from hub_server import Fault
 from safetensors.torch import save_file
 
 from cleandift_backbones import checkpoints
-from cleandift_backbones.models import ARCHITECTURES, ASSETS
+from cleandift_backbones.models import ARCHITECTURES, published
 
 ROOT = Path(__file__).parents[1]
 CFG = ARCHITECTURES["sd21"]
@@ -57,7 +57,8 @@ def text_encoder_files(folder):
     """A text encoder of SD 2.1's width and length, with one layer."""
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny_text" / "tokenizer", model_max_length=77)
+    words = f"{published('dift_tiny')['text_encoder']}/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(words, model_max_length=77)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16
     )

@@ -213,7 +213,7 @@ def test_unknown_part():
 
 def test_published_models_name_existing_kinds_of_sources():
     for name, parts in SOURCES.items():
-        assert {"unet", "text_encoder"} <= set(parts) and timm.is_model_pretrained(name)
+        assert {"unet", "text_encoder"} <= set(parts) and timm.is_model_pretrained(name)  # with its tag, if any
         if "sd" in name:
             assert "stabilityai/stable-diffusion-2-1" not in " ".join(parts.values())  # gone from the Hub
             cfg = timm.get_pretrained_cfg(name)

@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import standins
@@ -12,11 +13,11 @@ import timm
 import torch
 
 from cleandift_backbones import prompts
-from cleandift_backbones.models import ASSETS
+from cleandift_backbones.models import published
 from cleandift_backbones.prompts import PromptEncoder, embed
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-TEXT = ASSETS / "tiny_text"
+TEXT = Path(published("dift_tiny")["text_encoder"])
 
 
 def make(**kwargs):
