@@ -139,6 +139,32 @@ def test_a_photograph_has_its_caption_and_no_style():
     assert ids.tolist() == expected
 
 
+# --- the scale of latents ---
+
+
+def test_rescaled_latents_are_drawn_the_same():
+    module, torch_seed = tool("train_vae"), torch.manual_seed(0)
+    vae, x = module.build_vae([8, 8, 16], SIDE), torch.randn(2, 3, SIDE, SIDE, generator=torch_seed)
+    before = vae.encode(x).latent_dist
+    drawn = vae.decode(before.mean).sample
+    module.rescale(vae, 0.3)
+    after = vae.encode(x).latent_dist
+    assert torch.allclose(after.mean, before.mean * 0.3, atol=1e-6) and torch.allclose(after.std, before.std * 0.3)
+    assert torch.allclose(vae.decode(after.mean).sample, drawn, atol=1e-5)
+
+
+def test_exported_latents_have_the_scale_of_the_architecture(vae_folder, emoji, photos):
+    from diffusers import AutoencoderKL
+
+    vae, power = AutoencoderKL.from_pretrained(vae_folder / "vae"), 0.0
+    both = sets(emoji, photos)
+    with torch.no_grad():
+        for kind, (images, _) in both.heldout(128, 0).items():
+            latents = vae.encode(images).latent_dist
+            power += both.shares[kind] * (latents.mean.square() + latents.std.square()).mean()
+    assert power.sqrt() * vae.config.scaling_factor == pytest.approx(1, rel=1e-3)
+
+
 # --- training from earlier weights ---
 
 

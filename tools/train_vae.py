@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """Trains the small VAE (128 px -> 32 x 32 x 4 latents) that the small teacher's diffusion runs on.
 
-Writes OUT/vae (a diffusers AutoencoderKL folder: EMA weights, scaling_factor = 1 / root mean square of the latents),
-OUT/reconstructions.png (held-out pictures above their reconstructions) and OUT/log.jsonl.
+Writes OUT/vae (a diffusers AutoencoderKL folder: EMA weights, latents of root mean square 1 / scaling_factor, which is
+that of the architecture "tiny"), OUT/reconstructions.png (held-out pictures above their reconstructions) and
+OUT/log.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -40,7 +42,9 @@ with importing(__name__):
     from cleandift_backbones.errors import InputError, resource_errors
     from cleandift_backbones.files import replacing, save_png
     from cleandift_backbones.locks import hold
+    from cleandift_backbones.models import ARCHITECTURES
 
+SCALING_FACTOR = ARCHITECTURES["tiny"]["vae"]["scaling_factor"]
 HELDOUT = 128  # pictures of a kind that the held-out figures are taken on
 PREVIEW = 16  # pictures of a kind on the sheet
 
@@ -120,10 +124,22 @@ def evaluate(vae: AutoencoderKL, pictures: Tensor) -> tuple[dict[str, float | li
     return figures, rebuilt
 
 
-def export(vae: AutoencoderKL, scale: float, dtype: torch.dtype, folder: Path) -> None:
-    """Writes `vae` with its scaling_factor as a diffusers folder, aside first."""
-    vae = copy.deepcopy(vae).to(memory_format=torch.contiguous_format).to(dtype)
-    vae.register_to_config(scaling_factor=round(scale, 5))
+@torch.no_grad()
+def rescale(vae: AutoencoderKL, factor: float) -> None:
+    """Multiplies a VAE's latents by `factor` in front of its decoder, which draws the same: so all have one scale."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[:channels] *= factor
+    vae.quant_conv.bias[:channels] *= factor
+    vae.quant_conv.bias[channels:] += 2 * math.log(factor)  # the logarithm of the variance
+    vae.post_quant_conv.weight /= factor
+
+
+def export(vae: AutoencoderKL, latent_rms: float, dtype: torch.dtype, folder: Path) -> None:
+    """Writes `vae` as a diffusers folder, aside first; its latents get the scale that the architecture has."""
+    vae = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)
+    rescale(vae, 1 / (latent_rms * SCALING_FACTOR))
+    vae = vae.to(dtype)
+    vae.register_to_config(scaling_factor=SCALING_FACTOR)
     with replacing(folder) as aside:
         vae.save_pretrained(aside)
 
@@ -218,7 +234,7 @@ def train(options: argparse.Namespace) -> int:
     if run.finished:
         dtype = torch.float16 if options.save_dtype == "fp16" else torch.float32
         with run.ema.applied():
-            export(vae, 1 / report(run.step), dtype, out / "vae")
+            export(vae, report(run.step), dtype, out / "vae")
         print(f"wrote {out / 'vae'} after {run.step} steps and {run.elapsed() / 60:.1f} minutes")
     return run.exit_code
 
