@@ -387,6 +387,8 @@ def test_train_teacher_continues_exactly(data, vae_folder, teacher_folder, tmp_p
     options = [*where, *TINY_TEACHER, "--sample-rows", "3"]
     assert teacher.main([*options, "--stop-minutes", "1e-6"]) == 0
     assert not (tmp_path / "model_index.json").exists()
+    assert teacher.main([*options, "--export"]) == 0
+    assert (tmp_path / "model_index.json").exists()  # of the checkpoint, which stands
     assert teacher.main(options) == 0
     one, two = (load_file(folder / trainer.CHECKPOINT) for folder in (teacher_folder, tmp_path))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -428,6 +430,7 @@ def test_default_widths_fit_the_feature_file():
     [
         ("train_vae", ["--widths", "8,12,16", "--crop", "0"], "three multiples of 8"),
         ("train_vae", ["--crop", "64"], "--crop 64 of pictures of 32 pixels"),
+        ("train_teacher", ["--export"], "holds no checkpoint to write the folder from"),
         ("train_teacher", ["--widths", "16,16"], "four multiples of 16"),
         ("train_teacher", ["--widths", "192,192,192,192"], "feature parameters are more than"),
         ("train_teacher", ["--vae", "nowhere"], "nowhere is no VAE folder"),

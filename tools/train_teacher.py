@@ -45,6 +45,7 @@ with importing(__name__):
     )
     from cleandift_backbones.distill.starting import start_from, start_text
     from cleandift_backbones.distill.trainer import (
+        CHECKPOINT,
         Run,
         autocast,
         mix_seed,
@@ -74,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="48,80,112,112",
         help="channels of the four levels, multiples of 16 (default: 48,80,112,112)",
     )
+    add("--export", action="store_true", help="train no further: write the folder from OUT's checkpoint as it stands")
     add("--cuda-graph", action="store_true", help="replay the UNet's training pass as CUDA graphs: faster on a GPU")
     add(
         "--min-snr",
@@ -288,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
+    if options.export and not (out / CHECKPOINT).is_file():
+        raise MissingFileError(f"--export: {out} holds no checkpoint to write the folder from; train first")
     if not (Path(options.vae) / "config.json").is_file():
         raise MissingFileError(
             f"{options.vae} is no VAE folder (no config.json): run tools/train_vae.py and pass its OUT/vae"
@@ -383,7 +387,7 @@ def train(options: argparse.Namespace) -> int:
         text_encoder.train()
 
     with resource_errors("lower --batch-size or --size"), run:
-        for step in run:
+        for step in () if options.export else run:
             generator = step_generator(device, options.seed, step)
             with torch.no_grad(), autocast(device):
                 images, index = pictures.batch(step, options.batch_size, options.seed, generator)
@@ -400,7 +404,7 @@ def train(options: argparse.Namespace) -> int:
                 evaluate(step + 1)
             if (step + 1) % options.sample_steps == 0:
                 sample()
-    if run.finished:
+    if run.finished or options.export:
         evaluate(run.step)
         sample()
         with run.ema.applied(), file_errors(out):
