@@ -220,7 +220,7 @@ def scene_files() -> dict[str, bytes]:
     mask = Image.fromarray(np.random.default_rng(0).integers(0, 21, (64, 72), dtype=np.uint8), "L")
     return {
         "JPEGImages/a.jpg": encoded(image(0), "JPEG"), "SegmentationClass/a.png": encoded(mask, "PNG"),
-        "ImageSets/Segmentation/val.txt": b"a\n",
+        "ImageSets/Segmentation/val.txt": b"a\n", "classes.txt": "".join(f"thing {n}\n" for n in range(21)).encode(),
     }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
     "knn": "classes by the nearest training pictures: train/CLASS/*, val/CLASS/*, or ImageNet",
     "retrieval": "pictures of the same class: CLASS/*, or the val of train/CLASS/*, val/CLASS/*, or of ImageNet",
-    "segmentation": "a linear probe on VOC's or ADE20K's layout: mIoU",
+    "segmentation": "a linear probe on VOC's or ADE20K's layout, with classes of your own too: mIoU",
     "depth": "a linear probe on NYUv2's layout: RMSE, AbsRel, delta",
     "noise": "how much of a noisy feature's variance is the noise: any folder of pictures",
 }
@@ -191,7 +191,12 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
         one.add_argument("--epochs", type=int, default=10, help="of the probe")
         one.add_argument("--learning-rate", type=float, default=1e-3, help="of the probe")
         one.add_argument("--probe-batch", type=int, default=16, help="pictures per step of the probe")
-        if task == "depth":
+        if task == "segmentation":
+            one.add_argument(
+                "--classes", type=int, metavar="N", help="number of classes, background included; default: as many as "
+                "classes.txt in the data's folder has lines, or 21 of VOC, 150 of ADE20K",
+            )  # fmt: skip
+        else:
             one.add_argument("--probe", metavar="FILE", help="a probe's safetensors, used as it is: nothing is trained")
             one.add_argument("--no-eigen-crop", action="store_true", help="count the borders of 480x640 depths too")
     else:
@@ -227,6 +232,7 @@ def _check(args: argparse.Namespace) -> None:
     check_ranges(args, (
         ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 16, 4096), ("batch_size", 1, None), ("limit", 2, None),
         ("threads", 1, None), ("seed", 0, None), ("alpha", 1e-6, 10), ("k", 1, None), ("epochs", 1, None),
+        ("classes", 2, segmentation.MOST_CLASSES),
         ("probe_batch", 1, None), ("noises", 2, None), ("per_class", 1, None), ("soft_argmax", 0, None),
         ("temperature", 1e-9, None), ("learning_rate", 1e-9, None),
     ))  # fmt: skip
@@ -308,7 +314,8 @@ def make_task(args: argparse.Namespace) -> tasks.Task:
     recipe = Recipe(args.epochs, args.probe_batch, args.learning_rate, seed=args.seed)
     if args.task == "segmentation":
         train, val = (
-            tasks.limit_scenes(segmentation.read_scenes(args.data, split), **limit) for split in ("train", "val")
+            tasks.limit_scenes(segmentation.read_scenes(args.data, split, args.classes), **limit)
+            for split in ("train", "val")
         )
         return tasks.Segmentation(train, val, recipe)
     train = None if args.probe else tasks.limit_scenes(depth.read_nyu(args.data, "train"), **limit)
@@ -366,7 +373,7 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
-    names, lower = {key: task.measure_name + key for key in metrics}, task.lower & set(metrics)
+    names, lower = {key: task.heading(key) for key in metrics}, task.lower & set(metrics)
     return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
 
 

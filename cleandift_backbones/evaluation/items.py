@@ -135,17 +135,22 @@ def read_target(path: Path, what: str) -> tuple[str, np.ndarray]:
         raise DataError(f"the {what} cannot be read: {error}") from None
 
 
-def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
-    """Headers and checksums of masks or depth maps, nothing decoded: what long work would find at its end.
+def check_answers(
+    files: Sequence[tuple[Path, Path]], what: str, reads: Sequence[Callable[[], object]] | None = None
+) -> None:
+    """Headers and checksums of masks or depth maps: what long work would find at its end.
 
     Args:
-        files: picture and mask or depth map. what: their name.
+        files: image and mask or depth map.
+        what: their name.
+        reads: of each file the call that decodes it and checks its values; None: nothing is decoded.
 
     Raises:
         DataError: damaged ones, or of another size than their picture: the first, and how many of how many.
     """
     bad = []
-    for picture, answer in tqdm(files, desc=f"checking {what}", unit="file", leave=False, disable=len(files) < 1000):
+    bar = tqdm(files, desc=f"checking {what}", unit="file", leave=False, disable=len(files) < 1000)
+    for number, (picture, answer) in enumerate(bar):
         try:
             with opened(answer, load=False) as image:
                 size = image.size[::-1]
@@ -155,5 +160,10 @@ def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
             continue
         if size != (wanted := picture_size(picture)):
             bad.append(f"{answer}: {size[1]}x{size[0]} pixels, but its picture has {wanted[1]}x{wanted[0]}")
+        elif reads:
+            try:
+                reads[number]()
+            except DataError as error:
+                bad.append(str(error))
     if bad:
         raise DataError(f"{len(bad)} of {len(files)} {what} cannot be used, first {bad[0]}")

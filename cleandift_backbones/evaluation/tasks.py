@@ -25,14 +25,12 @@ class Task:
         items: the pictures; features come in this order.
         pool: spatial means are enough.
         unit: what the bootstrap draws. main, lower: see `report.Report`.
-        measure_name: what the keys of `measure` leave out, in front of them in tables.
         facts: about the data, for the report.
     """
 
     pool = False
     unit = "pictures"
     lower = frozenset()
-    measure_name = ""
 
     def __init__(self, items: list[Item]):
         self.items, self.facts = items, {}
@@ -45,12 +43,15 @@ class Task:
         """The metrics that matter most."""
         return tuple(metrics)
 
+    def heading(self, metric: str) -> str:
+        """A key of `measure` as tables show it."""
+        return metric
+
 
 class Correspondence(Task):
     """Keypoints of pairs, see `matching`."""
 
     unit = "target pictures"
-    measure_name = "PCK "
 
     def __init__(self, data: PairSet, alphas: Sequence[float], mode="squash", window=0, temperature=0.04):
         super().__init__(data.items)
@@ -68,6 +69,9 @@ class Correspondence(Task):
 
     def main(self, metrics):
         return tuple(key for key in metrics if f"@{self.alphas[0]:g} " in key and "," not in key)
+
+    def heading(self, metric):
+        return f"PCK {metric}"
 
 
 class Knn(Task):
@@ -112,10 +116,12 @@ class Segmentation(Task):
 
     def __init__(self, train: segmentation.Scenes, val: segmentation.Scenes, recipe: Recipe):
         super().__init__(train.items + val.items)
-        check_answers(train.files + val.files, "masks")
+        check_answers(train.files + val.files, "masks", train.masks + val.masks)
         self.train, self.val, self.recipe = train, val, recipe
-        self.facts |= dict(classes=train.classes, train_pictures=len(train.items), val_pictures=len(val.items))
-        self.facts |= dict(probe=str(recipe))
+        self.facts |= dict(classes=train.classes)
+        if train.names:
+            self.facts |= dict(class_names=f"{', '.join(train.names)} ({train.origin})")
+        self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items), probe=str(recipe))
         self.known: tuple[Size, list, list] | None = None
 
     def _labels(self, cells: Size):
@@ -129,7 +135,15 @@ class Segmentation(Task):
         count, classes = len(self.train.items), self.train.classes
         probe = segmentation.train_segmenter(features.part(0, count), train, classes, self.recipe, progress)
         iou = segmentation.miou(probe, features.part(count), val, classes)
-        return {"mIoU": iou, "pixel accuracy": segmentation.accuracy(iou, val)}
+        by_class = {f"IoU, {name}": iou.group(number) for number, name in enumerate(self.train.names)}
+        occurring = {key: tally for key, tally in by_class.items() if tally.trials.any()}
+        return {"mIoU": iou, "pixel accuracy": segmentation.accuracy(iou, val), **occurring}
+
+    def main(self, metrics):
+        return ("mIoU", "pixel accuracy")
+
+    def heading(self, metric):
+        return f"mIoU of {self.train.classes} classes" if metric == "mIoU" else metric
 
 
 class Depth(Task):
