@@ -75,19 +75,27 @@ class Correspondence(Task):
 
 
 class Knn(Task):
-    """Classes by the nearest training pictures, see `knn`."""
+    """Classes by the nearest training images, see `knn`; without any, by the nearest others of the one set."""
 
     pool = True
 
-    def __init__(self, train: knn.Labelled, val: knn.Labelled, ks: Sequence[int], weighted=False):
-        super().__init__(train.items + val.items)
-        knn.check_ks(ks, len(train.items))
+    def __init__(self, train: knn.Labelled | None, val: knn.Labelled, ks: Sequence[int], weighted=False):
+        super().__init__((train.items if train else []) + val.items)
+        knn.check_ks(ks, len(train.items) if train else len(val.items) - 1)
         self.train, self.val, self.ks, self.weighted = train, val, ks, weighted
-        self.facts |= dict(classes=len(train.classes), train_pictures=len(train.items), val_pictures=len(val.items))
+        self.facts |= dict(classes=len(val.classes))
+        if train:
+            self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items))
         self.facts |= dict(votes="weighted" if weighted else "equal")
 
     def measure(self, features, size, progress=True):
         vectors = features.stack(range(len(features)))
+        if not self.train:
+            labels = self.val.labels
+            possible = knn.with_others(labels, labels, same=True)
+            self.facts["queries"] = int(possible.sum())
+            hits = knn.knn_hits(vectors, labels, vectors, labels, self.ks, self.weighted, same=True)
+            return {f"leave-one-out kNN accuracy, k={k}": knn.tally(found, possible) for k, found in hits.items()}
         gallery, queries = vectors[: len(self.train.items)], vectors[len(self.train.items) :]
         hits = knn.knn_hits(queries, self.val.labels, gallery, self.train.labels, self.ks, self.weighted)
         return {f"kNN accuracy, k={k}": knn.tally(found) for k, found in hits.items()}
