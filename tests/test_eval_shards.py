@@ -164,7 +164,14 @@ def test_leave_one_out_by_hand():
     one = tallies["leave-one-out kNN accuracy, k=1"]
     # nearest: 0: 10, 10: 0, 22: 10, 100: 107, 107: 100
     assert one.hits[:, 0].tolist() == [0, 0, 0, 1, 1, 0] and one.trials[:, 0].tolist() == [1, 1, 1, 1, 1, 0]
-    assert task.facts["queries"] == 5
+    assert task.facts["queries"] == 5 and task.facts["classes"] == 3
+    few = tasks.limit_labelled(data, 2, seed=0)  # of 6 images: not all classes are left
+    left = len(set(few.labels.tolist()))
+    assert (
+        left < 3
+        and [tasks.Knn(None, few, (1,)).facts["classes"], tasks.Retrieval(few, (1,)).facts["classes"]] == [left] * 2
+    )
+    assert tasks.Knn(data, few, (1,)).facts["classes"] == 3
     with pytest.raises(DataError, match="k = 6 neighbours of 5"):
         tasks.Knn(None, data, (6,))
 

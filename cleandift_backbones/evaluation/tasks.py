@@ -83,7 +83,7 @@ class Knn(Task):
         super().__init__((train.items if train else []) + val.items)
         knn.check_ks(ks, len(train.items) if train else len(val.items) - 1)
         self.train, self.val, self.ks, self.weighted = train, val, ks, weighted
-        self.facts |= dict(classes=len(val.classes))
+        self.facts |= dict(classes=len((train or val).labels.unique()))
         if train:
             self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items))
         self.facts |= dict(votes="weighted" if weighted else "equal")
@@ -110,7 +110,7 @@ class Retrieval(Task):
         super().__init__(data.items)
         knn.check_ks(ks, len(data.items) - 1)
         self.data, self.ks = data, ks
-        self.facts |= dict(classes=len(data.classes))
+        self.facts |= dict(classes=len(data.labels.unique()))
 
     def measure(self, features, size, progress=True):
         vectors, labels = features.stack(range(len(features))), self.data.labels
