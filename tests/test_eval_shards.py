@@ -112,7 +112,7 @@ def test_what_a_shard_must_hold(tmp_path, caplog):
     assert "left out: 2 files (.heic 1, further images of a sample 1)" in caplog.text
 
 
-def test_splits_of_shards(tmp_path):
+def test_splits_of_shards(tmp_path, monkeypatch):
     root = tmp_path / "photos"
     shard(root / "train" / "0.tar", ["red", "blue", "green"])
     shard(root / "train" / "1.tar", ["red", "blue"], 3)
@@ -131,6 +131,11 @@ def test_splits_of_shards(tmp_path):
     shard(flat, ["red", "pink"])
     with pytest.raises(DataError, match=r"heldout\.tar: 1 of 2 classes are not in train, first pink"):
         knn.read_queries(flat, train=root / "train")
+    shard(flat, ["red"])
+    monkeypatch.chdir(tmp_path)
+    for train in (flat.parent, "flat", flat):  # the folder of training shards holds those that are classified too
+        with pytest.raises(DataError, match=r"1 of 1 images are training images too, first heldout\.tar:000000"):
+            knn.read_queries(flat, train=train)
     shutil.rmtree(root / "val")
     with pytest.raises(DataError, match="has no val"):
         knn.read_queries(root)
@@ -145,7 +150,8 @@ def test_folders_of_classes_keep_their_meaning(tmp_path):
         pack(tmp_path / f"{name}.tar", {"0.png": png()})
     train, val = knn.read_queries(tmp_path)
     assert train is None and val.classes == ["ant", "bee"] and len(val.items) == 4
-    assert knn.read_queries(tmp_path / "ant" / "..", train=tmp_path)[0].classes == ["ant", "bee"]
+    with pytest.raises(DataError, match="4 of 4 images are training images too, first ant/0.png"):
+        knn.read_queries(tmp_path / "ant" / "..", train=tmp_path)
 
 
 def test_leave_one_out_by_hand():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .. import decoding
 from ..decoding import ImageError, opened, read_image
-from ..errors import CleanDIFTError, InputError
+from ..errors import CleanDIFTError, InputError, file_errors
 from ..files import is_file, is_folder
 from ..listing import expand, is_hidden, list_folder, list_names
 from ..progress import tqdm
@@ -60,7 +60,8 @@ def file_item(path: Path, root: Path, prompt: str = "", size: tuple[int, int] | 
 
 def folders_in(folder: str | os.PathLike) -> list[str]:
     """Names of the folders right in a folder, sorted; without hidden ones."""
-    return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))
+    with file_errors(folder, "cannot be listed", "check the path"):
+        return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def holds_shards(place: str | os.PathLike) -> bool:

@@ -6,6 +6,7 @@ The CleanDIFT paper's kNN: spatial mean of a map, cosine similarity, k = 10, Ima
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,10 @@ def read_train_and_val(root: str | Path, per_class: int | None = None) -> tuple[
 
 
 def _of_one_index(train: Labelled, held: Labelled, place: str | Path) -> tuple[Labelled, Labelled]:
-    """Both with the classes of train. Raises DataError for others in `held`, which lies at `place`."""
+    """Both with the classes of train. Raises DataError for other classes, or images of train, in `held` at `place`."""
+    known = {item.name for item in train.items}
+    if both := [item.name for item in held.items if item.name in known]:
+        raise DataError(f"{place}: {len(both)} of {len(held.items)} images are training images too, first {both[0]}")
     strange = sorted(set(held.classes) - set(train.classes))
     if strange:
         raise DataError(f"{place}: {len(strange)} of {len(held.classes)} classes are not in train, first {strange[0]}")
@@ -181,8 +185,9 @@ def read_queries(
     Raises:
         DataError: see `read_train_and_val` and `read_gallery`; `per_class` without training images.
     """
-    base = Path(root) if is_folder(root) else Path(root).parent
     if train is not None:
+        root, train = (Path(os.path.abspath(place)) for place in (root, train))  # so that equal images have equal names
+        base = root if is_folder(root) else root.parent
         return _of_one_index(read_labelled(train, base, per_class), read_gallery(root), root)
     if is_folder(root) and {"train", "val"} & set(folders_in(root)):
         return read_train_and_val(root, per_class)
