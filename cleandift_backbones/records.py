@@ -20,10 +20,15 @@ JSON_NAMES = {dict: "object", list: "list"}
 
 def read_text(path: str | os.PathLike) -> str:
     """A text file, UTF-8 with or without a byte order mark. Raises InputError or FileError, which name it."""
+    return decode_text(path, read_bytes(path))
+
+
+def decode_text(name: str | os.PathLike, data: bytes) -> str:
+    """UTF-8 text with or without a byte order mark. Raises InputError with the name."""
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+        raise InputError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -35,13 +40,18 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     """A JSON file that holds a value of this kind. Raises InputError or FileError, which name it."""
-    try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file ({error})") from None
+    found = parse_json(path, read_text(path))
     if not isinstance(found, kind):
         raise InputError(f"{path}: expected a JSON {JSON_NAMES[kind]}, got {str(found)[:80]}")
     return found
+
+
+def parse_json(name: str | os.PathLike, text: str) -> Any:
+    """The value of a JSON text. Raises InputError with the name."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError alone: a number of more than 4,300 digits
+        raise InputError(f"{name}: not a JSON file ({error})") from None
 
 
 def split_lines(text: str) -> list[str]:

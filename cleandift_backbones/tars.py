@@ -21,13 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .decoding import endings
+from PIL import Image
+
+from .decoding import ImageError, endings, read_image
 from .errors import InputError
 from .files import check_plain
 from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, counted, expand, is_hidden, list_names, suffix_of
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPRESSED = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9]1AY&SY": bz2.open, rb"\xfd7zXZ\0": lzma.open}  # by their first bytes
+LABEL_ENDING = ".cls"  # of the file with an image's class, as WebDataset has it
 _OWN = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes
 FURTHER, TWICE = "further images of a sample", "names that come twice"
 
@@ -41,11 +44,12 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image in a shard, and what may be its caption, in the order of CAPTION_ENDINGS."""
+    """An image in a shard, what may be its caption, in the order of CAPTION_ENDINGS, and its .cls file."""
 
     key: str
     image: Member
     captions: list[Member]
+    label: Member | None = None
 
 
 @dataclass
@@ -55,7 +59,7 @@ class Shard:
     Attributes:
         samples: in the order of their images.
         damage: a sentence about what is wrong with it, or "". Samples are those in front of the damage.
-        left_out: count of other files, by suffix or reason.
+        left_out: count of other files, by suffix or reason; .cls files too, which most readers ignore.
         compressed: as a whole: its members cannot be read at their places.
     """
 
@@ -132,6 +136,23 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     return data
 
 
+def read_image_at(path: str | Path, member: Member) -> Image.Image:
+    """An image in a shard that is not compressed, 8-bit RGB. Raises ImageError, which names both."""
+    name = f"{path}:{member.name}"
+    try:
+        with open(path, "rb") as file:
+            data = read_member(file, member)
+    except (OSError, InputError) as error:
+        raise ImageError(f"{name}: cannot be read ({error}); check the shard") from None
+    return read_image(data, min_side=1, name=name)
+
+
+def check_places(shard: Shard) -> None:
+    """Raises InputError for a shard whose images `read_image_at` cannot read."""
+    if shard.compressed and shard.samples:
+        raise InputError(f"{shard.path} is compressed, and images are read at their places: unpack it (gunzip)")
+
+
 def scan(path: str | Path, most: int | None = None) -> Shard:
     """An index of a shard: only headers are read, and damage is reported in the result, not raised.
 
@@ -143,6 +164,7 @@ def scan(path: str | Path, most: int | None = None) -> Shard:
     shard, known = Shard(str(path)), frozenset(endings())
     images: dict[tuple[int, str], list[Member]] = {}
     captions: dict[tuple[int, str], dict[str, Member]] = {}
+    labels: dict[tuple[int, str], Member] = {}
     seen: set[tuple[int, str]] = set()
     try:
         with open_shard(path) as file:
@@ -171,9 +193,11 @@ def scan(path: str | Path, most: int | None = None) -> Shard:
                         captions.setdefault((archive, stem), {})[suffix] = member
                     else:
                         shard.left_out[suffix_of(name)] += 1
+                        if suffix == LABEL_ENDING:
+                            labels[archive, stem] = member
     except Exception as error:  # tarfile raises nearly anything on damaged files
-        shard.damage = f"{path} is damaged or no plain .tar ({error}): what follows is left out; fetch it again"
-    _pair(shard, images, captions)
+        shard.damage = f"{path} is damaged or no plain .tar ({error}): what follows cannot be read; fetch it again"
+    _pair(shard, images, captions, labels)
     return shard
 
 
@@ -182,7 +206,7 @@ def _key(name: str) -> str:
     return folder + slash + base.partition(".")[0]
 
 
-def _pair(shard: Shard, images: dict, captions: dict) -> None:
+def _pair(shard: Shard, images: dict, captions: dict, labels: dict) -> None:
     """Fills in the samples, and counts the files that are in none."""
     rank, used = {suffix: place for place, suffix in enumerate(endings())}, set()
     for (archive, key), members in images.items():
@@ -195,7 +219,8 @@ def _pair(shard: Shard, images: dict, captions: dict) -> None:
             place = next((place for place in ((archive, stem), (archive, key)) if place in captions), None)
             beside = captions.get(place, {})
             used.add(place)
-            shard.samples.append(Sample(stem, member, [beside[s] for s in CAPTION_ENDINGS if s in beside]))
+            label = labels.get((archive, stem)) or labels.get((archive, key))
+            shard.samples.append(Sample(stem, member, [beside[s] for s in CAPTION_ENDINGS if s in beside], label))
     for place in captions.keys() - used:
         shard.left_out.update(captions[place].keys())
     shard.left_out = +shard.left_out  # without zeros

@@ -216,11 +216,19 @@ def class_files() -> dict[str, bytes]:
     return files | {"LOC_val_solution.csv": table(rows)}
 
 
+def labelled_shard_files() -> dict[str, bytes]:
+    shards = {}
+    for number in range(2):
+        members = {"0.png": encoded(image(number), "PNG"), "0.cls": b"3", "1.jpg": encoded(image(number + 2), "JPEG")}
+        shards[f"{number}.tar"] = tar(members | {"1.json": text({"text": "a cup", "label": "cup"})})
+    return shards
+
+
 def scene_files() -> dict[str, bytes]:
     mask = Image.fromarray(np.random.default_rng(0).integers(0, 21, (64, 72), dtype=np.uint8), "L")
     return {
         "JPEGImages/a.jpg": encoded(image(0), "JPEG"), "SegmentationClass/a.png": encoded(mask, "PNG"),
-        "ImageSets/Segmentation/val.txt": b"a\n",
+        "ImageSets/Segmentation/val.txt": b"a\n", "classes.txt": "".join(f"thing {n}\n" for n in range(21)).encode(),
     }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from fuzz_inputs import (
     emoji_files,
     image_files,
     labelled_files,
+    labelled_shard_files,
     ldm_file,
     listed,
     metadata,
@@ -153,7 +154,7 @@ def read_pairs(folder: Path, name: str = "") -> None:
 
 
 def read_classes(folder: Path) -> None:
-    for part in knn.read_train_and_val(folder):
+    for part in filter(None, knn.read_queries(folder)):
         for item in part.items:
             item.read()
 
@@ -208,6 +209,7 @@ def targets() -> dict[str, Target]:
         "SPair": Target(spair_files(), read_pairs),
         "PF-PASCAL": Target(pascal_files(), read_pairs),
         "classes": Target(class_files(), read_classes),
+        "labelled shards": Target(labelled_shard_files(), read_classes),
         "scenes": Target(scene_files(), read_scenes),
         "depths": Target(depth_files(), read_depths),
         "labelled depths": Target(labelled_files(), read_depths),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from test_emoji import load_tool
 from test_eval_correspondence import spair  # noqa: F401 (a fixture)
 from test_eval_depth import nyu  # noqa: F401
-from test_eval_segmentation import voc  # noqa: F401
+from test_eval_segmentation import pets, voc  # noqa: F401
 
 from cleandift_backbones.evaluation import command
 
@@ -122,6 +122,25 @@ def test_segmentation(voc, tmp_path, monkeypatch):  # noqa: F811
     assert 0 < data["runs"][0]["maps"]["layer2"]["pixel accuracy"]["rate"] <= 1 and data["empty_masks"] == 0
 
 
+def test_segmentation_of_two_classes(pets, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As many classes as the data have: neither the probe nor the report knows others."""
+    out = tmp_path / "out"
+    arguments = ["--model", "pixels", "--data", pets, "--out", out, "--size", 64, "--epochs", 40, "--probe-batch", 2]
+    evaluate(monkeypatch, "segmentation", *arguments, "--learning-rate", 0.1)
+    data = results(out, "segmentation")
+    assert data["classes"] == 2 and data["class_names"] == "background, pet (classes.txt)"
+    found = data["runs"][0]["maps"]["pixels"]
+    assert list(found) == ["mIoU", "pixel accuracy", "IoU, background", "IoU, pet"]
+    mean = (found["IoU, background"]["rate"] + found["IoU, pet"]["rate"]) / 2
+    assert found["mIoU"]["rate"] == pytest.approx(mean) and mean > 0.9
+    assert "| features | mIoU of 2 classes (%) | pixel accuracy (%) |" in capsys.readouterr().out
+    assert "| IoU, pet (%) |" in (out / "segmentation.md").read_text()
+    (pets / "classes.txt").unlink()
+    evaluate(monkeypatch, "segmentation", *arguments, "--classes", 3)
+    data = results(out, "segmentation")
+    assert data["classes"] == 3 and "class_names" not in data
+
+
 def test_depth(nyu, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "out"
     arguments = ["--data", nyu, "--size", 64, "--out", out]
@@ -172,6 +191,7 @@ def test_noise(classes, tmp_path, monkeypatch, capsys):
         (["knn", "--model", "pixels", "--device", "abacus"], "device 'abacus' cannot be used"),
         (["knn", "--model", "pixels", "--prompt", "a cat", "--k", "1"], "pixels: none takes prompts"),
         (["segmentation", "--model", "pixels"], "neither layout (found train, val)"),
+        (["segmentation", "--model", "pixels", "--classes", "1"], "--classes 1 is out of range; give 2..255"),
         (["depth", "--model", "pixels"], "no split 'train' of NYUv2 (found train, val)"),
         (["correspondence", "--model", "pixels"], "no pairs (found train, val); expected one of"),
         (["nkk", "--model", "pixels"], "argument TASK: invalid choice: 'nkk'"),

@@ -89,6 +89,89 @@ def test_ade20k_is_read(tmp_path):
         scenes.masks[0]()
 
 
+@pytest.fixture
+def pets(tmp_path):
+    """Two classes in VOC's layout, which colour alone tells apart; names in classes.txt."""
+    root = tmp_path / "pets"
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "JPEGImages").mkdir()
+    for split, count in (("train", 6), ("val", 3)):
+        names = [f"{split}_{i}" for i in range(count)]
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for i, name in enumerate(names):
+            mask = np.zeros((64, 64), np.uint8)
+            mask[8 * i : 8 * i + 16] = 1
+            pixels = np.where(mask[..., None] == 1, (250, 10, 10), (10, 10, 250)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"JPEGImages/{name}.jpg", quality=100, subsampling=0)
+            mask[0] = 255
+            save_palette(root / f"SegmentationClass/{name}.png", mask)
+    (root / "classes.txt").write_text("background\npet\n")
+    return root
+
+
+def test_classes_come_from_the_data(pets):
+    """Names in classes.txt; the argument is stronger; VOC's 21 are for VOC alone."""
+    scenes = segmentation.read_scenes(pets, "val")
+    assert (scenes.classes, scenes.names, scenes.origin) == (2, ["background", "pet"], "classes.txt")
+    (pets / "classes.txt").write_bytes(b"\xef\xbb\xbf a b \r\nc\r\n\r\n")  # by an editor on Windows
+    assert segmentation.read_scenes(pets, "train").names == ["a b", "c"]
+    scenes = segmentation.read_scenes(pets, "val", classes=3)
+    assert (scenes.classes, scenes.names, scenes.origin) == (3, [], "--classes")
+    (pets / "classes.txt").unlink()
+    assert segmentation.read_scenes(pets, "val", classes=2).classes == 2
+    with pytest.raises(DataError, match=r"pets: .*how many classes.*classes\.txt.*--classes N"):
+        segmentation.read_scenes(pets, "val")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no names"),
+        ("pet\n", "1 class; a probe needs 2 to 255"),
+        ("a\n\nb\n", "line 2 is empty"),
+        ("a\nb\na\n", "line 3: the name 'a' is there already"),
+        ("".join(f"{i}\n" for i in range(256)), "256 classes; a probe needs 2 to 255"),
+    ],
+)
+def test_bad_names_of_classes(pets, text, words):
+    (pets / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=rf"classes\.txt.*{words}"):
+        segmentation.read_scenes(pets, "val")
+
+
+def test_names_of_voc_and_ade20k_in_folders_of_others(voc, pets, tmp_path):
+    """The layout alone does not tell how many classes there are."""
+    for path in [*pets.rglob("train_*.*"), *pets.rglob("val_*.*")]:  # VOC2007's names are plain numbers
+        path.rename(path.with_name(path.name.replace("train_", "00000").replace("val_", "00001")))
+    for split, count in (("train", "0"), ("val", "1")):
+        (pets / f"ImageSets/Segmentation/{split}.txt").write_text(f"0000{count}0\n")
+    (pets / "classes.txt").unlink()
+    with pytest.raises(DataError, match="how many classes"):
+        segmentation.read_scenes(pets, "train")
+    pets.rename(tmp_path / "VOC2007")
+    assert segmentation.read_scenes(tmp_path / "VOC2007", "train").classes == 21
+    (voc / "VOCdevkit" / "VOC2012" / "classes.txt").write_text("a\nb\nc\nd\n")  # e.g. of classes put together
+    assert segmentation.read_scenes(voc, "train").classes == 4
+    ade = tmp_path / "ade"
+    for kind in ("images", "annotations"):
+        (ade / kind / "validation").mkdir(parents=True)
+    picture(ade / "images/validation/street_1.jpg", 1, (3, 1))
+    Image.fromarray(np.array([[0, 1, 2]], np.uint8)).save(ade / "annotations/validation/street_1.png")
+    with pytest.raises(DataError, match="how many classes"):
+        segmentation.read_scenes(ade, "val")
+    (ade / "classes.txt").write_text("road\nsky\n")  # 0 is to ignore in this layout: the first name is of 1
+    scenes = segmentation.read_scenes(ade, "val")
+    assert scenes.classes == 2 and scenes.masks[0]().tolist() == [[255, 0, 1]]
+
+
+def test_a_class_beyond_the_last_is_found_before_the_work(pets):
+    save_palette(pets / "SegmentationClass/val_1.png", np.full((64, 64), 2, np.uint8))
+    train, val = (segmentation.read_scenes(pets, split) for split in ("train", "val"))
+    said = r"1 of 9 masks .*val_1\.png: class 2 of 2 does not exist \(classes\.txt\)"
+    with pytest.raises(DataError, match=said):
+        tasks.Segmentation(train, val, probes.Recipe())
+
+
 def random_masks(count, classes, seed=0):
     rng = np.random.default_rng(seed)
     masks = [rng.integers(0, classes, (17 + i, 23 - i)).astype(np.uint8) for i in range(count)]

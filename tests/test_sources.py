@@ -149,8 +149,8 @@ def test_hidden_shards_and_flat_folders(tmp_path):
     for part in ("images", "annotations"):
         (scenes / part / "training").mkdir(parents=True)
     (scenes / "images/training/._a.jpg").write_bytes(b"of another system")
-    (scenes / "images/training/a.jpg").write_bytes(png())
-    Image.new("L", (64, 64), 1).save(scenes / "annotations/training/a.png")
+    (scenes / "images/training/ADE_train_00000001.jpg").write_bytes(png())
+    Image.new("L", (64, 64), 1).save(scenes / "annotations/training/ADE_train_00000001.png")
     assert len(segmentation.read_scenes(scenes, "train").items) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -16,7 +15,7 @@ from ..decoding import endings
 from ..errors import InputError
 from ..files import is_folder
 from ..listing import Listing, counted, left_out_report, list_folder
-from ..records import read_bytes, read_records
+from ..records import decode_text, parse_json, read_bytes, read_records
 from ..tars import open_shard, read_member, scan, shards_of
 
 _logger = logging.getLogger(__name__)
@@ -53,12 +52,13 @@ def read_caption(name: str, data: bytes) -> str:
     Raises:
         InputError: no UTF-8, no JSON, or no caption in it that is a string; `name` is in the message.
     """
+    text = decode_text(name, data)
+    if not name.lower().endswith(".json"):
+        return text.strip()
+    told = parse_json(name, text)
     try:
-        text = data.decode("utf-8-sig")
-        return caption_of_json(json.loads(text)) if name.lower().endswith(".json") else text.strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 text ({error}); save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
+        return caption_of_json(told)
+    except InputError as error:
         raise InputError(f"{name}: {error}") from None
 
 

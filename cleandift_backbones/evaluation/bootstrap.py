@@ -30,6 +30,10 @@ class Tally:
         """0..1."""
         return float(self.resampled(np.ones((1, len(self.hits))))[0])
 
+    def group(self, number: int) -> Tally:
+        """One of the groups alone."""
+        return Tally(self.hits[:, number : number + 1], self.trials[:, number : number + 1])
+
     def resampled(self, weights: np.ndarray) -> np.ndarray:
         """Rates under weights R x K of the concepts: R numbers; groups without trials are left out, NaN if all are."""
         hits, trials = (weights @ _pooled(x, weights.shape[1]) for x in (self.hits, self.trials))

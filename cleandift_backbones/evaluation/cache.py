@@ -175,7 +175,7 @@ class FeatureCache:
 
     def _noise(self, item: Item) -> int:
         """Seed of an item's noises: its own, the same in every run and for every order."""
-        return int(hashlib.sha256(f"{self.seed} {item.name}".encode()).hexdigest()[:12], 16)
+        return int(hashlib.sha256(f"{self.seed} {item.name}".encode(errors="surrogateescape")).hexdigest()[:12], 16)
 
     def _compute(self, extractor, items, keys, noisy, folders, places) -> None:
         if not items:

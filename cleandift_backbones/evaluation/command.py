@@ -21,12 +21,12 @@ from ..errors import FileError, needs, resource_errors
 from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
 from ..files import is_file
 from ..images import check_folder
-from ..listing import left_out_report, list_folder
+from ..listing import left_out_report
 from ..locks import hold
 from ..progress import tqdm
 from . import depth, knn, pairs, segmentation, tasks
 from .cache import DTYPES, FeatureCache
-from .items import DataError, file_item
+from .items import DataError, image_items
 from .matching import ALPHAS
 from .noise import noise_shares
 from .noise_report import shares_table, write_shares
@@ -35,11 +35,13 @@ from .report import Report, Row, check_report
 
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
-    "knn": "classes by the nearest training pictures: train/CLASS/*, val/CLASS/*, or ImageNet",
-    "retrieval": "pictures of the same class: CLASS/*, or the val of train/CLASS/*, val/CLASS/*, or of ImageNet",
-    "segmentation": "a linear probe on VOC's or ADE20K's layout: mIoU",
+    "knn": "classes by the nearest training images: train/CLASS/*, val/CLASS/*, or ImageNet; leave-one-out of CLASS/*; "
+    "shards with labels in place of CLASS folders",
+    "retrieval": "images of the same class: CLASS/*, or the val of train/CLASS/*, val/CLASS/*, or of ImageNet; shards "
+    "with labels in place of CLASS folders",
+    "segmentation": "a linear probe on VOC's or ADE20K's layout, with classes of your own too: mIoU",
     "depth": "a linear probe on NYUv2's layout: RMSE, AbsRel, delta",
-    "noise": "how much of a noisy feature's variance is the noise: any folder of pictures",
+    "noise": "how much of a noisy feature's variance is the noise: any folder of images, or shards",
 }
 #: the paper's timestep of the noisy features; kNN's was tuned map by map
 TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
@@ -48,7 +50,8 @@ ABOUT = {
     "correspondence": """PCK: the share of keypoints found near the true point; bbox@0.1: within 0.1 of the longer side
 of the target's box, img@0.1: of the target image. Per point pools all points, per image is the mean over pairs.
 Features upsampled bilinearly to the images' size, cosine similarity.""",
-    "knn": "Spatial mean of a map, cosine similarity, a vote of the k nearest training pictures.",
+    "knn": """Spatial mean of a map, cosine similarity, a vote of the k nearest training images. Leave-one-out: of the k
+nearest other images of the same set; images without another of their class are left out.""",
     "retrieval": """Spatial mean of a map, cosine similarity. recall@k: the share of pictures that find one of their
 class among their k nearest; each asks all others, pictures without another of their class are left out.""",
     "segmentation": """A 1x1 convolution on the map, trained on cached features; predictions upsampled by nearest
@@ -186,12 +189,21 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
         one.add_argument("--k", **_list(int), default=default, metavar="K", help=f"nearest pictures {about}")
         if task == "knn":
             one.add_argument("--weighted", action="store_true", help="votes count exp(similarity / 0.07)")
-            one.add_argument("--per-class", type=int, metavar="N", help="training pictures of each class")
+            one.add_argument("--per-class", type=int, metavar="N", help="training images of each class")
+            one.add_argument(
+                "--train", metavar="PATH", help="training images, CLASS folders or shards; default: the train of the "
+                "data, or else leave-one-out",
+            )  # fmt: skip
     elif task in ("segmentation", "depth"):
         one.add_argument("--epochs", type=int, default=10, help="of the probe")
         one.add_argument("--learning-rate", type=float, default=1e-3, help="of the probe")
         one.add_argument("--probe-batch", type=int, default=16, help="pictures per step of the probe")
-        if task == "depth":
+        if task == "segmentation":
+            one.add_argument(
+                "--classes", type=int, metavar="N", help="number of classes, background included; default: as many as "
+                "classes.txt in the data's folder has lines, or 21 of VOC, 150 of ADE20K",
+            )  # fmt: skip
+        else:
             one.add_argument("--probe", metavar="FILE", help="a probe's safetensors, used as it is: nothing is trained")
             one.add_argument("--no-eigen-crop", action="store_true", help="count the borders of 480x640 depths too")
     else:
@@ -227,6 +239,7 @@ def _check(args: argparse.Namespace) -> None:
     check_ranges(args, (
         ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 16, 4096), ("batch_size", 1, None), ("limit", 2, None),
         ("threads", 1, None), ("seed", 0, None), ("alpha", 1e-6, 10), ("k", 1, None), ("epochs", 1, None),
+        ("classes", 2, segmentation.MOST_CLASSES),
         ("probe_batch", 1, None), ("noises", 2, None), ("per_class", 1, None), ("soft_argmax", 0, None),
         ("temperature", 1e-9, None), ("learning_rate", 1e-9, None),
     ))  # fmt: skip
@@ -301,14 +314,16 @@ def make_task(args: argparse.Namespace) -> tasks.Task:
         alphas = sorted(args.alpha, key=lambda alpha: alpha != 0.1)  # 0.1, where it is asked for, leads
         return tasks.Correspondence(data, alphas, args.resize, args.soft_argmax, args.temperature)
     if args.task == "knn":
-        train, val = (tasks.limit_labelled(x, **limit) for x in knn.read_train_and_val(args.data, args.per_class))
+        sets = knn.read_queries(args.data, args.train, args.per_class)
+        train, val = (found and tasks.limit_labelled(found, **limit) for found in sets)
         return tasks.Knn(train, val, args.k, args.weighted)
     if args.task == "retrieval":
         return tasks.Retrieval(tasks.limit_labelled(knn.read_gallery(args.data), **limit), args.k)
     recipe = Recipe(args.epochs, args.probe_batch, args.learning_rate, seed=args.seed)
     if args.task == "segmentation":
         train, val = (
-            tasks.limit_scenes(segmentation.read_scenes(args.data, split), **limit) for split in ("train", "val")
+            tasks.limit_scenes(segmentation.read_scenes(args.data, split, args.classes), **limit)
+            for split in ("train", "val")
         )
         return tasks.Segmentation(train, val, recipe)
     train = None if args.probe else tasks.limit_scenes(depth.read_nyu(args.data, "train"), **limit)
@@ -366,7 +381,7 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
-    names, lower = {key: task.measure_name + key for key in metrics}, task.lower & set(metrics)
+    names, lower = {key: task.heading(key) for key in metrics}, task.lower & set(metrics)
     return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
 
 
@@ -383,16 +398,14 @@ def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) 
 
 
 def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> list[Path]:
-    root = Path(args.data)
-    listed = list_folder(root)
-    paths = listed.images
-    if len(paths) < 2:
-        told = left_out_report(listed.left_out)
-        raise DataError(f"{root}: {len(paths)} pictures; a share of variance needs at least two {told}".strip())
-    if listed.left_out:
-        tqdm.write(f"{root}: {left_out_report(listed.left_out)}", file=sys.stderr)
-    paths = [paths[i] for i in tasks.limited(paths, args.limit, args.seed)]
-    pictures, shares = [file_item(path, root).read() for path in paths], []
+    items, left_out = image_items(args.data)
+    if len(items) < 2:
+        told = left_out_report(left_out)
+        raise DataError(f"{args.data}: {len(items)} pictures; a share of variance needs at least two {told}".strip())
+    if left_out:
+        tqdm.write(f"{args.data}: {left_out_report(left_out)}", file=sys.stderr)
+    pictures = [items[i].read() for i in tasks.limited(items, args.limit, args.seed)]
+    shares = []
     for planned in tqdm(plan, desc="runs", unit="run"):
         extractor = load(args, planned, device)
         if args.prompt not in ("auto", "none"):
@@ -402,5 +415,5 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     print(shares_table(shares))
-    info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(paths), noises=args.noises)
+    info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(pictures), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,12 @@ from PIL import Image
 
 from .. import decoding
 from ..decoding import ImageError, opened, read_image
-from ..errors import CleanDIFTError, InputError
+from ..errors import CleanDIFTError, InputError, file_errors
 from ..files import is_file, is_folder
+from ..listing import expand, is_hidden, list_folder, list_names
 from ..progress import tqdm
 from ..records import read_records, read_text, split_lines
+from ..tars import TAR_ENDINGS, Shard, check_places, find_shards, read_image_at, scan
 
 
 class DataError(InputError):
@@ -52,6 +56,66 @@ def file_item(path: Path, root: Path, prompt: str = "", size: tuple[int, int] | 
     facts = path.stat()
     name = path.relative_to(root) if path.is_relative_to(root) else path
     return Item(name.as_posix(), read, f"{facts.st_size} {facts.st_mtime_ns}", prompt)
+
+
+def folders_in(folder: str | os.PathLike) -> list[str]:
+    """Names of the folders right in a folder, sorted; without hidden ones."""
+    with file_errors(folder, "cannot be listed", "check the path"):
+        return sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def holds_shards(place: str | os.PathLike) -> bool:
+    """Whether a path or pattern stands for WebDataset shards.
+
+    These are .tar files and patterns, and folders of .tar files. In a folder with folders in it, which may be those of
+    classes, .tar files do not count.
+    """
+    if is_folder(place):
+        return not folders_in(place) and bool(list_names(place, ".tar"))
+    text = os.fspath(place)
+    return text.lower().endswith(TAR_ENDINGS) or expand(text) != [text]
+
+
+def shard_items(place: str | os.PathLike, root: Path | None = None) -> Iterator[tuple[Shard, list[Item]]]:
+    """The images of WebDataset shards (`tars.find_shards`): each shard with the items of its samples.
+
+    Args:
+        place: a shard, a folder of shards, or a pattern.
+        root: items are named SHARD:KEY, with the shard's path below this folder; None: below what the shards share.
+
+    Raises:
+        InputError: no shards there, or a compressed one.
+        DataError: a damaged shard, because numbers of a part of a data set are no numbers of it; two images of one key.
+    """
+    shards = find_shards(place)
+    root = root or Path(os.path.commonpath([os.path.dirname(path) for path in shards]))
+    for path in tqdm(shards, desc="listing", unit="shard", disable=len(shards) < 50):
+        shard = scan(path)
+        if shard.damage:
+            raise DataError(shard.damage)
+        check_places(shard)
+        facts, name, items = os.stat(path), Path(path), {}
+        name = name.relative_to(root) if name.is_relative_to(root) else name
+        for key, image, *_ in shard.samples:
+            if key in items:
+                raise DataError(f"{path}: two images have the key {key!r}; give each file in it a name of its own")
+            stamp = f"{facts.st_size} {facts.st_mtime_ns} {image.offset}"
+            items[key] = Item(f"{name.as_posix()}:{key}", partial(read_image_at, path, image), stamp)
+        yield shard, list(items.values())
+
+
+def image_items(place: str | os.PathLike) -> tuple[list[Item], Counter[str]]:
+    """The images of a folder at any depth, or of shards; and a count of the files that are left out.
+
+    Raises:
+        FileError: no such folder. InputError: see `shard_items`.
+    """
+    if holds_shards(place):
+        found = list(shard_items(place))
+        left_out = sum((shard.left_out for shard, _ in found), Counter())
+        return [item for _, items in found for item in items], left_out
+    listed = list_folder(place)
+    return [file_item(path, Path(place)) for path in listed.images], listed.left_out
 
 
 def require(files: Iterable[tuple[Path, object]], what: str, layout: str) -> None:
@@ -135,17 +199,22 @@ def read_target(path: Path, what: str) -> tuple[str, np.ndarray]:
         raise DataError(f"the {what} cannot be read: {error}") from None
 
 
-def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
-    """Headers and checksums of masks or depth maps, nothing decoded: what long work would find at its end.
+def check_answers(
+    files: Sequence[tuple[Path, Path]], what: str, reads: Sequence[Callable[[], object]] | None = None
+) -> None:
+    """Headers and checksums of masks or depth maps: what long work would find at its end.
 
     Args:
-        files: picture and mask or depth map. what: their name.
+        files: image and mask or depth map.
+        what: their name.
+        reads: of each file the call that decodes it and checks its values; None: nothing is decoded.
 
     Raises:
         DataError: damaged ones, or of another size than their picture: the first, and how many of how many.
     """
     bad = []
-    for picture, answer in tqdm(files, desc=f"checking {what}", unit="file", leave=False, disable=len(files) < 1000):
+    bar = tqdm(files, desc=f"checking {what}", unit="file", leave=False, disable=len(files) < 1000)
+    for number, (picture, answer) in enumerate(bar):
         try:
             with opened(answer, load=False) as image:
                 size = image.size[::-1]
@@ -155,5 +224,10 @@ def check_answers(files: Sequence[tuple[Path, Path]], what: str) -> None:
             continue
         if size != (wanted := picture_size(picture)):
             bad.append(f"{answer}: {size[1]}x{size[0]} pixels, but its picture has {wanted[1]}x{wanted[0]}")
+        elif reads:
+            try:
+                reads[number]()
+            except DataError as error:
+                bad.append(str(error))
     if bad:
         raise DataError(f"{len(bad)} of {len(files)} {what} cannot be used, first {bad[0]}")

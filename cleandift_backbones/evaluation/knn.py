@@ -6,25 +6,41 @@ The CleanDIFT paper's kNN: spatial mean of a map, cosine similarity, k = 10, Ima
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..decoding import endings
-from ..listing import is_hidden, left_out_report, list_folder
+from ..files import is_folder, is_text
+from ..listing import left_out_report, list_folder
+from ..records import decode_text, parse_json
+from ..tars import LABEL_ENDING, Sample, open_shard, read_member
 from .bootstrap import Tally
-from .items import DataError, Item, file_item, read_table, require, require_folder
+from .items import (
+    DataError,
+    Item,
+    file_item,
+    folders_in,
+    holds_shards,
+    read_table,
+    require,
+    require_folder,
+    shard_items,
+)
 
 _logger = logging.getLogger(__name__)
 KS = (1, 5, 10, 20)
 TEMPERATURE = 0.07  # of the weighted vote: Wu et al. 2018 (arXiv 1805.01978), as in DINO
 CHUNK = 2**24  # similarities in memory at a time
-LAYOUT = "train/CLASS/PICTURE and val/CLASS/PICTURE (or one level of CLASS folders, for retrieval)"
+SHARDS = '.tar shards of images with labels (NAME.cls, or "label" in NAME.json)'
+LAYOUT = f"train/CLASS/IMAGE and val/CLASS/IMAGE, or one level of CLASS folders; or {SHARDS} in their place"
 IMAGENET = (
     "ImageNet's flat val/ILSVRC2012_val_*.JPEG needs LOC_val_solution.csv beside val, with the columns ImageId and "
     "PredictionString (CLASS LEFT TOP RIGHT BOTTOM ...)"
@@ -53,7 +69,7 @@ def read_image_folder(folder: str | Path, root: str | Path | None = None, per_cl
         DataError: no such folder, no classes in it, or a class without pictures.
     """
     folder = require_folder(folder, [], LAYOUT)
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
+    classes = folders_in(folder)
     if not classes:
         found = sum(1 for _ in folder.iterdir())
         raise DataError(f"{folder} has no folders of classes (found {found} files); expected {LAYOUT}; {IMAGENET}")
@@ -71,33 +87,125 @@ def read_image_folder(folder: str | Path, root: str | Path | None = None, per_cl
     return Labelled(items, torch.tensor(labels), classes)
 
 
-def read_train_and_val(root: str | Path, per_class: int | None = None) -> tuple[Labelled, Labelled]:
-    """The two splits of a data set, ImageFolder's or ImageNet's (also with its flat validation folder).
+def read_shards(place: str | Path, root: str | Path | None = None, per_class: int | None = None) -> Labelled:
+    """Images in WebDataset shards, with the labels there (`read_label`). Each label is a class.
+
+    Args:
+        place: a shard, a folder of shards, or a pattern.
+        root: items are named by the paths of their shards below it; what these share if it is left out.
+        per_class: keep only that many images of each class, the first in the shards.
 
     Raises:
-        DataError: missing splits, other classes in val than in train, see also `read_image_folder`.
+        DataError: no images, images without a label, a bad label, see also `items.shard_items`.
+    """
+    items, labels, without, left_out, kept = [], [], [], Counter(), Counter()
+    for shard, found in shard_items(place, Path(root) if root else None):
+        left_out.update(shard.left_out)
+        left_out[LABEL_ENDING] -= sum(sample.label is not None for sample in shard.samples)
+        with open_shard(shard.path) as file:
+            for sample, item in zip(shard.samples, found, strict=True):
+                label = read_label(shard.path, file, sample)
+                kept[label] += 1
+                if not label:
+                    without.append(f"{shard.path}:{sample.key}")
+                elif per_class is None or kept[label] <= per_class:
+                    items.append(item)
+                    labels.append(label)
+    if without:
+        raise DataError(f"{len(without)} of {kept.total()} images have no label, first {without[0]}; expected {SHARDS}")
+    if not items:
+        raise DataError(f"{place} holds no images ({', '.join(endings())}); expected {SHARDS}")
+    if left_out := +left_out:
+        _logger.warning(f"{place}: {left_out_report(left_out)}")
+    classes = sorted(set(labels))
+    index = {name: number for number, name in enumerate(classes)}
+    return Labelled(items, torch.tensor([index[label] for label in labels]), classes)
+
+
+def read_label(path: str | Path, file: BinaryIO, sample: Sample) -> str:
+    """The label of an image in an opened shard: its .cls, else the "label" in its .json; "" where there is neither.
+
+    Raises:
+        InputError: no UTF-8, no JSON, or a label that is neither text nor a whole number.
+    """
+    if sample.label:
+        return decode_text(f"{path}:{sample.label.name}", read_member(file, sample.label)).strip()
+    beside = next((member for member in sample.captions if member.name.lower().endswith(".json")), None)
+    if beside is None:
+        return ""
+    name = f"{path}:{beside.name}"
+    found = parse_json(name, decode_text(name, read_member(file, beside)))
+    label = found.get("label") if isinstance(found, dict) else None
+    label = "" if label is None else label
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or not is_text(str(label)):
+        raise DataError(f"{name}: a label must be text or a whole number, got {str(label)[:80]!r}")
+    return str(label).strip()
+
+
+def read_labelled(place: str | Path, root: str | Path | None = None, per_class: int | None = None) -> Labelled:
+    """Images with classes: `read_shards` of shards, `read_image_folder` of all else."""
+    return (read_shards if holds_shards(place) else read_image_folder)(place, root, per_class)
+
+
+def read_train_and_val(root: str | Path, per_class: int | None = None) -> tuple[Labelled, Labelled]:
+    """The two splits of a data set: ImageFolder's, ImageNet's (also with its flat validation folder), or shards.
+
+    Raises:
+        DataError: missing splits, other classes in val than in train, see also `read_labelled`.
     """
     root = require_folder(root, ["train", "val"], LAYOUT)
-    train, held = read_image_folder(root / "train", root, per_class), read_val(root)
+    return _of_one_index(read_labelled(root / "train", root, per_class), read_val(root), root / "val")
+
+
+def _of_one_index(train: Labelled, held: Labelled, place: str | Path) -> tuple[Labelled, Labelled]:
+    """Both with the classes of train. Raises DataError for other classes, or images of train, in `held` at `place`."""
+    known = {item.name for item in train.items}
+    if both := [item.name for item in held.items if item.name in known]:
+        raise DataError(f"{place}: {len(both)} of {len(held.items)} images are training images too, first {both[0]}")
     strange = sorted(set(held.classes) - set(train.classes))
     if strange:
-        raise DataError(
-            f"{root / 'val'}: {len(strange)} of {len(held.classes)} classes are not in train, first {strange[0]}"
-        )
+        raise DataError(f"{place}: {len(strange)} of {len(held.classes)} classes are not in train, first {strange[0]}")
     index = torch.tensor([train.classes.index(name) for name in held.classes])
     return train, Labelled(held.items, index[held.labels], train.classes)
 
 
-def read_val(root: str | Path) -> Labelled:
-    """The folder `val` in `root`, with folders of classes, or flat as ImageNet's with LOC_val_solution.csv beside it.
+def read_queries(
+    root: str | Path, train: str | Path | None = None, per_class: int | None = None
+) -> tuple[Labelled | None, Labelled]:
+    """What kNN takes: training images, and those that are classified by them.
+
+    Args:
+        root: a folder with train and val; or one set, as `read_gallery` reads it.
+        train: where the training images are, if not in `root`: folders of classes, or shards.
+        per_class: keep only that many training images of each class.
+
+    Returns:
+        Both; None for the training images if there are none: each image is to be classified by all others of its set.
 
     Raises:
-        DataError: missing pictures, a table of other columns, see also `read_image_folder`.
+        DataError: see `read_train_and_val` and `read_gallery`; `per_class` without training images.
+    """
+    if train is not None:
+        root, train = (Path(os.path.abspath(place)) for place in (root, train))  # so that equal images have equal names
+        base = root if is_folder(root) else root.parent
+        return _of_one_index(read_labelled(train, base, per_class), read_gallery(root), root)
+    if is_folder(root) and {"train", "val"} & set(folders_in(root)):
+        return read_train_and_val(root, per_class)
+    if per_class is not None:
+        raise DataError(f"--per-class is of training images, and {root} is one set; give --train, or train/ and val/")
+    return None, read_gallery(root)
+
+
+def read_val(root: str | Path) -> Labelled:
+    """The folder `val` in `root`, as `read_labelled`, or flat as ImageNet's with LOC_val_solution.csv beside it.
+
+    Raises:
+        DataError: missing pictures, a table of other columns, see also `read_labelled`.
     """
     root = require_folder(root, ["val"], LAYOUT)
     val, table = root / "val", root / "LOC_val_solution.csv"
-    if not table.is_file() or any(path.is_dir() and not is_hidden(path.name) for path in val.iterdir()):
-        return read_image_folder(val, root)
+    if not table.is_file() or folders_in(val):
+        return read_labelled(val, root)
     lines = read_table(table, ["ImageId", "PredictionString"], IMAGENET)
     told = {line["ImageId"]: line["PredictionString"].split()[0] for line in lines}
     paths = [val / f"{name}.JPEG" for name in told]
@@ -108,14 +216,14 @@ def read_val(root: str | Path) -> Labelled:
 
 
 def read_gallery(root: str | Path) -> Labelled:
-    """What retrieval looks at: `val` where there is one, or else folders of classes.
+    """One set of images with classes: `val` where there is one, or else folders of classes, or shards.
 
     Raises:
-        DataError: folders of splits instead of classes, see also `read_val` and `read_image_folder`.
+        DataError: folders of splits instead of classes, see also `read_val` and `read_labelled`.
     """
     if Path(root, "val").is_dir():
         return read_val(root)
-    found = read_image_folder(root)
+    found = read_labelled(root)
     if set(found.classes) <= SPLITS:
         raise DataError(f"{root} holds splits ({', '.join(found.classes)}), no classes; give one of them, or {LAYOUT}")
     return found
@@ -193,13 +301,23 @@ def recall_hits(
         DataError: no query has one; fewer gallery pictures than the largest k.
     """
     check_ks(ks, len(gallery) - same)
+    possible = with_others(query_labels, gallery_labels, same)
+    _, indices = neighbours(queries, gallery, max(ks), same)
+    equal = gallery_labels[indices] == query_labels[:, None]
+    return {k: equal[:, :k].any(1) for k in ks}, possible
+
+
+def with_others(query_labels: torch.Tensor, gallery_labels: torch.Tensor, same: bool = False) -> torch.Tensor:
+    """Q bools: which queries have an image of their class in the gallery, other than themselves.
+
+    Raises:
+        DataError: none has one.
+    """
     length = int(max(query_labels.max(), gallery_labels.max())) + 1
     possible = torch.bincount(gallery_labels, minlength=length)[query_labels] > int(same)
     if not possible.any():
         raise DataError("no query has another picture of its class; nothing to retrieve")
-    _, indices = neighbours(queries, gallery, max(ks), same)
-    equal = gallery_labels[indices] == query_labels[:, None]
-    return {k: equal[:, :k].any(1) for k in ks}, possible
+    return possible
 
 
 def tally(hits: torch.Tensor, counted: torch.Tensor | None = None) -> Tally:

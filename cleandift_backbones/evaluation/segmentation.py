@@ -7,6 +7,8 @@ pixels, and the intersections and unions, need: both are computed from them, exa
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,10 @@ import torch
 from torch import nn
 
 from ..decoding import endings
+from ..errors import CleanDIFTError
+from ..files import is_file
 from ..listing import list_names
+from ..records import read_text, split_lines
 from .bootstrap import Tally
 from .items import DataError, Item, file_item, read_lines, read_target, require, require_folder
 from .probes import Recipe, train_probe
@@ -24,7 +29,13 @@ from .probes import Recipe, train_probe
 IGNORED = 255
 VOC = "VOC: JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val}.txt"
 ADE20K = "ADE20K: images/{training,validation}/*.jpg, annotations/{training,validation}/*.png"
-VOC_CLASSES, ADE20K_CLASSES = 21, 150
+CLASSES_FILE = "classes.txt"
+MOST_CLASSES = 255  # of 8-bit masks, in which 255 is to ignore
+#: layout -> (FOLDER/NAME of the data set's own images, its number of classes)
+OWN_CLASSES = {
+    VOC: (r".*/\d{4}_\d{6}|VOC2007/\d{6}", 21),
+    ADE20K: (r".*/ADE_(train|val)_\d{8}", 150),
+}
 
 
 @dataclass
@@ -42,23 +53,36 @@ class Labels:
 
 @dataclass
 class Scenes:
-    """Pictures with masks: `masks[i]()` gives H x W uint8 of classes, 255 to ignore; `files` are where they lie."""
+    """Images with masks: `masks[i]()` gives H x W uint8 of classes, 255 to ignore; `files` are where they lie.
+
+    Attributes:
+        classes: their number, background included. names: of the classes, or [] where they are unknown.
+        origin: where the number comes from: "classes.txt", "--classes", "VOC" or "ADE20K".
+    """
 
     items: list[Item]
     masks: list[Callable[[], np.ndarray]]
     classes: int
     files: list[tuple[Path, Path]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    origin: str = ""
 
 
-def read_scenes(root: str | Path, split: str) -> Scenes:
+def read_scenes(root: str | Path, split: str, classes: int | None = None) -> Scenes:
     """A split, "train" or "val", of a VOC or ADE20K folder.
 
-    VOC (VOC2012, or one of the two folders around it): masks are palette PNGs whose indices are 21 classes, background
-    included, 255 to ignore. ADE20K (ADEChallengeData2016): grey PNGs, 0 to ignore, 1..150 the classes, which become
-    0..149.
+    VOC (VOC2012, or one of the two folders around it): masks are palette or grey PNGs whose values are the classes,
+    background included, 255 to ignore. ADE20K (ADEChallengeData2016): grey PNGs, 0 to ignore, 1... the classes, which
+    become 0... .
+
+    Args:
+        root: the folder.
+        split: its name.
+        classes: their number, 2..255. None: as many as `classes.txt` in the folder has names, one a line; without that
+            file VOC's 21 and ADE20K's 150 for the images of these data sets, which are known by their names.
 
     Raises:
-        DataError: another layout, missing splits or files.
+        DataError: another layout, missing splits or files, an unknown number of classes, a bad classes.txt.
     """
     root = Path(root)
     root = next((p for p in (root / "VOCdevkit" / "VOC2012", root / "VOC2012") if p.is_dir()), root)
@@ -69,7 +93,7 @@ def read_scenes(root: str | Path, split: str) -> Scenes:
         images = [Path(path) for path in list_names(source, endings())]
         if not images:
             raise DataError(f"{source} holds no pictures; expected {ADE20K}")
-        files, classes, shift = [root / "annotations" / folder / f"{p.stem}.png" for p in images], ADE20K_CLASSES, 1
+        files, shift = [root / "annotations" / folder / f"{p.stem}.png" for p in images], 1
         layout = ADE20K
     else:
         layout = VOC
@@ -80,15 +104,64 @@ def read_scenes(root: str | Path, split: str) -> Scenes:
         source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         names = read_lines(source, VOC)
         images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
-        files, classes, shift = [root / "SegmentationClass" / f"{name}.png" for name in names], VOC_CLASSES, 0
+        files, shift = [root / "SegmentationClass" / f"{name}.png" for name in names], 0
     require([(path, source) for path in images], "pictures", layout)
     require([(path, source) for path in files], "masks", layout)
-    masks = [lambda path=path: read_mask(path, classes, shift) for path in files]
-    return Scenes([file_item(path, root) for path in images], masks, classes, list(zip(images, files, strict=True)))
+    if classes is not None:
+        class_names, origin = [], "--classes"
+    elif is_file(root / CLASSES_FILE):
+        class_names, origin = read_class_names(root / CLASSES_FILE), CLASSES_FILE
+        classes = len(class_names)
+    else:
+        class_names, origin, classes = [], layout.partition(":")[0], _own_classes(root, images, layout)
+    masks = [lambda path=path: read_mask(path, classes, shift, origin) for path in files]
+    items = [file_item(path, root) for path in images]
+    return Scenes(items, masks, classes, list(zip(images, files, strict=True)), class_names, origin)
 
 
-def read_mask(path: Path, classes: int, shift: int = 0) -> np.ndarray:
+def read_class_names(path: Path) -> list[str]:
+    """The names of the classes of a text file: one a line, the first is that of class 0.
+
+    Raises:
+        DataError: an empty line, a name twice, fewer than 2 or more than 255.
+    """
+    try:
+        names = [line.strip() for line in split_lines(read_text(path).rstrip())]
+    except CleanDIFTError as error:
+        raise DataError(str(error)) from None
+    if names == [""]:
+        raise DataError(f"{path} holds no names; write those of the classes, one a line")
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise DataError(f"{path} has {len(names)} class{'es' * (len(names) > 1)}; a probe needs 2 to {MOST_CLASSES}")
+    for number, name in enumerate(names, 1):
+        if not name or name in names[: number - 1]:
+            wrong = f"line {number}: the name {name!r} is there already" if name else f"line {number} is empty"
+            raise DataError(f"{path}, {wrong}; each line is a class, from class 0 on")
+    return names
+
+
+def _own_classes(root: Path, images: list[Path], layout: str) -> int:
+    """The number of classes of the data set that a layout is named after, for its own images alone."""
+    pattern, classes = OWN_CLASSES[layout]
+    folder = Path(os.path.abspath(root)).name
+    others = [path for path in images if not re.fullmatch(pattern, f"{folder}/{path.stem}")]
+    if others:
+        name = layout.partition(":")[0]
+        raise DataError(
+            f"{root}: the layout is that of {name}, but {others[0].name} is no image of it: how many classes there are "
+            f"is unknown. Write their names into {root / CLASSES_FILE}, one a line, or give --classes N"
+        )
+    return classes
+
+
+def read_mask(path: Path, classes: int, shift: int = 0, origin: str = "") -> np.ndarray:
     """A mask H x W of classes 0..classes-1, 255 to ignore; `shift` 1: 0 is to ignore, and classes count from 1.
+
+    Args:
+        path: the file.
+        classes: their number.
+        shift: 0 or 1.
+        origin: where the number comes from, for messages.
 
     Raises:
         DataError: a file that cannot be decoded, colours instead of classes, or a class that does not exist.
@@ -101,7 +174,8 @@ def read_mask(path: Path, classes: int, shift: int = 0) -> np.ndarray:
         mask = np.where(mask == 0, IGNORED, mask - 1).astype(np.uint8)
     strange = mask[(mask >= classes) & (mask != IGNORED)]
     if strange.size:
-        raise DataError(f"{path}: class {int(strange[0]) + shift} of {classes} does not exist")
+        why = f" ({origin})" if origin else ""
+        raise DataError(f"{path}: class {int(strange[0]) + shift} of {classes} does not exist{why}; correct either")
     return mask
 
 

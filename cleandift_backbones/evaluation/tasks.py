@@ -25,14 +25,12 @@ class Task:
         items: the pictures; features come in this order.
         pool: spatial means are enough.
         unit: what the bootstrap draws. main, lower: see `report.Report`.
-        measure_name: what the keys of `measure` leave out, in front of them in tables.
         facts: about the data, for the report.
     """
 
     pool = False
     unit = "pictures"
     lower = frozenset()
-    measure_name = ""
 
     def __init__(self, items: list[Item]):
         self.items, self.facts = items, {}
@@ -45,12 +43,15 @@ class Task:
         """The metrics that matter most."""
         return tuple(metrics)
 
+    def heading(self, metric: str) -> str:
+        """A key of `measure` as tables show it."""
+        return metric
+
 
 class Correspondence(Task):
     """Keypoints of pairs, see `matching`."""
 
     unit = "target pictures"
-    measure_name = "PCK "
 
     def __init__(self, data: PairSet, alphas: Sequence[float], mode="squash", window=0, temperature=0.04):
         super().__init__(data.items)
@@ -69,21 +70,32 @@ class Correspondence(Task):
     def main(self, metrics):
         return tuple(key for key in metrics if f"@{self.alphas[0]:g} " in key and "," not in key)
 
+    def heading(self, metric):
+        return f"PCK {metric}"
+
 
 class Knn(Task):
-    """Classes by the nearest training pictures, see `knn`."""
+    """Classes by the nearest training images, see `knn`; without any, by the nearest others of the one set."""
 
     pool = True
 
-    def __init__(self, train: knn.Labelled, val: knn.Labelled, ks: Sequence[int], weighted=False):
-        super().__init__(train.items + val.items)
-        knn.check_ks(ks, len(train.items))
+    def __init__(self, train: knn.Labelled | None, val: knn.Labelled, ks: Sequence[int], weighted=False):
+        super().__init__((train.items if train else []) + val.items)
+        knn.check_ks(ks, len(train.items) if train else len(val.items) - 1)
         self.train, self.val, self.ks, self.weighted = train, val, ks, weighted
-        self.facts |= dict(classes=len(train.classes), train_pictures=len(train.items), val_pictures=len(val.items))
+        self.facts |= dict(classes=len((train or val).labels.unique()))
+        if train:
+            self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items))
         self.facts |= dict(votes="weighted" if weighted else "equal")
 
     def measure(self, features, size, progress=True):
         vectors = features.stack(range(len(features)))
+        if not self.train:
+            labels = self.val.labels
+            possible = knn.with_others(labels, labels, same=True)
+            self.facts["queries"] = int(possible.sum())
+            hits = knn.knn_hits(vectors, labels, vectors, labels, self.ks, self.weighted, same=True)
+            return {f"leave-one-out kNN accuracy, k={k}": knn.tally(found, possible) for k, found in hits.items()}
         gallery, queries = vectors[: len(self.train.items)], vectors[len(self.train.items) :]
         hits = knn.knn_hits(queries, self.val.labels, gallery, self.train.labels, self.ks, self.weighted)
         return {f"kNN accuracy, k={k}": knn.tally(found) for k, found in hits.items()}
@@ -98,7 +110,7 @@ class Retrieval(Task):
         super().__init__(data.items)
         knn.check_ks(ks, len(data.items) - 1)
         self.data, self.ks = data, ks
-        self.facts |= dict(classes=len(data.classes))
+        self.facts |= dict(classes=len(data.labels.unique()))
 
     def measure(self, features, size, progress=True):
         vectors, labels = features.stack(range(len(features))), self.data.labels
@@ -112,10 +124,12 @@ class Segmentation(Task):
 
     def __init__(self, train: segmentation.Scenes, val: segmentation.Scenes, recipe: Recipe):
         super().__init__(train.items + val.items)
-        check_answers(train.files + val.files, "masks")
+        check_answers(train.files + val.files, "masks", train.masks + val.masks)
         self.train, self.val, self.recipe = train, val, recipe
-        self.facts |= dict(classes=train.classes, train_pictures=len(train.items), val_pictures=len(val.items))
-        self.facts |= dict(probe=str(recipe))
+        self.facts |= dict(classes=train.classes)
+        if train.names:
+            self.facts |= dict(class_names=f"{', '.join(train.names)} ({train.origin})")
+        self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items), probe=str(recipe))
         self.known: tuple[Size, list, list] | None = None
 
     def _labels(self, cells: Size):
@@ -129,7 +143,15 @@ class Segmentation(Task):
         count, classes = len(self.train.items), self.train.classes
         probe = segmentation.train_segmenter(features.part(0, count), train, classes, self.recipe, progress)
         iou = segmentation.miou(probe, features.part(count), val, classes)
-        return {"mIoU": iou, "pixel accuracy": segmentation.accuracy(iou, val)}
+        by_class = {f"IoU, {name}": iou.group(number) for number, name in enumerate(self.train.names)}
+        occurring = {key: tally for key, tally in by_class.items() if tally.trials.any()}
+        return {"mIoU": iou, "pixel accuracy": segmentation.accuracy(iou, val), **occurring}
+
+    def main(self, metrics):
+        return ("mIoU", "pixel accuracy")
+
+    def heading(self, metric):
+        return f"mIoU of {self.train.classes} classes" if metric == "mIoU" else metric
 
 
 class Depth(Task):

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..decoding import ImageError, endings, read_image
+from ..decoding import endings, read_image
 from ..errors import InputError
 from ..files import is_text
 from ..listing import left_out_report, list_folder
 from ..progress import tqdm
 from ..records import TABLES, read_records, read_text, split_lines
-from ..tars import scan, shards_of
+from ..tars import Member, check_places, read_image_at, scan, shards_of
 
 
 class SourceError(InputError):
@@ -44,14 +44,7 @@ class Entry(NamedTuple):
         """The picture, 8-bit RGB. Raises ImageError if it cannot be read."""
         if self.size < 0:
             return read_image(self.path, min_side=1)
-        name = f"{self.path}:{self.key}"
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({error}); check the shard") from None
-        return read_image(data, min_side=1, name=name)
+        return read_image_at(self.path, Member(self.key, self.offset, self.size))
 
 
 def list_entries(
@@ -144,6 +137,5 @@ def _shards(shards: list[str], shard_names: bool, left_out: Counter[str]) -> tup
             told.append(shard.damage)
         front = f"{Path(shard.path).stem}/" if shard_names else ""
         entries += [Entry(front + s.key, shard.path, s.image.offset, s.image.size) for s in shard.samples]
-        if shard.compressed and shard.samples:
-            raise SourceError(f"{shard.path} is compressed, and pictures are read at their places: unpack it (gunzip)")
+        check_places(shard)
     return entries, told
