@@ -89,16 +89,13 @@ def decode_batch(
     Raises:
         ImageError: all are broken.
     """
-    if options.background == "random" and all(is_transparent(picture) for picture in pictures):
-        with suppress(ImageError):  # a broken one is told below
-            rgba = torch.stack([read_rgba(picture, options.size) for picture in pictures])
-            images = Compositor()(rgba, step_generator(torch.device("cpu"), *seed))
-            return Batch(images, [p.caption for p in pictures], [p.name for p in pictures], [])
+    composed = _composed(pictures, options, *seed) if options.background == "random" else {}
     good, broken = [], []
     for number, picture in enumerate(itertools.chain(pictures, _unless(good, spare))):
         generator = step_generator(torch.device("cpu"), *seed[:-1], seed[-1] + number)
         try:
-            good.append((decode(picture, options, generator), picture))
+            image = composed[number] if number in composed else decode(picture, options, generator)
+            good.append((image, picture))
         except ImageError as error:
             broken.append(str(error))
     if not good:
@@ -106,6 +103,19 @@ def decode_batch(
     good = [good[number % len(good)] for number in range(len(pictures))]
     images, chosen = zip(*good)
     return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
+
+
+def _composed(pictures: Sequence[Picture], options: DecodeOptions, *seed: int) -> dict[int, Tensor]:
+    """Place in the batch -> training image, of the transparent ones that can be read."""
+    rgba = {}
+    for number, picture in enumerate(pictures):
+        if is_transparent(picture):
+            with suppress(ImageError):  # told where it is decoded
+                rgba[number] = read_rgba(picture, options.size)
+    if not rgba:
+        return {}
+    images = Compositor()(torch.stack([*rgba.values()]), step_generator(torch.device("cpu"), *seed))
+    return dict(zip(rgba, images))
 
 
 def _unless(good: list, spare: Iterable[Picture]) -> Iterator[Picture]:
@@ -169,8 +179,6 @@ class FolderBatches(OrderedBatches):
 
 def is_transparent(picture: Picture) -> bool:
     """Whether an image file has an alpha channel, from its header; False for what cannot be opened."""
-    if isinstance(picture.source, bytes):
-        return False
     try:
         with opened(picture.source, picture.name, load=False) as image:
             return image.mode in ("RGBA", "LA") or "transparency" in image.info
