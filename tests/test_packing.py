@@ -169,7 +169,7 @@ def command(place: Path, vae: Path, out: Path) -> list[str]:
     student = ["data.size=64", "batch_size=2", "num_workers=0", "max_steps=4", "checkpoint_every=1", "sample_every=0"]
     teacher = ["--batch-size", "4", "--eval-steps", "100", "--max-steps", "3", "--sample-rows", "2"]
     where = ["--packed", str(place), "--vae", str(vae), "--out", str(out), "--device", "cpu", "--file-mb", "16"]
-    return [*where, "--minutes", "30", "--student", *student, "validate_every=100", "--", *teacher]
+    return [*where, "--minutes", "30", "--student", *student, "validate_every=100", "--teacher", " ".join(teacher)]
 
 
 def inside(calls: list[list[str]], stop: bool):
@@ -236,6 +236,9 @@ def test_what_the_training_command_refuses(sources, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tiny.main([*where, str(sources), "--minutes", "4"])
     assert "leaves the teacher no time" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tiny.main([*where, str(sources), "--teacher", "--lr '1e-3"])
+    assert "No closing quotation" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingFileError, match="neither photos/ nor emoji/"):
         tiny.sets(tmp_path / "empty")

@@ -2,7 +2,7 @@
 """Trains the small teacher and its student within a number of minutes, such as a GPU's quarter of an hour.
 
     python tools/train_tiny.py --packed packed --vae runs/vae/vae --out runs/tiny --minutes 14
-    python tools/train_tiny.py --packed packed --vae runs/vae/vae --out runs/tiny --student max_steps=800 -- --lr 1e-3
+    python tools/train_tiny.py --packed packed --vae runs/vae/vae --out runs/tiny --teacher "--lr 1e-3"
 
 PACKED is the folder of tools/pack_pictures.py. In turn: tools/train_teacher.py into OUT/teacher (on a GPU 256 images a
 step, bf16, CUDA graphs; the clock anneals its learning rate), tools/finetune.py with the recipe cleandift_tiny into
@@ -20,6 +20,7 @@ import argparse
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -66,8 +67,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--file-mb", type=above_zero(float), default=16.0, help="largest file of the results in MB (default: 16)")
     add("--student", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the student's recipe")
-    add("teacher", nargs="*", metavar="-- OPTION", help="options of tools/train_teacher.py, after --")
+    add("--teacher", default="", metavar="OPTIONS", help="of tools/train_teacher.py, in quotation marks")
     options = parser.parse_args(arguments)
+    try:
+        options.teacher = shlex.split(options.teacher)
+    except ValueError as error:
+        raise InputError(f"--teacher {options.teacher}: {error}") from None
     options.results = options.results or options.out / "results"
     if options.minutes <= options.student_minutes + options.start_minutes + CONVERT_MINUTES:
         raise InputError(
