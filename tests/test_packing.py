@@ -103,6 +103,20 @@ def test_packed_emoji_are_read_like_the_folder(sources, tmp_path):
     assert torch.equal(rgba[:, :3] * (rgba[:, 3:] > 0), other[:, :3] * (other[:, 3:] > 0))  # what one sees of them
     assert len(load_pictures(out / "emoji/heldout", size=16)[0]) == 2
     assert len(pictures_of(out / "photos/heldout/*.tar.gz")) == 2
+    for told, message in [
+        ("{broken", "no JSON"),
+        ('{"text": 3}', "has no file_name, text"),
+        (None, "has no file_name"),
+    ]:
+        with wds.TarWriter(str(out / "emoji/train/0000.tar")) as writer:
+            beside = {} if told is None else {"json": told.encode()}
+            writer.write({"__key__": "0", "png": photo(0, (32, 32), "PNG")} | beside)
+        with pytest.raises(InputError, match=f"0000.tar:0.*{message}"):
+            load_pictures(out / "emoji/train")
+    (out / "emoji/train/0000.tar.gz").unlink()
+    wds.TarWriter(str(out / "emoji/train/0000.tar")).close()
+    with pytest.raises(InputError, match="hold no pictures"):
+        load_pictures(out / "emoji/train")
     (out / "emoji/train/0000.tar.gz").write_bytes(b"damage")
     with pytest.raises(InputError, match=r"0000.tar.gz is damaged"):
         load_pictures(out / "emoji/train")

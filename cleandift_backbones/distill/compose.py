@@ -218,15 +218,17 @@ def list_entries(folder: str | os.PathLike) -> list[tuple[dict, Path | bytes]]:
         InputError: an unreadable line, one without a key of METADATA_KEYS, a damaged shard.
     """
     folder = Path(folder)
-    table = folder / "metadata.jsonl"
+    table, found = folder / "metadata.jsonl", []
     shards = list_names(folder, TAR_ENDINGS) if is_folder(folder) and not is_file(table) else []
     if not is_file(table) and not shards:
         raise MissingFileError(
             f"{table} is missing: make the pictures first (tools/make_pictures.py), or fix the folder"
         )
     if shards:
-        return [pair for path in shards for pair in _packed_entries(path)]
-    found = []
+        found = [pair for path in shards for pair in _packed_entries(path)]
+        if not found:
+            raise InputError(f"{folder}: its shards hold no pictures; pack them again")
+        return found
     for number, entry in read_records(table):
         _check_entry(entry, f"{table}, line {number}")
         found.append((entry, folder / entry["file_name"]))
@@ -249,14 +251,14 @@ def _packed_entries(path: str) -> Iterator[tuple[dict, bytes]]:
             data = read_member(file, sample.image)
             try:
                 entry = json.loads(read_member(file, beside[0])) if beside else {}
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{name}: no JSON ({error}); pack the pictures again") from None
             _check_entry(entry if isinstance(entry, dict) else {}, name)
             yield entry, data
 
 
 def _check_entry(entry: dict, name: str) -> None:
-    if missing := [key for key in METADATA_KEYS if key not in entry]:
+    if missing := [key for key in METADATA_KEYS if not isinstance(entry.get(key), str)]:
         raise InputError(f"{name} has no {', '.join(missing)}: make the pictures again")
 
 
