@@ -237,6 +237,8 @@ def test_a_training_that_fails_is_an_error_and_what_there_is_is_kept(sources, va
         assert tar.getnames() == ["teacher/log.jsonl"]
     with pytest.raises(StateError, match="ended with 2"):
         tiny.check(2, out, "finetune")
+    with pytest.raises(StateError, match="no time is left for the student: the same command goes on"):
+        tiny.train_student(tiny.parse(command(place, vae, out)), -0.1)
 
 
 def test_a_tool_that_takes_too_long_is_stopped(monkeypatch, tmp_path):

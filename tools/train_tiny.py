@@ -131,7 +131,9 @@ def train_teacher(options: argparse.Namespace, minutes: float) -> None:
 
 
 def train_student(options: argparse.Namespace, minutes: float) -> None:
-    """Writes OUT/student/native likewise."""
+    """Writes OUT/student/native likewise. Raises StateError if there is no time left."""
+    if minutes <= 0:
+        raise StateError("no time is left for the student: the same command goes on with it")
     out = options.out / "student"
     fields = {
         "data.path": options.packed / "*/train/*.tar.gz",
