@@ -31,9 +31,11 @@ ARGUMENTS = {  # of work that takes a while
     "finetune": [ROOT / "configs/finetune/cleandift_tiny.yaml", f"data.path={SAMPLES}", "output_dir=run", "device=cpu"],
     "make_pictures": ["--out", "emoji"],
     "make_scenes": ["--out", "scenes", "--train", "100000"],
+    "pack_pictures": ["--photos", SAMPLES, "--out", "packed"],
     "push_to_hub": ["folder", "me/model"],
     "train_latent_encoder": ["--data", SAMPLES, "--out", "light"],
     "train_teacher": ["--data", "emoji", "--vae", "vae", "--out", "teacher"],
+    "train_tiny": ["--packed", "packed", "--vae", "vae", "--out", "tiny"],
     "train_vae": ["--data", "emoji", "--out", "vae"],
 }
 

@@ -9,7 +9,17 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cleandift_backbones.distill.data import DecodeOptions, FolderBatches, Picture, decode, list_pictures, read_rgba
+from cleandift_backbones.distill.captioned import pictures_of, read_shard, spread
+from cleandift_backbones.distill.data import (
+    DecodeOptions,
+    FolderBatches,
+    Picture,
+    decode,
+    decode_batch,
+    list_pictures,
+    plain_images,
+    read_rgba,
+)
 from cleandift_backbones.distill.shards import ShardBatches, find_shards
 from cleandift_backbones.errors import InputError
 from cleandift_backbones.images import ImageError
@@ -242,3 +252,93 @@ def test_broken_images_at_the_very_start_stop_nothing(tmp_path):
     found = batches(tmp_path, 3, batch_size=1, buffer=1)
     assert captions(found)[0] == "3" and [len(batch.broken) >= 1 for batch in found] == [True] * 3
     assert all("0.tar" in told for batch in found for told in batch.broken)
+
+
+# --- held-out shards ---
+
+
+def run_of(path, heldout, out, *more):
+    from finetune_runs import finetune, log
+
+    finetune(path, out, f"data.heldout={heldout}", "max_steps=1", "checkpoint_every=1", *more)
+    return log(out, "validation")
+
+
+def test_held_out_shards_are_those_images(folder, tmp_path, caplog):
+    """The validation loss is that of the same images in a folder; a shard that is also trained on is told."""
+    (tmp_path / "images").mkdir()
+    for number in range(PER_SHARD):
+        (tmp_path / f"images/{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "train").mkdir()
+    for number in range(1, 3):
+        (folder / f"0000{number}.tar").rename(tmp_path / f"train/{number}.tar")
+    one = run_of(tmp_path / "train", tmp_path / "images", tmp_path / "one")
+    assert one == run_of(tmp_path / "train", folder / "00000.tar", tmp_path / "two") and len(one) == 2
+    assert "also trained on" not in caplog.text
+    run_of(tmp_path / "train/*.tar", f"{tmp_path}/train/../{{00000,train/2}}.tar", tmp_path / "three")
+    assert "8 of 16 validation images are also trained on" in caplog.text
+
+
+def test_damage_in_held_out_shards_is_told(folder, tmp_path, caplog):
+    (tmp_path / "held").mkdir()
+    cut = (folder / "00000.tar").read_bytes()
+    (tmp_path / "held/0.tar").write_bytes(cut[: len(cut) // 2])
+    write(tmp_path / "held/1.tar", 4, broken=[2])
+    assert len(run_of(folder / "00001.tar", tmp_path / "held", tmp_path / "run")) == 2
+    assert "0.tar is damaged" in caplog.text and "left out of validation: " in caplog.text
+    assert "1.tar:000000002" in caplog.text and caplog.text.count("0.tar is damaged") == 1
+    write(tmp_path / "held/0.tar", 0)
+    write(tmp_path / "held/1.tar", 0)
+    with pytest.raises(InputError, match="the shards hold no images"):
+        pictures_of(tmp_path / "held")
+
+
+def test_pictures_of_shards_are_spread_and_read_in_order(folder, tmp_path):
+    every = pictures_of(folder)
+    assert [p.caption for p in every] == [f"picture {number}" for number in range(COUNT)]
+    assert every[9].name == f"{folder}/00001.tar:{9:09}" and every[9].source == jpeg(9)
+    assert [p.caption for p in pictures_of(folder, 4)] == [f"picture {number}" for number in (0, 10, 20, 30)]
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        (tmp_path / f"images/{number}.jpg").write_bytes(jpeg(number))
+    assert [p.source.name for p in pictures_of(tmp_path / "images", 2)] == ["0.jpg", "2.jpg"]
+    for items, most, chosen in [("abcde", None, "abcde"), ("abcde", 9, "abcde"), ("abcdef", 3, "ace"), ("", 2, "")]:
+        assert spread(list(items), most) == list(chosen)
+
+
+def test_chosen_images_of_a_shard(folder, tmp_path):
+    notes = []
+    found = list(read_shard(str(folder / "00002.tar"), notes, [1, 6]))
+    assert [p.caption for p in found] == ["picture 17", "picture 22"] and not notes
+    lost = tmp_path / "lost.tar"
+    lost.write_bytes((folder / "00002.tar").read_bytes())
+    assert len(list(read_shard(str(lost), notes))) == PER_SHARD
+    lost.write_bytes(lost.read_bytes()[:9000])
+    assert len(list(read_shard(str(lost), notes))) < PER_SHARD and "lost.tar is damaged" in notes[0]
+
+
+# --- transparent images ---
+
+
+def png(size, alpha):
+    buffer = io.BytesIO()
+    image = Image.new("RGBA", size, (0, 200, 0, 255))
+    image.putalpha(alpha)
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_transparent_images_in_shards_get_random_backgrounds(tmp_path):
+    """As those of a folder do, also beside photographs in a batch; they are no longer put on white."""
+    options = DecodeOptions(64, flip=False, background="random")
+    clear, photo = (Picture(name, data, "") for name, data in [("a", png((64, 64), 0)), ("b", jpeg(3))])
+    (tmp_path / "a.png").write_bytes(clear.source)
+    one = decode_batch([clear] * 6, options, 0, 0)
+    two = decode_batch([Picture("a", tmp_path / "a.png", "")] * 6, options, 0, 0)
+    assert torch.equal(one.images, two.images) and one.images.amin((1, 2, 3)).min() < 0
+    broken = Picture("c", b"no image", "")
+    mixed = decode_batch([photo, *[clear] * 6, broken], options, 0, 0)
+    assert torch.equal(mixed.images[0], decode(photo, options, torch.Generator())) and len(mixed.images) == 8
+    assert torch.equal(mixed.images[1:7], one.images) and len(mixed.broken) == 1
+    (plain,), _ = plain_images([clear], options)
+    assert (plain == 1).all()

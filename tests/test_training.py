@@ -434,6 +434,7 @@ def test_default_widths_fit_the_feature_file():
         ("train_teacher", ["--widths", "16,16"], "four multiples of 16"),
         ("train_teacher", ["--widths", "192,192,192,192"], "feature parameters are more than"),
         ("train_teacher", ["--vae", "nowhere"], "nowhere is no VAE folder"),
+        ("train_teacher", ["--cuda-graph"], "--cuda-graph needs a GPU"),
     ],
 )
 def test_scripts_refuse_bad_options_before_any_work(name, options, message, data, vae_folder, tmp_path, capsys):

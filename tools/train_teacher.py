@@ -76,7 +76,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="channels of the four levels, multiples of 16 (default: 48,80,112,112)",
     )
     add("--export", action="store_true", help="train no further: write the folder from OUT's checkpoint as it stands")
-    add("--cuda-graph", action="store_true", help="replay the UNet's training pass as CUDA graphs: faster on a GPU")
+    add(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="replay the UNet's training pass as CUDA graphs: faster on a GPU",
+    )
     add(
         "--min-snr",
         type=float,
@@ -292,6 +297,8 @@ def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     if options.export and not (out / CHECKPOINT).is_file():
         raise MissingFileError(f"--export: {out} holds no checkpoint to write the folder from; train first")
+    if options.cuda_graph and device.type != "cuda":
+        raise InputError(f"--cuda-graph needs a GPU, and the device is {device}: leave it out")
     if not (Path(options.vae) / "config.json").is_file():
         raise MissingFileError(
             f"{options.vae} is no VAE folder (no config.json): run tools/train_vae.py and pass its OUT/vae"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..decoding import opened
-from ..errors import InputError, MissingFileError
-from ..files import is_file
+from ..errors import InputError, MissingFileError, file_errors
+from ..files import is_file, is_folder
+from ..listing import list_names
 from ..progress import tqdm
 from ..records import read_records
+from ..tars import TAR_ENDINGS, open_shard, read_member, scan
 
-__all__ = ["Compositor", "compose_plain", "contact_sheet", "load_pictures", "rgba_tensor"]
+__all__ = ["Compositor", "compose_plain", "contact_sheet", "list_entries", "load_pictures", "rgba_tensor"]
 
 METADATA_KEYS = ("file_name", "text", "style", "concept", "subgroup")
 # What a background is made of and how often (white sheets come on top of these).
@@ -203,42 +207,82 @@ def _noise(u: Tensor, v: Tensor, draws: dict[str, Tensor]) -> Tensor:
     return (total / weights * _column(draws["sharpness"]).clamp(max=4) + 0.5).clamp(0, 1)
 
 
+def list_entries(folder: str | os.PathLike) -> list[tuple[dict, Path | bytes]]:
+    """The images of a split folder, not decoded: (line of the table as a dict, path or bytes of the image).
+
+    The folder holds metadata.jsonl and the images that it names, or the shards of tools/pack_pictures.py, which are
+    read into memory.
+
+    Raises:
+        MissingFileError: the folder, its table or shards, or images are missing (the first few are named).
+        InputError: an unreadable line, one without a key of METADATA_KEYS, a damaged shard.
+    """
+    folder = Path(folder)
+    table, found = folder / "metadata.jsonl", []
+    shards = list_names(folder, TAR_ENDINGS) if is_folder(folder) and not is_file(table) else []
+    if not is_file(table) and not shards:
+        raise MissingFileError(
+            f"{table} is missing: make the pictures first (tools/make_pictures.py), or fix the folder"
+        )
+    if shards:
+        found = [pair for path in shards for pair in _packed_entries(path)]
+        if not found:
+            raise InputError(f"{folder}: its shards hold no pictures; pack them again")
+        return found
+    for number, entry in read_records(table):
+        _check_entry(entry, f"{table}, line {number}")
+        found.append((entry, folder / entry["file_name"]))
+    if not found:
+        raise InputError(f"{table} names no pictures: make the pictures again")
+    absent = [entry["file_name"] for entry, path in found if not os.path.isfile(path)]
+    if absent:
+        raise MissingFileError(f"{len(absent)} of {len(found)} pictures of {table} are missing, first {absent[:3]}")
+    return found
+
+
+def _packed_entries(path: str) -> Iterator[tuple[dict, bytes]]:
+    shard = scan(path)
+    if shard.damage:
+        raise InputError(shard.damage)
+    with file_errors(path), open_shard(path) as file:
+        for sample in shard.samples:
+            name = f"{path}:{sample.key}"
+            beside = [member for member in sample.captions if member.name.endswith(".json")]
+            data = read_member(file, sample.image)
+            try:
+                entry = json.loads(read_member(file, beside[0])) if beside else {}
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{name}: no JSON ({error}); pack the pictures again") from None
+            _check_entry(entry if isinstance(entry, dict) else {}, name)
+            yield entry, data
+
+
+def _check_entry(entry: dict, name: str) -> None:
+    if missing := [key for key in METADATA_KEYS if not isinstance(entry.get(key), str)]:
+        raise InputError(f"{name} has no {', '.join(missing)}: make the pictures again")
+
+
 def load_pictures(folder: str | os.PathLike, size: int | None = None, threads: int = 8) -> tuple[Tensor, list[dict]]:
-    """A split folder with its metadata.jsonl -> uint8 N x 4 x S x S (straight alpha) and the table's lines as dicts.
+    """A split folder -> uint8 N x 4 x S x S (straight alpha) and the table's lines as dicts.
 
     Args:
-        folder: holds metadata.jsonl and the pictures that it names.
+        folder: see `list_entries`.
         size: resize every picture to this side in pixels; None keeps them and demands equally large squares.
         threads: how many pictures are decoded at a time.
 
     Raises:
-        FileNotFoundError: the folder, metadata.jsonl or pictures are missing (the first few are named).
-        ValueError: an unreadable line or picture, a line without one of its keys, or a size that differs.
+        MissingFileError: the folder, its table or shards, or pictures are missing (the first few are named).
+        InputError: an unreadable line or picture, a line without one of its keys, or a size that differs.
     """
-    folder = Path(folder)
-    table = folder / "metadata.jsonl"
-    if not is_file(table):
-        raise MissingFileError(
-            f"{table} is missing: make the pictures first (tools/make_pictures.py), or fix the folder"
-        )
-    lines = []
-    for number, entry in read_records(table):
-        if missing := [key for key in METADATA_KEYS if key not in entry]:
-            raise InputError(f"{table}, line {number} has no {', '.join(missing)}: make the pictures again")
-        lines.append(entry)
-    if not lines:
-        raise InputError(f"{table} names no pictures: make the pictures again")
-    absent = [entry["file_name"] for entry in lines if not os.path.isfile(folder / entry["file_name"])]
-    if absent:
-        raise MissingFileError(f"{len(absent)} of {len(lines)} pictures of {table} are missing, first {absent[:3]}")
+    found, folder = list_entries(folder), Path(folder)
 
-    def read(entry: dict) -> Tensor:
-        with opened(folder / entry["file_name"]) as image:
+    def read(pair: tuple[dict, Path | bytes]) -> Tensor:
+        with opened(pair[1], str(folder / pair[0]["file_name"])) as image:
             return rgba_tensor(image.convert("RGBA"), size)
 
     with ThreadPoolExecutor(threads) as pool:
-        pictures = list(tqdm(pool.map(read, lines), total=len(lines), desc=f"reading {folder.name}", unit="picture"))
-    side = pictures[0].shape[-1]
+        pictures = list(tqdm(pool.map(read, found), total=len(found), desc=f"reading {folder.name}", unit="picture"))
+    side, lines = pictures[0].shape[-1], [entry for entry, _ in found]
     for entry, picture in zip(lines, pictures, strict=True):
         if picture.shape != (4, side, side):
             raise InputError(

@@ -89,7 +89,7 @@ def decode_batch(
     Raises:
         ImageError: all are broken.
     """
-    composed = compose_batch(pictures, options.size, *seed) if options.background == "random" else {}
+    composed = _composed(pictures, options, *seed) if options.background == "random" else {}
     good, broken = [], []
     for number, picture in enumerate(itertools.chain(pictures, _unless(good, spare))):
         generator = step_generator(torch.device("cpu"), *seed[:-1], seed[-1] + number)
@@ -105,17 +105,17 @@ def decode_batch(
     return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
 
 
-def compose_batch(pictures: Sequence[Picture], size: int, *seed: int) -> dict[int, Tensor]:
-    """Place in a batch -> training picture, of those that are transparent and can be read; see `Compositor`."""
+def _composed(pictures: Sequence[Picture], options: DecodeOptions, *seed: int) -> dict[int, Tensor]:
+    """Place in the batch -> training image, of the transparent ones that can be read."""
     rgba = {}
     for number, picture in enumerate(pictures):
-        with suppress(ImageError):  # a broken one is told when it is decoded
-            if is_transparent(picture):
-                rgba[number] = read_rgba(picture, size)
+        if is_transparent(picture):
+            with suppress(ImageError):  # told where it is decoded
+                rgba[number] = read_rgba(picture, options.size)
     if not rgba:
         return {}
-    images = Compositor()(torch.stack(list(rgba.values())), step_generator(torch.device("cpu"), *seed))
-    return dict(zip(rgba, images, strict=True))
+    images = Compositor()(torch.stack([*rgba.values()]), step_generator(torch.device("cpu"), *seed))
+    return dict(zip(rgba, images))
 
 
 def _unless(good: list, spare: Iterable[Picture]) -> Iterator[Picture]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..decoding import ImageError, opened
 from ..errors import InputError
 from ..listing import counted
-from ..tars import open_shard, read_member, scan
+from ..tars import open_shard, read_member, scan, shards_of
 from .engine import half_of
 from .export import final_losses
 from .recipe import Recipe
@@ -64,8 +65,7 @@ def checkpoint_bytes(training: Training) -> int:
 def data_warnings(data: Data, recipe: Recipe) -> list[str]:
     """Sentences about data that train, but not as one expects."""
     found = []
-    trained = set() if data.streamed else {picture.source for picture in data.pictures}
-    if both := sum(picture.source in trained for picture in data.heldout):
+    if both := _also_trained_on(data, recipe):
         found.append(
             f"{both} of {counted(len(data.heldout), 'validation image')} are also trained on: the validation loss says "
             "little about other images; give data.heldout=FOLDER, or more images"
@@ -79,6 +79,16 @@ def data_warnings(data: Data, recipe: Recipe) -> list[str]:
             "enlarged: give larger images, or a smaller data.size"
         )
     return found
+
+
+def _also_trained_on(data: Data, recipe: Recipe) -> int:
+    """How many validation images are of the training images, or lie in shards that are trained on."""
+    if not data.streamed:
+        trained = {picture.source for picture in data.pictures}
+        return sum(picture.source in trained for picture in data.heldout)
+    trained = {os.path.realpath(path) for path in data.pictures}
+    shared = tuple(f"{path}:" for path in shards_of(recipe.data.heldout) if os.path.realpath(path) in trained)
+    return sum(picture.name.startswith(shared) for picture in data.heldout)
 
 
 def _sizes(data: Data) -> Iterator[tuple[int, int]]:
