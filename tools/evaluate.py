@@ -5,6 +5,10 @@
 
 and the other tasks of the paper (knn, retrieval, segmentation, depth, noise) are described in docs/evaluation.md.
 
+    python tools/evaluate.py --suite photos --data eval --out results/photos
+
+matches keypoints of photographs, see `cleandift_backbones.evaluation.photos`.
+
     python tools/evaluate.py --suite emoji --data data/emoji --out results
 
 takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over
@@ -19,30 +23,21 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
-import shlex
 import sys
 import time
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
 from cleandift_command import guard, importing
 
 with importing(__name__):
-    import timm
     import torch
 
-    from cleandift_backbones.arguments import check_noise, check_ranges, map_items, model_arguments
-    from cleandift_backbones.errors import FileError, needs
-    from cleandift_backbones.evaluation import command, emoji, emoji_probes, report
-    from cleandift_backbones.extractor import (
-        PIXELS,
-        Extractor,
-        load_extractor,
-        resolve_device,
-    )
-    from cleandift_backbones.files import DamagedFileError, is_file, set_aside
-    from cleandift_backbones.images import check_folder
+    from cleandift_backbones.arguments import map_items
+    from cleandift_backbones.evaluation import command, emoji, emoji_probes, photos, report, suites
+    from cleandift_backbones.evaluation.plans import Run, make_suite_plan
+    from cleandift_backbones.extractor import PIXELS, load_extractor, resolve_device
     from cleandift_backbones.locks import hold
     from cleandift_backbones.progress import tqdm
 
@@ -70,16 +65,18 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in arguments) or arguments[0] in command.TASKS:
         return command.main(arguments)
+    if _suite(arguments) == "photos":
+        return photos.main(arguments)
     args = _parser().parse_args(arguments)
     if args.limit_concepts is None and not args.full:
         args.limit_concepts = 120
     logging.getLogger("timm").setLevel(logging.ERROR)
-    plan, device = _check(args)
+    plan, weights, device = _check(args)
     with hold(args.out, "emoji"):
         suite = emoji.load_suite(
             args.data, args.size, args.eyes or emoji.EYES_FILE, args.limit_concepts, args.seed, progress=True
         )
-        result = _run(args, plan, suite, device)
+        result = _run(args, plan, weights, suite, device)
         low, high = emoji.SCALES
         about = ABOUT.format(k=emoji_probes.K, alpha=emoji.ALPHA, low=low, high=high, grey=emoji.BACKGROUND)
         paths = result.write(args.out, about)
@@ -87,35 +84,31 @@ def main(arguments: list[str] | None = None) -> None:
     print("wrote", *paths)
 
 
+def _suite(arguments: list[str]) -> str | None:
+    """The suite that is asked for; each has a parser of its own."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--suite", nargs="?")
+    return parser.parse_known_args(arguments)[0].suite
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s --suite emoji --data PATH [...]",
+        usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s --suite emoji --data PATH [...]\n"
+        "       %(prog)s --suite photos --data PATH [...]",
         description=f"{__doc__.splitlines()[0]} TASK is one of {', '.join(command.TASKS)}: TASK --help tells more. "
-        "With --suite emoji: cross-style retrieval, eye correspondence, subgroups and figures of held-out emoji.",
+        "With --suite emoji: cross-style retrieval, eye correspondence, subgroups and figures of held-out emoji. "
+        "--suite photos --help tells of the keypoints of photographs.",
         formatter_class=command.Formatter,
     )
-    parser.add_argument("--suite", choices=["emoji"], required=True, help="what to measure in place of a TASK")
+    parser.add_argument(
+        "--suite", choices=["emoji", "photos"], required=True, help="what to measure in place of a TASK"
+    )
     parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
-    parser.add_argument(
-        "--models", "--model", nargs="+", metavar="NAME", default=[PIXELS, "dift_tiny", "cleandift_tiny"],
-        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights; a dift_* model is "
-        "swept; a cleandift_* model brings its random twin",
+    suites.add_options(
+        parser, [PIXELS, "dift_tiny", "cleandift_tiny"], "; a cleandift_* model brings its random twin",
+        "100 400 unless given, 1 50 100 200 300 400 with --full", ["all"],
     )  # fmt: skip
-    parser.add_argument(
-        "--timesteps", nargs="+", type=command.numbers(int), action=command.Flat, metavar="T",
-        help="of the dift_* models (noise added), and of their UNets on clean pictures, 0..999; "
-        "100 400 unless given, 1 50 100 200 300 400 with --full",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ensemble",
-        nargs="+",
-        type=command.numbers(int),
-        action=command.Flat,
-        metavar="N",
-        help="noises averaged by dift_* models; 1 8 unless given",
-    )
-    parser.add_argument("--maps", "--map", nargs="+", metavar="MAP", default=["all"], help="maps by name, or all")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels, at least 64")
     parser.add_argument("--placements", type=int, default=1, help="random placements of each picture with eyes")
     parser.add_argument(
@@ -129,82 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shared-noise", action="store_true", help="one noise for all pictures instead of one per style"
     )
-    parser.add_argument(
-        "--student-weights", metavar="FILE", help="safetensors for the cleandift_* models, instead of the shipped"
-    )
-    parser.add_argument(
-        "--teacher-weights", metavar="FILE", help="safetensors for the dift_* models, instead of the shipped"
-    )
     parser.add_argument("--eyes", metavar="FILE", help="JSON of eye centres, instead of the package's own")
     parser.add_argument("--batch-size", type=int, help="pictures per pass; default 32, and 256 on a GPU")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="of placements, noises, random weights and the bootstrap")
     return parser
 
 
-def _check(args: argparse.Namespace) -> tuple[list[dict], torch.device]:
-    """Finds what is wrong before any long work; returns the runs to make."""
-    check_ranges(args, (
-        ("timesteps", 0, 999), ("ensemble", 1, 1024), ("size", 64, 4096), ("placements", 1, 1000),
-        ("limit_concepts", 2, None), ("batch_size", 1, None), ("threads", 1, None), ("seed", 0, None),
-    ))  # fmt: skip
-    check_noise(args.models, timesteps=args.timesteps, ensemble=args.ensemble)
-    check_folder(args.out)
-    report.check_report(args.out, "results")
-    for name in ("student_weights", "teacher_weights"):
-        if (path := getattr(args, name)) and not is_file(path):
-            raise FileError(f"--{name.replace('_', '-')} {path}: no such file")
-    with needs("eval"):
-        import matplotlib  # noqa: F401
+def _check(args: argparse.Namespace) -> tuple[list[Run], dict[str, str], torch.device]:
+    """Finds what is wrong before any long work; returns the runs to make, and hashes of their weights."""
+    suites.check_options(args, (("size", 64, 4096), ("placements", 1, 1000), ("limit_concepts", 2, None)))
     if args.timesteps is None:
         args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
-    args.ensemble = args.ensemble or [1, 8]
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = resolve_device(args.device)
-    plan = _plan(args)
-    for run in {(run["model"], str(run["kwargs"].get("pretrained_cfg_overlay"))): run for run in plan}.values():
-        load_extractor(run["model"], _chosen(args, run["model"]), run["pretrained"], size=args.size, **run["kwargs"])
-    return plan, device
-
-
-def _plan(args: argparse.Namespace) -> list[dict]:
-    """Every run: label, kind, model, pretrained, kwargs of create_model, settings to show."""
-    plan = []
-
-    def add(label, kind, model, pretrained=True, settings=None, **kwargs):
-        plan.append(
-            dict(label=label, kind=kind, model=model, pretrained=pretrained, settings=settings or {}, kwargs=kwargs)
-        )
-
-    for name in dict.fromkeys(args.models):
-        if name.startswith("random:"):
-            add(f"{name.removeprefix('random:')}, random weights", "control", name.removeprefix("random:"), False)
-        elif name.startswith("dift_"):
-            weights = model_arguments(weights=args.teacher_weights)
-            for count in args.ensemble:
-                for step in args.timesteps:
-                    settings = dict(timestep=step, ensemble=count)
-                    label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
-                    add(label, "noisy", name, settings=settings, timestep=step, ensemble_size=count, **weights)
-            for step in args.timesteps:
-                weights = model_arguments(weights=args.teacher_weights) or _twin_weights(name)
-                label = f"{name}'s UNet on the clean picture, best t"
-                add(label, "teacher", f"clean{name}", settings=dict(timestep=step), timestep=step, **weights)
-        elif name.startswith("cleandift_"):
-            add(name, "clean", name, **model_arguments(weights=args.student_weights))
-            add(f"{name}, random weights", "control", name, False)
-        else:
-            add("pixels, 32 x 32" if name == PIXELS else name, "baseline", name)
-    return plan
-
-
-def _twin_weights(name: str) -> dict:
-    """Where the weights of a dift_* model come from, for its clean twin to load."""
-    config = timm.get_pretrained_cfg(name).to_dict()
-    found = {key: config[key] for key in ("file", "hf_hub_id", "hf_hub_filename") if config.get(key)}
-    return dict(pretrained_cfg_overlay=found) if found else {}
+    plan = [replace(run, maps=_chosen(args, run.model)) for run in make_suite_plan(args, twins=True)]
+    weights = command.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
+    return plan, weights, device
 
 
 def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
@@ -213,7 +145,9 @@ def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
     return map_items(args.maps)
 
 
-def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device: torch.device) -> report.Report:
+def _run(
+    args: argparse.Namespace, plan: list[Run], weights: dict[str, str], suite: emoji.Suite, device: torch.device
+) -> report.Report:
     benchmark = emoji.Benchmark(suite, args.placements, args.seed, not args.shared_noise)
     batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
     latents: dict[bytes, torch.Tensor] = {}
@@ -222,29 +156,24 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
     data += json.dumps([{i: marks.tolist() for i, marks in suite.eyes.items()}, suite.subgroups])
     if suite.alphas is not None:
         data += hashlib.sha256(suite.alphas.numpy()).hexdigest()
-    for run in tqdm(plan, desc="runs", unit="run"):
-        path = Path(args.out, "runs", f"{_key(args, run, data)}.safetensors")
-        # The weights behind a name such as hf-hub:... are not known before they are loaded: never taken from disk.
-        if path.is_file() and ":" not in run["model"]:
-            try:
-                rows.append(report.Row.load(path))
-                tqdm.write(f"{run['label']}: taken from {path}; delete it to measure again")
-                continue
-            except DamagedFileError as error:
-                tqdm.write(f"{error}; kept as {set_aside(path).name}, measured again")
+    options = [args.size, args.seed, args.placements, args.shared_noise, args.maps, list(emoji.METRICS)]
+
+    def measure(run: Run) -> report.Row:
         clock = time.perf_counter()
         torch.manual_seed(args.seed)
-        extractor: Extractor = load_extractor(
-            run["model"], _chosen(args, run["model"]), run["pretrained"], device, args.size, **run["kwargs"]
-        )
+        extractor = load_extractor(run.model, run.maps, run.pretrained, device, args.size, **run.kwargs)
         extractor.remember_latents(latents)
-        count = run["kwargs"].get("ensemble_size", 1)
-        results = benchmark.run(extractor, max(1, batch_size // count))
-        rows.append(report.Row(run["label"], run["kind"], results, run["settings"], time.perf_counter() - clock))
-        rows[-1].save(path)
+        results = benchmark.run(extractor, max(1, batch_size // run.kwargs.get("ensemble_size", 1)))
+        return report.Row(run.label, run.kind, results, run.settings, time.perf_counter() - clock)
+
+    for run in tqdm(plan, desc="runs", unit="run"):
+        path = suites.row_path(args.out, run, data, options, weights[run.name])
+        row, found = suites.kept_row(path, partial(measure, run))
+        rows.append(row)
+        if found:
+            tqdm.write(f"{run.label}: taken from {path}; delete it to measure again")
     info = dict(
         suite="emoji",
-        command=shlex.join(["python", *sys.argv]),
         concepts=len(suite.names),
         styles=", ".join(sorted(set(suite.styles))),
         pictures=len(suite.pictures),
@@ -254,32 +183,9 @@ def _run(args: argparse.Namespace, plan: list[dict], suite: emoji.Suite, device:
         placements=args.placements,
         size=args.size,
         noise="one for all pictures" if args.shared_noise else "another for each style",
-        weights=_digests(plan),
-        device=torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        seconds=round(sum(row.seconds for row in rows), 1),  # also of rows that were measured earlier
+        **suites.facts_of(plan, rows, device),
     )
     return report.Report(rows, emoji.METRICS, info, args.seed)
-
-
-def _key(args: argparse.Namespace, run: dict, data: str) -> str:
-    """Names a run by all that its numbers depend on, so that an interrupted command goes on where it stopped."""
-    options = [args.size, args.seed, args.placements, args.shared_noise, args.maps, list(emoji.METRICS)]
-    told = json.dumps([data, options, _digests([run]), run], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:20]
-
-
-def _digests(plan: list[dict]) -> dict[str, str]:
-    """First digits of the SHA-256 of local weight files, so that a table can be told to belong to them."""
-    digests = {}
-    for run in plan:
-        if not run["pretrained"] or run["model"] == PIXELS or ":" in run["model"]:
-            continue
-        file = run["kwargs"].get("pretrained_cfg_overlay", {}).get("file") or timm.get_pretrained_cfg(run["model"]).file
-        if file and os.path.isfile(path := Path(file)) and path.name not in digests:
-            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return digests
 
 
 if __name__ == "__main__":

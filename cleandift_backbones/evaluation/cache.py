@@ -12,7 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import timm
@@ -28,6 +28,7 @@ from ..progress import tqdm
 from ..version import __version__
 from .items import Item
 
+SHARD = re.compile(r"\d+-[0-9a-f]{6}\.safetensors")
 SHARD_BYTES = 2**26  # features that an interruption may lose, and that wait in memory to be written
 SHARD_SECONDS = 120.0
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -135,6 +136,19 @@ class FeatureCache:
             self._compute(extractor, [items[i] for i in missing], [keys[i] for i in missing], noisy, folders, places)
         return {name: Features(keys, places[name]) for name in extractor.maps}
 
+    def remove(self, found: dict[str, Features]) -> None:
+        """Removes the files of features that are not needed any more, and folders that are empty then; no other files.
+
+        Args:
+            found: what `features` returned.
+        """
+        for folder in {path.parent for one in found.values() for path in one.places.values()}:
+            for path in (*folder.glob("*.safetensors"), folder / "info.json"):
+                if SHARD.fullmatch(path.name) or path.name == "info.json":
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):  # others' files
+                folder.rmdir()
+
     def _folder(self, info: dict, weights: str, maps: Sequence[str]) -> Path:
         told = json.dumps(info, sort_keys=True)
         stem = (
@@ -161,7 +175,7 @@ class FeatureCache:
         with reading(folder):
             paths = sorted(folder.glob("*.safetensors"))
         for path in paths:
-            if not re.fullmatch(r"\d+-[0-9a-f]{6}\.safetensors", path.name):
+            if not SHARD.fullmatch(path.name):
                 others.append(path.name)
                 continue
             try:

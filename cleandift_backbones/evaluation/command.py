@@ -8,18 +8,16 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cleandift_command import guard
 
-from ..app.naming import is_noisy
-from ..arguments import check_noise, check_ranges, load_model, model_arguments, pick_maps
-from ..errors import FileError, needs, resource_errors
-from ..extractor import PIXELS, Extractor, ModelError, list_maps, resolve_device
-from ..files import is_file
+from ..arguments import check_ranges, load_model
+from ..errors import needs, resource_errors
+from ..extractor import Extractor, ModelError, resolve_device
 from ..images import check_folder
 from ..listing import left_out_report
 from ..locks import hold
@@ -30,6 +28,7 @@ from .items import DataError, image_items
 from .matching import ALPHAS
 from .noise import noise_shares
 from .noise_report import shares_table, write_shares
+from .plans import DEFAULT_TIMESTEP, TIMESTEPS, Run, make_plan
 from .probes import Recipe
 from .report import Report, Row, check_report
 
@@ -43,9 +42,6 @@ TASKS = {
     "depth": "a linear probe on NYUv2's layout: RMSE, AbsRel, delta",
     "noise": "how much of a noisy feature's variance is the noise: any folder of images, or shards",
 }
-#: the paper's timestep of the noisy features; kNN's was tuned map by map
-TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
-DEFAULT_TIMESTEP = 261
 ABOUT = {
     "correspondence": """PCK: the share of keypoints found near the true point; bbox@0.1: within 0.1 of the longer side
 of the target's box, img@0.1: of the target image. Per point pools all points, per image is the mean over pairs.
@@ -59,20 +55,6 @@ neighbour. mIoU over the classes that occur.""",
     "depth": """A 1x1 convolution on the map to 256 bins over 0.1..10 m, trained by the scale-invariant log loss on
 cached features; predictions upsampled bilinearly. Measures are means over pictures.""",
 }
-
-
-@dataclass
-class Run:
-    """One model with settings, to be measured; `name` is the model as it was asked for, "random:..." included."""
-
-    name: str
-    label: str
-    kind: str
-    model: str
-    maps: list[str]
-    pretrained: bool = True
-    settings: dict = field(default_factory=dict)
-    kwargs: dict = field(default_factory=dict)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -108,7 +90,7 @@ class _TaskParser(argparse.ArgumentParser):
         if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
             self.error(
                 f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
-                "tools/evaluate.py --suite emoji"
+                "tools/evaluate.py --suite emoji, the photograph benchmark --suite photos"
             )
         return super().parse_args(args, namespace)
 
@@ -254,58 +236,6 @@ def _check(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def make_plan(args: argparse.Namespace) -> list[Run]:
-    """Every run, its maps found."""
-    check_noise(args.model, timesteps=args.timesteps, ensemble=getattr(args, "ensemble", None))
-    files = {}
-    for entry in args.weights:
-        name, _, file = entry.rpartition("=")
-        if not name or not is_file(file):
-            raise FileError(f"--weights {entry}: expected MODEL=FILE with a file that is there")
-        files[name] = file
-    strange = set(files) - set(args.model)
-    if strange:
-        raise ModelError(f"--weights are given for {', '.join(sorted(strange))}, which is not among --model")
-    strange = {entry.rpartition("=")[0] for entry in args.map if "=" in entry} - set(args.model)
-    if strange:
-        raise ModelError(f"--map is given for {', '.join(sorted(strange))}, which is not among --model")
-    plan = []
-    for name in dict.fromkeys(args.model):
-        random, bare = name.startswith("random:"), name.removeprefix("random:")
-        maps = _maps(args, name, bare)
-        weights = files.get(name)
-        if is_noisy(bare):
-            steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
-            counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
-            for count in counts:
-                for step in steps:
-                    label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
-                    kind = "control" if random else "noisy"
-                    kwargs = model_arguments(step, count, weights)
-                    settings = dict(timestep=step, ensemble=count)
-                    plan.append(Run(name, label, kind, bare, maps, not random, settings, kwargs))
-        elif args.task == "noise":
-            raise ModelError(f"{name} draws no noise; give dift_* models")
-        else:
-            kind = "control" if random else "clean" if bare.startswith("cleandift_") else "baseline"
-            label = f"{bare}, random weights" if random else name
-            plan.append(Run(name, label, kind, bare, maps, not random, {}, model_arguments(weights=weights)))
-    return plan
-
-
-def _maps(args: argparse.Namespace, name: str, bare: str) -> list[str]:
-    infos = list_maps(bare)
-    own = [entry.rpartition("=")[2] for entry in args.map if entry.rpartition("=")[0] == name]
-    wanted = own or [entry for entry in args.map if "=" not in entry]
-    if not wanted or bare == PIXELS:
-        wanted = ["-1"] if args.task in ("knn", "retrieval") else []
-    nearest = min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]
-    try:
-        return pick_maps(infos, wanted, nearest)
-    except ModelError as error:
-        raise ModelError(f"{name}: {error}; --map {name}=MAP is for this model alone") from None
-
-
 def make_task(args: argparse.Namespace) -> tasks.Task:
     """Reads the data set's lists, and finds what is missing."""
     limit = dict(limit=args.limit, seed=args.seed)
@@ -331,25 +261,33 @@ def make_task(args: argparse.Namespace) -> tasks.Task:
     return tasks.Depth(train, test, recipe, args.probe, not args.no_eigen_crop)
 
 
-def check_models(args: argparse.Namespace, plan: list[Run]) -> None:
+def check_models(args: argparse.Namespace, plan: list[Run], always: bool = False) -> dict[str, str]:
     """Loads every model once, where one that cannot be had would be found after the work on another.
+
+    Args:
+        always: also where there is but one.
+
+    Returns:
+        Hashes of the models' weights by the runs' names; empty where none was loaded.
 
     Raises:
         ModelError: a model or its weights cannot be had; a prompt is given, but none of the models takes one.
     """
     different = {planned.name: planned for planned in plan}
     told = args.prompt not in ("auto", "none")
-    if len(different) == 1 and not told:
-        return
-    takes = []
-    for planned in different.values():
+    if len(different) == 1 and not told and not always:
+        return {}
+    takes, weights = [], {}
+    for name, planned in different.items():
         extractor = load(args, planned, torch.device("cpu"))
+        weights[name] = extractor.weights_digest()
         if extractor.takes_prompts and told:
             extractor.set_prompts([args.prompt])
         takes.append(extractor.takes_prompts)
         del extractor  # two big models need not lie in memory at once
     if told and not any(takes):
         raise ModelError(f"{', '.join(different)}: none takes prompts, or knows a text encoder; give --prompt none")
+    return weights
 
 
 def load(args: argparse.Namespace, planned: Run, device: torch.device) -> Extractor:
@@ -365,24 +303,51 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
     )  # fmt: skip
     rows, told = [], {}
     for planned in tqdm(plan, desc="runs", unit="run", disable=len(plan) == 1):
-        clock = time.perf_counter()
-        extractor = load(args, planned, device)
-        items, told[planned.label] = _prompted(args, task, extractor)
-        if args.optimize:
-            extractor.optimize(fixed_prompt=not extractor.takes_prompts)  # the cache sets that of each picture
-        drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
-        found = cache.features(extractor, items, planned.settings | drawn)
-        seconds, size = time.perf_counter() - clock, extractor.size
-        del extractor  # a big model need not lie in memory while its features are measured
-        results = {name: task.measure(features, size) for name, features in found.items()}
-        total = time.perf_counter() - clock
-        told[planned.label] += f", {size[1]}x{size[0]}, {total - seconds:.1f} s after {seconds:.1f} s for the features"
-        rows.append(Row(planned.label, planned.kind, results, planned.settings, total))
+        row, told[planned.label] = measure(args, planned, task, cache, device)
+        rows.append(row)
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
     info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
     names, lower = {key: task.heading(key) for key in metrics}, task.lower & set(metrics)
     return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
+
+
+def measure(
+    args: argparse.Namespace,
+    planned: Run,
+    task: tasks.Task,
+    cache: FeatureCache,
+    device: torch.device,
+    latents: dict[bytes, torch.Tensor] | None = None,
+    keep: bool = True,
+) -> tuple[Row, str]:
+    """One run measured on one task.
+
+    Args:
+        args: with `size`, `prompt`, `optimize` and `seed`.
+        latents: encoded images that runs share, see `Extractor.remember_latents`.
+        keep: False removes the features from the cache after they were measured.
+
+    Returns:
+        The row; and its prompt, size and seconds in words.
+    """
+    clock = time.perf_counter()
+    extractor = load(args, planned, device)
+    items, told = _prompted(args, task, extractor)
+    if args.optimize:
+        extractor.optimize(fixed_prompt=not extractor.takes_prompts)  # the cache sets that of each picture
+    if latents is not None:
+        extractor.remember_latents(latents)
+    drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
+    found = cache.features(extractor, items, planned.settings | drawn)
+    seconds, size = time.perf_counter() - clock, extractor.size
+    del extractor  # a big model need not lie in memory while its features are measured
+    results = {name: task.measure(features, size) for name, features in found.items()}
+    if not keep:
+        cache.remove(found)
+    total = time.perf_counter() - clock
+    told += f", {size[1]}x{size[0]}, {total - seconds:.1f} s after {seconds:.1f} s for the features"
+    return Row(planned.label, planned.kind, results, planned.settings, total), told
 
 
 def _prompted(args: argparse.Namespace, task: tasks.Task, extractor: Extractor) -> tuple[list, str]:

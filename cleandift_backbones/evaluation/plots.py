@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files import replacing
-from .bootstrap import rate_interval
 from .report import Report, Row
 
 COLOURS = {  # a kind's models, one after another
@@ -30,7 +29,7 @@ def plot(report: Report, path: Path) -> None:
     names = list(dict.fromkeys(row.label for row in report.rows))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     with plt.rc_context(style):
-        columns = min(2, len(report.shown))
+        columns = 3 if len(report.shown) == 3 else min(2, len(report.shown))
         rows = -(-len(report.shown) // columns)
         # bars stand in rows of their own height beside their names, which need room
         width = 4.6 if swept else 3.4 + 0.065 * max(map(len, names))
@@ -88,7 +87,7 @@ def _draw_curves(axis, report: Report, metric: str, curves: dict) -> None:
         if not bests:
             continue
         values = [scale * best.tally.rate for best in bests]
-        bounds = [[scale * bound for bound in rate_interval(best.tally, report.weights)] for best in bests]
+        bounds = [[scale * bound for bound in report.interval(best.tally)] for best in bests]
         lows, highs = zip(*bounds)
         kind, colour = rows[0].kind, colours[series]
         if "timestep" in rows[0].settings:
@@ -99,7 +98,7 @@ def _draw_curves(axis, report: Report, metric: str, curves: dict) -> None:
             axis.fill_between(steps, lows, highs, color=colour, alpha=0.09, lw=0)
         else:
             best = report.best(rows, metric)
-            value, (low, high) = scale * best.tally.rate, rate_interval(best.tally, report.weights)
+            value, (low, high) = scale * best.tally.rate, report.interval(best.tally)
             clean = kind == "clean"
             line = "-" if clean else LINES[(flat.index(series) + 1) % 4]
             axis.axhline(value, color=colour, ls=line, lw=2.2 if clean else 1.1, label=series)
@@ -114,7 +113,7 @@ def _draw_bars(axis, report: Report, metric: str, names: list[str]) -> None:
     for place, label in enumerate(names):
         rows = [row for row in report.rows if row.label == label]
         if best := report.best(rows, metric):
-            value, (low, high) = scale * best.tally.rate, rate_interval(best.tally, report.weights)
+            value, (low, high) = scale * best.tally.rate, report.interval(best.tally)
             error = [[max(0, value - scale * low)], [max(0, scale * high - value)]]
             axis.barh(place, value, xerr=error, color=colours[rows[0].series], ecolor="#3f3f46", capsize=2, height=0.7)
     axis.set_yticks(range(len(names)), names)

@@ -90,12 +90,25 @@ class Best:
     tally: Tally
 
 
-def best_of(rows: Sequence[Row], metric: str, lower: bool = False) -> Best | None:
-    """The run and map of the highest (or lowest) rate; None if nothing was measured."""
+def best_of(rows: Sequence[Row], metric: str, lower: bool = False, chosen_on: Sequence[str] = ()) -> Best | None:
+    """The run and map of the highest (or lowest) rate; None if nothing was measured.
+
+    Args:
+        chosen_on: metrics whose mean rate decides in place of the metric's own rate.
+    """
     found = [
-        Best(row, name, tallies[metric]) for row in rows for name, tallies in row.results.items() if metric in tallies
+        (row, name, tallies)
+        for row in rows
+        for name, tallies in row.results.items()
+        if metric in tallies and tallies.keys() >= set(chosen_on)
     ]
-    return (min if lower else max)(found, key=lambda best: best.tally.rate, default=None)
+    deciding = list(chosen_on) or [metric]
+
+    def rate(candidate: tuple) -> float:
+        return sum(candidate[2][name].rate for name in deciding) / len(deciding)
+
+    best = (min if lower else max)(found, key=rate, default=None)
+    return best and Best(best[0], best[1], best[2][metric])
 
 
 @dataclass
@@ -107,6 +120,8 @@ class Report:
         main: metrics of the first table, the verdicts and the plot; () for all.
         lower: metrics in a unit of their own of which less is better; all others are shares, of which more is.
         unit: what the bootstrap draws.
+        chosen_on: metrics whose mean chooses map and settings for all metrics; (): each metric chooses its own.
+        opponents: settings of the noisy runs that `comparisons` takes; {}: all noisy runs.
     """
 
     rows: list[Row]
@@ -116,15 +131,27 @@ class Report:
     main: tuple[str, ...] = ()
     lower: frozenset[str] = frozenset()
     unit: str = "concepts"
+    chosen_on: tuple[str, ...] = ()
+    opponents: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.shown = {key: text for key, text in self.metrics.items() if not self.main or key in self.main}
-        first = next(tally for row in self.rows for tallies in row.results.values() for tally in tallies.values())
-        self.weights = unit_weights(len(first.hits), seed=self.seed)
+        self._weights: dict[int, np.ndarray] = {}
+
+    def weights(self, tally: Tally) -> np.ndarray:
+        """Weights of the bootstrap, equal for all tallies of one number of units, so that they can be paired."""
+        units = len(tally.hits)
+        if units not in self._weights:
+            self._weights[units] = unit_weights(units, seed=self.seed)
+        return self._weights[units]
+
+    def interval(self, tally: Tally) -> tuple[float, float]:
+        """See `rate_interval`."""
+        return rate_interval(tally, self.weights(tally))
 
     def best(self, rows: Sequence[Row], metric: str) -> Best | None:
         """See `best_of`."""
-        return best_of(rows, metric, metric in self.lower)
+        return best_of(rows, metric, metric in self.lower, self.chosen_on)
 
     def scale(self, metric: str) -> float:
         """What a rate is multiplied by to be shown."""
@@ -144,7 +171,7 @@ class Report:
             return None
         others = [self.best(self._of_series(name), metric) for name in {row.series for row in self.rows}]
         others = [other for other in others if other and other.row.series != best.row.series]
-        bounds = [difference(best.tally, other.tally, self.weights)[1:] for other in others]
+        bounds = [difference(best.tally, other.tally, self.weights(best.tally))[1:] for other in others]
         clear = bool(bounds) and all(high < 0 if metric in self.lower else low > 0 for low, high in bounds)
         return best.row.label if clear else None
 
@@ -156,11 +183,10 @@ class Report:
         if best is None:
             return ""
         scale, digits = self.scale(metric), self._digits(metric)
-        low, high = (format(scale * bound, digits) for bound in rate_interval(best.tally, self.weights))
+        low, high = (format(scale * bound, digits) for bound in self.interval(best.tally))
         number = format(scale * best.tally.rate, digits)
-        notes = [f"map {best.map}"] if best.map else []
-        notes += [_settings(best.row)] if notes and settings else []
-        return " ".join([f"**{number}**" if bold else number, f"[{low}, {high}]", ", ".join(notes)]).strip()
+        notes = "" if self.chosen_on else _notes(best, settings)
+        return " ".join([f"**{number}**" if bold else number, f"[{low}, {high}]", notes]).strip()
 
     def of_kind(self, kind: str) -> list[Row]:
         return [row for row in self.rows if row.kind == kind]
@@ -170,21 +196,26 @@ class Report:
         runs = []
         for row in self.rows:
             maps = {
-                name: {m: dict(rate=t.rate, interval=rate_interval(t, self.weights)) for m, t in tallies.items()}
+                name: {m: dict(rate=t.rate, interval=self.interval(t)) for m, t in tallies.items()}
                 for name, tallies in row.results.items()
             }
-            runs.append(dict(label=row.label, kind=row.kind, **row.settings, seconds=round(row.seconds, 2), maps=maps))
+            chosen = [self.best([row], metric) for metric in self.chosen_on]
+            facts = dict(chosen=chosen[0].map) if any(chosen) else {}
+            runs.append(
+                dict(label=row.label, kind=row.kind, **row.settings, seconds=round(row.seconds, 2), **facts, maps=maps)
+            )
         units = {key: "as named" if key in self.lower else "share, 0..1" for key in self.metrics}
         found = dict(units=units, runs=runs, comparisons=self.comparisons())
         return dict(self.info, versions=versions(), seed=self.seed, **found)
 
     def comparisons(self) -> list[dict]:
-        """Best clean against best noisy run (each over all its maps and settings), per metric, paired over concepts."""
+        """Best clean against best noisy run (each over all its maps and settings), per metric, paired over units."""
         result = []
+        opponents = [row for row in self.of_kind("noisy") if self.opponents.items() <= row.settings.items()]
         for metric in self.shown:
-            clean, noisy = self.best(self.of_kind("clean"), metric), self.best(self.of_kind("noisy"), metric)
+            clean, noisy = self.best(self.of_kind("clean"), metric), self.best(opponents, metric)
             if clean and noisy:
-                delta, low, high = difference(clean.tally, noisy.tally, self.weights)
+                delta, low, high = difference(clean.tally, noisy.tally, self.weights(clean.tally))
                 result.append(
                     dict(
                         metric=metric, clean=_where(clean), noisy=_where(noisy), difference=delta, interval=(low, high)
@@ -216,15 +247,17 @@ class Report:
         return sentences
 
     def table(self) -> str:
-        """A Markdown table: a line per label, a column per metric; see `legend`."""
+        """A Markdown table: a line per label, a column per metric, and one of what was chosen; see `legend`."""
         labels = list(dict.fromkeys(row.label for row in self.rows))
         winners = {metric: self.winner(metric) for metric in self.shown}
-        lines = [_line(["features", *map(self.heading, self.shown)]), _line(["---"] * (1 + len(self.shown)))]
+        heads = ["features", *(["chosen"] if self.chosen_on else []), *map(self.heading, self.shown)]
+        lines = [_line(heads), _line(["---"] * len(heads))]
         for label in labels:
             rows = [row for row in self.rows if row.label == label]
             bests = {metric: self.best(rows, metric) for metric in self.shown}
             cells = [self._cell(m, best, winners[m] == label, len(rows) > 1) for m, best in bests.items()]
-            lines.append(_line([label, *cells]))
+            chosen = [_notes(best, len(rows) > 1) for best in bests.values() if best and self.chosen_on]
+            lines.append(_line([label, *chosen[:1], *cells]))
         return "\n".join(lines)
 
     def long_table(self) -> str:
@@ -264,7 +297,7 @@ class Report:
     def markdown(self, about: str) -> str:
         """Heading, verdict, table, tables by map, and how it was made."""
         verdicts = "\n".join(f"- {sentence}" for sentence in self.verdicts())
-        by_map = "\n\n".join(self.map_table(m) for m in self.shown)
+        by_map = "\n\n".join(self.map_table(m) for m in self.chosen_on or self.shown)
         facts = facts_list(self.info | dict(seed=self.seed, versions=versions()))
         parts = [
             about,
@@ -278,7 +311,11 @@ class Report:
 
     def legend(self) -> str:
         """What the cells of the tables hold, in words."""
-        words = [f"Values with 95 % intervals (bootstrap over {self.unit}), and the map of the best value."]
+        chosen = f"chosen by the mean of {' and '.join(self.metrics[m] for m in self.chosen_on)} for all columns"
+        words = [
+            f"Values with 95 % intervals (bootstrap over {self.unit}), and the map "
+            f"{chosen if self.chosen_on else 'of the best value'}."
+        ]
         if len({row.series for row in self.rows}) > 1:
             words.append("Bold: better than every other model, and no interval of the differences contains 0.")
         if lower := [text for key, text in self.shown.items() if key in self.lower]:
@@ -319,19 +356,29 @@ def _settings(row: Row) -> str:
     return ", ".join(f"{names.get(key, key)}={value}" for key, value in row.settings.items())
 
 
+def _notes(best: Best, settings: bool) -> str:
+    """The map of a run, and its settings if asked for."""
+    notes = [f"map {best.map}"] if best.map else []
+    return ", ".join(notes + ([_settings(best.row)] if notes and settings else []))
+
+
 def _where(best: Best) -> dict:
     text = ", ".join(part for part in (best.row.label, best.map) if part)
     return dict(rate=best.tally.rate, label=best.row.label, map=best.map, **best.row.settings, text=text)
 
 
 def facts_list(info: dict) -> str:
-    """Facts as a Markdown list; facts that are dicts as lists in it."""
+    """Facts as a Markdown list; facts that are dicts as lists in it, and dicts in these as one line."""
     lines = []
     for key, value in info.items():
         lines.append(f"- {key}:" if isinstance(value, dict) else f"- {key}: {value}")
         if isinstance(value, dict):
-            lines += [f"  - {name}: {words}" for name, words in value.items()]
+            lines += [f"  - {name}: {_words(words)}" for name, words in value.items()]
     return "\n".join(lines)
+
+
+def _words(value: object) -> str:
+    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def versions() -> dict[str, str]:
