@@ -317,6 +317,29 @@ def test_chosen_images_of_a_shard(folder, tmp_path):
     assert len(list(read_shard(str(lost), notes))) < PER_SHARD and "lost.tar is damaged" in notes[0]
 
 
+# --- several sets ---
+
+
+def test_folders_and_shards_are_mixed(folder, tmp_path, capsys):
+    from finetune_runs import RECIPE, finetune, refused
+
+    from cleandift_backbones.distill.build import list_data
+    from cleandift_backbones.distill.recipe import load_recipe
+
+    (tmp_path / "images").mkdir()
+    for number in range(50, 53):
+        (tmp_path / f"images/{number}.jpg").write_bytes(jpeg(number % 40))
+        (tmp_path / f"images/{number}.txt").write_text(f"picture {number}")
+    shards, more = f"{folder}/{{00000..00001}}.tar", f"data.more=[{tmp_path / 'images'},{folder / '00003.tar'}]"
+    data = list_data(load_recipe(RECIPE, [f"data.path={shards}", more, f"output_dir={tmp_path / 'run'}"]), 64)
+    told = [picture.caption for picture in [*data.pictures, *data.heldout]]
+    numbers = [*range(16), *range(50, 53), *range(24, 32)]
+    assert not data.streamed and sorted(told) == sorted(f"picture {number}" for number in numbers)
+    assert [p.caption for p in data.heldout] == ["picture 0", "picture 25"]  # the first, and 20 further on
+    assert finetune(shards, tmp_path / "run", "max_steps=1", more)
+    refused(shards, tmp_path / "other", capsys, "cache_dir needs folders of pictures", more, f"cache_dir={tmp_path}/c")
+
+
 # --- transparent images ---
 
 

@@ -75,6 +75,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="48,80,112,112",
         help="channels of the four levels, multiples of 16 (default: 48,80,112,112)",
     )
+    add(
+        "--drop-caption",
+        type=float,
+        default=0.15,
+        help="part of the captions that is replaced by the empty prompt; features are mostly taken with the empty "
+        "prompt, and much of it lets the UNet find in the image what the caption would tell (default: 0.15)",
+    )
     add("--export", action="store_true", help="train no further: write the folder from OUT's checkpoint as it stands")
     add(
         "--cuda-graph",
@@ -356,7 +363,7 @@ def train(options: argparse.Namespace) -> int:
     optimizer = torch.optim.AdamW(
         parameters, options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
-    names = ("seed", "batch_size", "lr", "warmup", "widths", "min_snr", "ema", "photo_share", "start")
+    names = ("seed", "batch_size", "lr", "warmup", "widths", "min_snr", "ema", "photo_share", "start", "drop_caption")
     run = Run(
         out,
         {"unet": unet, "text_encoder": text_encoder},
@@ -402,7 +409,7 @@ def train(options: argparse.Namespace) -> int:
             noise = torch.randn(latents.shape, device=device, generator=generator)
             timesteps = torch.randint(1000, (len(index),), device=device, generator=generator)
             with autocast(device):
-                context = text_encoder(captions.sample(index, generator))[0]
+                context = text_encoder(captions.sample(index, generator, whole=options.drop_caption))[0]
                 weighted, plain = diffusion_terms(forward, alphas, latents, noise, timesteps, context, options.min_snr)
             loss = weighted.mean()
             run.update(loss)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..allocator import keep_freed_memory
 from ..checkpoints.writing import write_file
 from ..errors import DivergedError, FileTakenError, InputError, file_errors
 from ..files import open_tensors, replacing, set_aside, write_text
@@ -257,6 +258,7 @@ class Run:
 
     def __enter__(self) -> Run:
         """From here on SIGTERM and Ctrl-C end the loop after the current step with a checkpoint; a second is obeyed."""
+        keep_freed_memory()
 
         def remember(number: int, _frame: object) -> None:
             self._signal = number
