@@ -107,6 +107,14 @@ def write_json_pairs(folder, entries):
     return folder / "pairs.json"
 
 
+def test_the_same_position_keeps_its_part_of_the_sides(tmp_path):
+    points = [[0, 0], [39, 29], [19.5, 14.5]]  # corners and the middle of 40 x 30, in 20 x 50
+    entry = dict(source="a.png", target="b.png", source_points=points, target_points=points[:1] * 3)
+    data = pairs.read_pairs(write_json_pairs(tmp_path, [entry]))
+    (found,) = matching.same_position(data)
+    torch.testing.assert_close(found, torch.tensor([[-0.25, 1 / 3], [19.25, 49 - 1 / 3], [9.5, 24.5]]))
+
+
 def test_json_pairs(tmp_path):
     entry = dict(source="a.png", target="b.png", source_points=[[1, 2]], target_points=[[3, 4.5]])
     data = pairs.read_pairs(write_json_pairs(tmp_path, [entry, dict(entry, category="x", target_box=[0, 5, 9, 45])]))

@@ -127,6 +127,20 @@ def _soft(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, window: int, t
     return torch.stack(places)
 
 
+def same_position(data: PairSet) -> list[torch.Tensor]:
+    """The answer that looks at no image: each source point's place, in parts of the image's sides, in the target.
+
+    Returns:
+        P x 2 of (x, y) in pixels of the target image, per pair.
+    """
+    found = []
+    for pair in data.pairs:
+        (source_height, source_width), (height, width) = data.sizes[pair.source], data.sizes[pair.target]
+        scale = torch.tensor([width / source_width, height / source_height])
+        found.append((pair.source_points + 0.5) * scale - 0.5)  # whole numbers are centres of pixels
+    return found
+
+
 def pck_tallies(found: Sequence[torch.Tensor], data: PairSet, alphas: Sequence[float] = ALPHAS) -> dict[str, Tally]:
     """PCK of what was found, to be resampled over target pictures.
 

@@ -42,7 +42,8 @@ choice. {search}Differences are paired: both sides are resampled together. Each 
 HEAD = f"""# Keypoints of photographs: what the features are worth
 
 PCK {METRIC}: the share of all keypoints found within {ALPHA:g} of the longer side of the target's box. Features
-upsampled bilinearly to the images' size, cosine similarity, the best pixel.
+upsampled bilinearly to the images' size, cosine similarity, the best pixel. "Same position" looks at no image: its answer
+is the place that the point has in the source.
 
 """
 SEARCH = """Noisy models choose map and size at each timestep with {first}; with {others} they are measured at that
@@ -151,7 +152,8 @@ class Benchmark:
 
 def run(args: argparse.Namespace, benchmark: Benchmark) -> Report:
     """All rows of the table, as a report."""
-    rows, searched = [], {}
+    position = {name: task.same_position()[METRIC] for name, task in benchmark.tasks.items()}
+    rows, searched = [Row("same position", "baseline", {"": position})], {}
     for planned in tqdm(benchmark.plan, desc="runs", unit="run"):
         swept = (planned.name, planned.settings.get("timestep"))
         rows.append(benchmark.row(planned, searched.get(swept)))

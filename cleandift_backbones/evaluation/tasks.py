@@ -67,6 +67,10 @@ class Correspondence(Task):
         )
         return matching.pck_tallies(found, self.data, self.alphas)
 
+    def same_position(self):
+        """What the place of a point alone is worth: as `measure`, without features."""
+        return matching.pck_tallies(matching.same_position(self.data), self.data, self.alphas)
+
     def main(self, metrics):
         return tuple(key for key in metrics if f"@{self.alphas[0]:g} " in key and "," not in key)
 
