@@ -42,8 +42,8 @@ choice. {search}Differences are paired: both sides are resampled together. Each 
 HEAD = f"""# Keypoints of photographs: what the features are worth
 
 PCK {METRIC}: the share of all keypoints found within {ALPHA:g} of the longer side of the target's box. Features
-upsampled bilinearly to the images' size, cosine similarity, the best pixel. "Same position" looks at no image: its answer
-is the place that the point has in the source.
+upsampled bilinearly to the images' size, cosine similarity, the best pixel. "Same position" looks at no image: its
+answer is the place that the point has in the source.
 
 """
 SEARCH = """Noisy models choose map and size at each timestep with {first}; with {others} they are measured at that
