@@ -34,7 +34,7 @@ MM := $(MM_VENV)/bin/python
 MM_TEST = $(MM) -c "import mmseg, mmdet, mmcv.ops" && OMP_NUM_THREADS=1 $(MM) -m pytest -n 2
 
 test-mmseg: $(MM_VENV)/.ready
-	$(MM_TEST) tests/test_mm.py tests/test_mm_checks.py tests/test_mmseg.py
+	$(MM_TEST) tests/test_mm.py tests/test_mm_checks.py tests/test_mmseg.py tests/test_fixtures_mm.py
 
 test-mmdet: $(MM_VENV)/.ready
 	$(MM_TEST) tests/test_mm_configs.py tests/test_mmdet.py
