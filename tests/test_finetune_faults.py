@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from cleandift_backbones.checkpoints import save_native
 from cleandift_backbones.distill.checkpoint import Checkpoints
 from cleandift_backbones.distill.export import write_native
-from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.distill.recipe import changed_settings, load_recipe
 from cleandift_backbones.distill.train import Training
 from cleandift_backbones.errors import CleanDIFTError
 from tools.finetune import main
@@ -70,6 +70,15 @@ def test_another_recipe_is_refused(pictures, tmp_path, capsys):
     main(arguments(pictures, tmp_path / "run", "stop_after=2"))
     refused(pictures, tmp_path / "run", capsys, "learning_rate was 0.0002 and is 0.1", "learning_rate=0.1")
     refused(pictures, tmp_path / "run", capsys, "holds a run: use resume=auto", "resume=never")
+    refused(pictures, tmp_path / "run", capsys, "data.flip was True and is False", "data.flip=false")
+
+
+def test_a_field_that_earlier_runs_did_not_know_has_its_default():
+    before = {"data": {"path": "a", "flip": True}, "seed": 0}
+    now = {"data": {"path": "a", "flip": True, "more": None}, "seed": 0, "loss": "cosine"}
+    assert changed_settings(before, now) == {}
+    now["data"]["more"], now["loss"] = ["b"], "l1"
+    assert changed_settings(before, now) == {"data.more": (None, ["b"]), "loss": ("cosine", "l1")}
 
 
 def run_in_process(pictures, out, *overrides, **kwargs):

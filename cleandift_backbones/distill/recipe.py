@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING as NO_FACTORY
 from dataclasses import dataclass, field, fields
@@ -224,6 +224,25 @@ def _flat(config: DictConfig, path: str = "") -> Iterator[tuple[str, Any, Any, s
         value = None if OmegaConf.is_missing(config, found.name) else config[found.name]
         default = found.default if found.default_factory is NO_FACTORY else found.default_factory()
         yield name, value, default, found.metadata["about"]
+
+
+def changed_settings(before: Mapping, now: Mapping) -> dict[str, tuple]:
+    """Dotted name -> (before, now) of what differs between the settings of two runs.
+
+    A field of recipes that the earlier run did not know has its default there, so that its checkpoints stay of use.
+    """
+    defaults = _dotted(OmegaConf.to_container(OmegaConf.structured(Recipe)))
+    before, now = _dotted(before), _dotted(now)
+    found = {name: (before.get(name, defaults.get(name)), now.get(name)) for name in before.keys() | now.keys()}
+    return {name: values for name, values in sorted(found.items()) if values[0] != values[1]}
+
+
+def _dotted(settings: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested mappings as one with dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def field_names() -> list[str]:

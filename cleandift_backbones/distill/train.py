@@ -48,7 +48,7 @@ from .export import student_state, write_native
 from .lora import lora_state
 from .module import Distiller, stratified_timesteps
 from .monitor import Monitor, feature_sheet
-from .recipe import Recipe, save_recipe
+from .recipe import Recipe, changed_settings, save_recipe
 from .summary import data_warnings, footer, header
 from .trainer import EMA, lr_factor, mix_seed, step_generator
 
@@ -344,7 +344,7 @@ class Training:
                 f"{self.checkpoints.folder} holds a run: use resume=auto to go on, or another output_dir"
             )
         tensors, state = found
-        changed = {k: (v, self.settings().get(k)) for k, v in state["settings"].items() if self.settings().get(k) != v}
+        changed = changed_settings(state["settings"], self.settings())
         if changed:
             told = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
             raise InputError(f"{self.out} holds another run: {told}. Give the same recipe, or another output_dir")
