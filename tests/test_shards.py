@@ -265,7 +265,7 @@ def run_of(path, heldout, out, *more):
 
 
 def test_held_out_shards_are_those_images(folder, tmp_path, caplog):
-    """The validation loss is that of the same images in a folder; a shard that is also trained on is told."""
+    """The validation loss is that of the same images in a folder; a shard that is also trained on is reported."""
     (tmp_path / "images").mkdir()
     for number in range(PER_SHARD):
         (tmp_path / f"images/{number}.jpg").write_bytes(jpeg(number))

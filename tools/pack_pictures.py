@@ -37,7 +37,7 @@ with importing(__name__):
     from cleandift_backbones.distill.captioned import pictures_of, spread
     from cleandift_backbones.distill.compose import list_entries
     from cleandift_backbones.distill.picture_sets import LONGEST, fit
-    from cleandift_backbones.distill.run_arguments import PICTURES, above_zero
+    from cleandift_backbones.distill.run_arguments import above_zero, add_set_arguments
     from cleandift_backbones.errors import FileTakenError, InputError, file_errors
     from cleandift_backbones.files import leftovers, readable_size, replacing
     from cleandift_backbones.listing import counted
@@ -60,10 +60,8 @@ class Item(NamedTuple):
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_set_arguments(parser)
     add = parser.add_argument
-    add("--photos", help="photographs with captions to train on: a folder, or .tar shards (folder or pattern)")
-    add("--photos-heldout", help="photographs that the held-out figures are taken on, likewise")
-    add("--data", help=PICTURES)
     add("--out", required=True, type=Path, help="folder for photos/ and emoji/")
     add("--size", type=above_zero(int), default=128, help="shorter side in pixels (default: 128)")
     add("--keep-aspect", action="store_true", help=f"keep photographs up to {LONGEST}:1 (default: the middle square)")

@@ -175,27 +175,12 @@ def train(options: argparse.Namespace) -> int:
     optimizer = torch.optim.AdamW(
         vae.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
     )
-    settings = {
-        k: getattr(options, k)
-        for k in (
-            "seed",
-            "batch_size",
-            "lr",
-            "warmup",
-            "widths",
-            "kl",
-            "gradient",
-            "crop",
-            "ema",
-            "photo_share",
-            "start",
-        )
-    }
+    names = ("seed", "batch_size", "lr", "warmup", "widths", "kl", "gradient", "crop", "ema", "photo_share", "start")
     run = Run(
         out,
         {"vae": vae},
         optimizer,
-        settings=settings | {"pictures": len(pictures), "size": side},
+        settings={k: getattr(options, k) for k in names} | {"pictures": len(pictures), "size": side},
         **run_options(options),
     )
 

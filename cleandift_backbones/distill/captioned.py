@@ -101,7 +101,7 @@ def list_pictures(
 
 
 def read_shard(path: str, notes: list[str], chosen: Iterable[int] | None = None) -> Iterator[Picture]:
-    """The images of a shard with their captions, in its order, as bytes; what cannot be read is told in `notes`.
+    """The images of a shard with their captions, in its order, as bytes; what cannot be read is reported in `notes`.
 
     Args:
         chosen: numbers of the samples to read, ascending; None: all.

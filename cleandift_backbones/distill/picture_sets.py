@@ -29,7 +29,7 @@ LONGEST = 1.5  # longer side of a kept photograph, in shorter sides; of longer o
 class Photos:
     """Photographs in memory, cut out at random on any device.
 
-    Each is resized to a shorter side of `size`. A training picture is, half of the time, the whole photograph squashed
+    Each is resized to a shorter side of `size`. A training picture is, half of the time, the whole photograph stretched
     to a square, as evaluation takes it; otherwise a random square of `scale` of its shorter side. Half are mirrored.
 
     Args:
@@ -212,19 +212,19 @@ class PictureSets:
         """
         chosen = {}
         if self.heldout_rgba is not None:
-            index = spread(len(self.heldout_rgba), count, seed)
+            index = spread_places(len(self.heldout_rgba), count, seed)
             rgba = self.heldout_rgba[index].to(self.device)
             half = len(index) // 2
             composed = self.compositor(rgba[half:], step_generator(self.device, seed, 1, 2))
             chosen["emoji"] = torch.cat([compose_plain(rgba[:half]), composed]), index
         if self.heldout_photos is not None:
-            index = spread(len(self.heldout_photos), count, seed)
+            index = spread_places(len(self.heldout_photos), count, seed)
             first = 0 if self.heldout_rgba is None else len(self.heldout_rgba)
             chosen["photos"] = self.heldout_photos.centers(index).to(self.device), index + first
         return chosen
 
 
-def spread(total: int, count: int, seed: int) -> Tensor:
+def spread_places(total: int, count: int, seed: int) -> Tensor:
     """At most `count` of `total` places, evenly spread, in a seeded order."""
     chosen = torch.linspace(0, total - 1, min(count, total)).long()
     return chosen[batch_indices(0, len(chosen), len(chosen), seed)]

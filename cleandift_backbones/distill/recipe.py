@@ -231,7 +231,7 @@ def changed_settings(before: Mapping, now: Mapping) -> dict[str, tuple]:
 
     A field of recipes that the earlier run did not know has its default there, so that its checkpoints stay of use.
     """
-    defaults = _dotted(OmegaConf.to_container(OmegaConf.structured(Recipe)))
+    defaults = {name: default for name, _, default, _ in _flat(OmegaConf.structured(Recipe))}
     before, now = _dotted(before), _dotted(now)
     found = {name: (before.get(name, defaults.get(name)), now.get(name)) for name in before.keys() | now.keys()}
     return {name: values for name, values in sorted(found.items()) if values[0] != values[1]}

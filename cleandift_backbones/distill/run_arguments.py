@@ -17,9 +17,6 @@ def run_options(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in same} | {"ema_decay": options.ema}
 
 
-PICTURES = "folder of emoji with train/ and heldout/ (tools/make_pictures.py writes it)"
-
-
 def above_zero(kind: type) -> Callable[[str], float]:
     """For `type` of argparse: an int or float above 0."""
 
@@ -40,17 +37,23 @@ def whole_numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `picture_sets.PictureSets`."""
+def add_set_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name the emoji and the photographs."""
     add = parser.add_argument
-    add("--data", help=PICTURES)
+    add("--data", help="folder of emoji with train/ and heldout/ (tools/make_pictures.py writes it)")
     add("--photos", help="photographs with captions to train on: a folder, or .tar shards (folder or pattern)")
     add("--photos-heldout", help="photographs that the held-out figures are taken on, likewise")
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `picture_sets.PictureSets`."""
+    add_set_arguments(parser)
+    add = parser.add_argument
     add("--photo-share", type=float, default=0.75, help="part of each batch that is photographs (default: 0.75)")
 
 
 def picture_sets(options: argparse.Namespace) -> PictureSets:
-    """The pictures that `add_picture_arguments` tells of."""
+    """The images that the options of `add_picture_arguments` name."""
     return PictureSets(options.data, options.photos, options.photos_heldout, options.photo_share, options.size)
 
 

@@ -16,7 +16,7 @@ __all__ = ["start_from", "start_text"]
 
 
 def start_from(module: nn.Module, part: str, source: str) -> None:
-    """Gives a module the weights of a checkpoint's part; what the checkpoint does not hold stays as it is, and is told.
+    """Gives a module the weights of a checkpoint's part; the rest stays as it is, and is reported.
 
     Args:
         module: an AutoencoderKL or a UNet2DConditionModel. part: "vae" or "unet".
