@@ -210,12 +210,12 @@ def model_names() -> list[str]:
 
 
 def architecture_of(model: str) -> dict:
-    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift").
+    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift"), with or without tag.
 
     Raises:
         ValueError: no model of this package.
     """
-    found = [part for part in model.split("_") if part in ARCHITECTURES]
+    found = [part for part in model.partition(".")[0].split("_") if part in ARCHITECTURES]
     if len(found) != 1:
         raise InputError(f"{model!r} is no model of this package, such as cleandift_sd21")
     return ARCHITECTURES[found[0]]
