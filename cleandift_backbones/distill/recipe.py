@@ -33,10 +33,8 @@ def _field(default: object, about: str) -> Any:
 @dataclass
 class DataRecipe:
     path: str = _field(MISSING, "folder of images with captions, or .tar shards of img2dataset")
-    more: list[str] | None = _field(None, "further folders or shards that are mixed in; all are listed, none streamed")
-    heldout: str | None = _field(
-        None, "folder or shards for validation; default: every 20th image; shards that are streamed need it"
-    )
+    more: list[str] | None = _field(None, "further folders or shards that are mixed in, not streamed")  # noqa: RUF009
+    heldout: str | None = _field(None, "folder or shards for validation; default: every 20th (not of shards)")
     size: int | None = _field(None, "side in pixels, a multiple of the latents' stride; default: the model's own")
     crop: str = _field("center", "center or random, after the shorter side is resized to size")
     flip: bool = _field(True, "mirror half of the images")
