@@ -121,6 +121,7 @@ def to_native(
     cut: bool = False,
     max_shard_size: int | str = "5GB",
     latent_encoder: str | None = None,
+    heads: bool = True,
 ) -> tuple[str, Weights]:
     """Writes a native folder, or a native file where `out` ends in .safetensors.
 
@@ -135,6 +136,7 @@ def to_native(
         cut: leave out the tensors that run after the finest map.
         max_shard_size: of a file in a folder.
         latent_encoder: "default" or "tiny" (default: the one that the source holds, else "default").
+        heads: keep the projection heads of a native checkpoint, which `projected_timestep` and further training need.
 
     Returns:
         the model's name, and the weights that were found in the source itself.
@@ -160,7 +162,7 @@ def to_native(
     weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
     checkpoints.check_configs(weights, cfg)
     arguments = _stored_arguments(main, weights)
-    heads, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
+    settings, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
         constants["timestep"] = torch.tensor(float(timestep))
         if noisy:  # whose timestep is an argument: config.json holds it
@@ -177,7 +179,7 @@ def to_native(
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
     cut = cut or last != last_map_of(weights.names(), infos)
     more = _unet_names(cfg, last if cut else None)
-    if weights.form == "native checkpoint":  # their arguments are in its config.json
+    if heads and weights.form == "native checkpoint":  # their arguments are in its config.json
         more += sorted(key for key in weights.names() if key.startswith("heads."))
     state |= {key: checkpoints.cast(key, weights[key], dtype) for key in more if key not in state and key in weights}
     label = main.name if isinstance(main, Path) else str(main)
@@ -190,7 +192,7 @@ def to_native(
         card = CardInfo(
             data=known or None, recipe=kept.get("recipe"), notes=f"Converted from {label} ({weights.form})."
         )
-        stored = {"final_map": final_map, "heads": heads}
+        stored = {"final_map": final_map, "heads": settings if heads else None}
         save_folder(built, out, card, metadata, max_shard_size=max_shard_size, state=state, arguments=stored)
     return name, found
 

@@ -37,7 +37,7 @@ def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[s
     """Names of the maps of weights that end at the map `held`: all of them, and those given by default."""
     from .backbone import feature_list, held_features
 
-    cfg, pyramid = architecture_of(model), model.endswith("_pyramid")
+    cfg, pyramid = architecture_of(model), model.partition(".")[0].endswith("_pyramid")
     infos = feature_list(cfg, pyramid)
     names = [info["name"] for info in infos]
     return [names[i] for i in held_features(cfg, infos, held)], [

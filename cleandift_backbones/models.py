@@ -110,6 +110,9 @@ _SD21_PARTS = dict(
 )
 
 
+TINY_TAGS = ("photos", "emoji")  # weights of the small models, the default first
+
+
 def _tiny(name: str) -> dict[str, str]:
     """The included parts of "MODEL.TAG"."""
     model, tag = name.split(".")
@@ -133,7 +136,7 @@ SOURCES: dict[str, dict[str, str]] = {
     "cleandift_sd21": _compvis("cleandift_sd21") | _SD21_PARTS,
     "dift_sd15": _SD15_PARTS | dict(unet=f"{_SD15_HUB}/unet/diffusion_pytorch_model.safetensors"),
     "dift_sd21": _SD21_PARTS | dict(unet=f"{_SD21_HUB}/unet/diffusion_pytorch_model.safetensors"),
-    **{name: _tiny(name) for name in ("cleandift_tiny.emoji", "dift_tiny.emoji")},
+    **{f"{model}.{tag}": _tiny(f"{model}.{tag}") for model in ("cleandift_tiny", "dift_tiny") for tag in TINY_TAGS},
 }
 
 
@@ -186,19 +189,30 @@ _WEB = TRAINED_ON + "photographs and art from the web (Stable Diffusion {}, subs
 _SD15 = partial(_hub, size=512, stride=64, description=_WEB.format(1.5, 2))
 _SD21 = partial(_hub, size=768, stride=64, description=_WEB.format(2.1, 5))
 _EMOJI = f"{TRAINED_ON}emoji (small demo model): {NOT_PHOTOGRAPHS}"
-_TINY = partial(_cfg, 128, 32, license="apache-2.0", description=_EMOJI)
+_PHOTOS = f"{TRAINED_ON}19,584 photographs of things, plants, clothes and food, and emoji (small demo model)"
+
+
+_TINY = {
+    f"{model}.{tag}": _cfg(
+        128,
+        32,
+        license="apache-2.0",
+        description=_EMOJI if tag == "emoji" else _PHOTOS,
+        file=SOURCES[f"{model.removesuffix('_pyramid')}.{tag}"]["unet"],
+    )
+    for model in ("cleandift_tiny", "cleandift_tiny_pyramid", "dift_tiny")
+    for tag in TINY_TAGS
+}
 
 default_cfgs = generate_default_cfgs(
     {
         "cleandift_sd15.compvis": _SD15("cleandift_sd15", license="mit"),
         "cleandift_sd21.compvis": _SD21("cleandift_sd21", license="mit"),
-        "cleandift_tiny.emoji": _TINY(file=SOURCES["cleandift_tiny.emoji"]["unet"]),
         "cleandift_sd15_pyramid.compvis": _SD15("cleandift_sd15", license="mit"),
         "cleandift_sd21_pyramid.compvis": _SD21("cleandift_sd21", license="mit"),
-        "cleandift_tiny_pyramid.emoji": _TINY(file=SOURCES["cleandift_tiny.emoji"]["unet"]),
         "dift_sd15.sd": _SD15("dift_sd15", license="creativeml-openrail-m"),
         "dift_sd21.sd": _SD21("dift_sd21", license="openrail++"),
-        "dift_tiny.emoji": _TINY(file=SOURCES["dift_tiny.emoji"]["unet"]),
+        **_TINY,
         "test_cleandift": _cfg(128, 64, license="apache-2.0"),
     }
 )
@@ -210,12 +224,12 @@ def model_names() -> list[str]:
 
 
 def architecture_of(model: str) -> dict:
-    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift").
+    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift"), with or without tag.
 
     Raises:
         ValueError: no model of this package.
     """
-    found = [part for part in model.split("_") if part in ARCHITECTURES]
+    found = [part for part in model.partition(".")[0].split("_") if part in ARCHITECTURES]
     if len(found) != 1:
         raise InputError(f"{model!r} is no model of this package, such as cleandift_sd21")
     return ARCHITECTURES[found[0]]
@@ -358,7 +372,8 @@ def cleandift_sd21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @_register
 def cleandift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CleanDIFT on this project's small emoji diffusion model: 11 maps, strides 4 to 32; 128 px. Weights included."""
+    """CleanDIFT on this project's small diffusion model: 11 maps, strides 4 to 32; 128 px. Weights included: `.photos`
+    of photographs and emoji (the default), and `.emoji`."""
     return _create("cleandift_tiny", "tiny", pretrained, **kwargs)
 
 
@@ -394,7 +409,7 @@ def dift_sd21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @_register
 def dift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DIFT on the small emoji diffusion model, cleandift_tiny's teacher. Weights included."""
+    """DIFT on the small diffusion model, cleandift_tiny's teacher. Weights included, with the same tags."""
     return _create("dift_tiny", "tiny", pretrained, noisy=True, **kwargs)
 
 

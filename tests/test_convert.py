@@ -236,6 +236,12 @@ def test_projection_heads_of_a_native_folder_are_kept(tmp_path):
     with torch.no_grad():
         for one, other in zip(found(X), model(X), strict=True):
             torch.testing.assert_close(one, other)
+    assert main([*arguments[:2], str(tmp_path / "without"), *arguments[3:], "--no-heads"]) == 0
+    with safe_open(tmp_path / "without/model.safetensors", "pt") as file:
+        assert not any(name.startswith("heads.") for name in file.keys())  # noqa: SIM118 (no mapping)
+    options.pop("projected_timestep")
+    found = timm.create_model(f"local-dir:{tmp_path / 'without'}", pretrained=True, **options).eval()
+    assert found.model.heads is None
 
 
 def test_arguments_of_dift_are_kept(tmp_path):

@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="auto: as SOURCE's UNet"
     )
     result.add_argument("--cut", action="store_true", help="leave out what runs after the finest map (1 %% of SD)")
+    result.add_argument("--no-heads", action="store_true", help="leave out the projection heads of a trained student")
     result.add_argument("--max-shard-size", type=_size, default="5GB", help="of a file in a folder (default: 5GB)")
     result.add_argument("--overwrite", action="store_true", help="replace what stands at --out")
     return result
@@ -81,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = line.parse_args(arguments)
     unused = {
         "native": ("fill",),
-        "diffusers": ("vae", "latent_encoder", "text_encoder", "timestep", "cut"),
-        "ldm": ("latent_encoder", "text_encoder", "timestep", "cut"),
+        "diffusers": ("vae", "latent_encoder", "text_encoder", "timestep", "cut", "no_heads"),
+        "ldm": ("latent_encoder", "text_encoder", "timestep", "cut", "no_heads"),
     }[options.to]
     given = [f"--{name.replace('_', '-')}" for name in unused if getattr(options, name)]
     if given:
@@ -114,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
                 cut=options.cut,
                 max_shard_size=options.max_shard_size,
                 latent_encoder=options.latent_encoder,
+                heads=not options.no_heads,
                 **common,
             )
     files = sorted(options.out.glob("*.safetensors")) if options.out.is_dir() else [options.out]

@@ -62,10 +62,13 @@ def own_size(model: str) -> int:
 
 
 def twin(model: str) -> str | None:
-    """The noisy model with the same architecture as a clean one, with its published weights, or None."""
+    """The noisy model with the same architecture, and tag, as a clean one, with its published weights, or None."""
     architecture = _known(model).architecture
     name = architecture.replace("cleandift_", "dift_", 1)
-    return name if architecture.startswith("cleandift_") and timm.is_model(name) else None
+    if not architecture.startswith("cleandift_") or not timm.is_model(name):
+        return None
+    tagged = f"{name}.{model.partition('.')[2]}" if timm.is_model(model) else name
+    return tagged if timm.is_model_pretrained(tagged) else name
 
 
 def shown_maps(names: Sequence[str]) -> list[str]:

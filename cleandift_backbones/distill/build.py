@@ -27,7 +27,7 @@ from ..heads import ProjectionHeads
 from ..last_map import check_reaches
 from ..learned import stored_timestep
 from ..locks import hold
-from ..models import ARCHITECTURES
+from ..models import architecture_of
 from ..noisy import DIFT
 from ..prompts import PromptEncoder, encoder_identity
 from ..tars import shards_of
@@ -94,7 +94,7 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
         ValueError: unknown maps. CheckpointError: unfit weights of the student or the heads.
     """
     torch.manual_seed(mix_seed(recipe.seed, 0))  # of heads and adapters
-    arch = ARCHITECTURES[recipe.teacher.removeprefix("dift_")]
+    arch = architecture_of(recipe.teacher)
     maps = dict(recipe.maps) if recipe.maps else dict.fromkeys(source.unet.map_names, 1.0)
     source.unet.check_maps(maps)
     last = max(maps, key=source.unet.map_names.index)

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from ..errors import InputError, MissingFileError, file_errors
 from ..files import is_file, is_text, set_aside, write_text
-from ..models import ARCHITECTURES
+from ..models import ARCHITECTURES, default_cfgs
 
 _logger = logging.getLogger(__name__)
 
@@ -299,8 +299,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if merged.mixed_precision == "False":  # YAML reads a bare `no` so
             merged.mixed_precision = "no"
         if merged.teacher is None:
-            student, _, architecture = merged.model.partition("_")
-            merged.teacher = f"dift_{architecture}" if student == "cleandift" else "no teacher"
+            student, _, rest = merged.model.partition("_")
+            merged.teacher = f"dift_{rest}" if student == "cleandift" else "no teacher"
         if merged.data.more:
             merged.data.more = [os.path.expanduser(place) for place in merged.data.more]
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
@@ -339,7 +339,9 @@ def _check(merged: DictConfig) -> None:
     if merged.latent_encoder_weights and merged.latent_encoder == "default":
         raise InputError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
     student, _, architecture = merged.model.partition("_")
-    if student != "cleandift" or merged.teacher != f"dift_{architecture}" or architecture not in ARCHITECTURES:
+    teacher, dot, tag = merged.teacher.partition(".")
+    known = architecture in ARCHITECTURES and (not dot or tag in default_cfgs[teacher].tags)
+    if student != "cleandift" or teacher != f"dift_{architecture}" or not known:
         names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")
         raise InputError(f"model and teacher must be one of {names}; got {merged.model} with {merged.teacher}")
     several = dict(crop="center", background="white")  # with other values an image has another view in each epoch

@@ -22,7 +22,7 @@ from ..errors import DivergedError, FileTakenError, InputError, file_errors, res
 from ..images import check_folder
 from ..latents import latent_stride
 from ..locks import hold
-from ..models import ARCHITECTURES
+from ..models import architecture_of
 from ..noisy import DIFT
 from ..progress import tqdm
 from ..training_data import training_data
@@ -91,7 +91,7 @@ class Training:
             torch.use_deterministic_algorithms(True, warn_only=True)
         set_seed(mix_seed(recipe.seed, 1) % 2**32)
         side = timm.get_pretrained_cfg(recipe.model).input_size[-1]
-        stride = latent_stride(ARCHITECTURES[recipe.model.split("_")[1]]["vae"])
+        stride = latent_stride(architecture_of(recipe.model)["vae"])
         self.size = recipe.data.size or side
         if self.size % stride:
             raise InputError(f"data.size={self.size} is no multiple of the latents' stride {stride}")
