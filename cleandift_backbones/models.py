@@ -110,7 +110,7 @@ _SD21_PARTS = dict(
 )
 
 
-TINY_TAGS = ("photos", "emoji")  # weights of the small models, the default first
+TINY_TAGS = ("emoji",)  # weights of the small models, the default first
 
 
 def _tiny(name: str) -> dict[str, str]:
@@ -189,7 +189,6 @@ _WEB = TRAINED_ON + "photographs and art from the web (Stable Diffusion {}, subs
 _SD15 = partial(_hub, size=512, stride=64, description=_WEB.format(1.5, 2))
 _SD21 = partial(_hub, size=768, stride=64, description=_WEB.format(2.1, 5))
 _EMOJI = f"{TRAINED_ON}emoji (small demo model): {NOT_PHOTOGRAPHS}"
-_PHOTOS = f"{TRAINED_ON}19,584 photographs of things, plants, clothes and food, and emoji (small demo model)"
 
 
 _TINY = {
@@ -197,7 +196,7 @@ _TINY = {
         128,
         32,
         license="apache-2.0",
-        description=_EMOJI if tag == "emoji" else _PHOTOS,
+        description=_EMOJI,
         file=SOURCES[f"{model.removesuffix('_pyramid')}.{tag}"]["unet"],
     )
     for model in ("cleandift_tiny", "cleandift_tiny_pyramid", "dift_tiny")
@@ -224,7 +223,7 @@ def model_names() -> list[str]:
 
 
 def architecture_of(model: str) -> dict:
-    """The entry of ARCHITECTURES behind a model's name ("cleandift_sd21_pyramid", "test_cleandift"), with or without tag.
+    """The entry of ARCHITECTURES of a model's name ("cleandift_sd21_pyramid", "test_cleandift"), with or without tag.
 
     Raises:
         ValueError: no model of this package.
@@ -372,8 +371,7 @@ def cleandift_sd21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @_register
 def cleandift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CleanDIFT on this project's small diffusion model: 11 maps, strides 4 to 32; 128 px. Weights included: `.photos`
-    of photographs and emoji (the default), and `.emoji`."""
+    """CleanDIFT on this project's small diffusion model: 11 maps, strides 4 to 32; 128 px. Weights included."""
     return _create("cleandift_tiny", "tiny", pretrained, **kwargs)
 
 
@@ -409,7 +407,7 @@ def dift_sd21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @_register
 def dift_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DIFT on the small diffusion model, cleandift_tiny's teacher. Weights included, with the same tags."""
+    """DIFT on the small diffusion model, cleandift_tiny's teacher. Weights included."""
     return _create("dift_tiny", "tiny", pretrained, noisy=True, **kwargs)
 
 
