@@ -18,8 +18,7 @@ test-app: $(VENV)/.ready-dev $(VENV)/.ready-app
 	    { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
 	    { echo "test-app needs Chromium: apt-get install chromium, as root" >&2; exit 1; }
 	$(BIN)/python -c "import gradio, playwright"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_app.py tests/test_app_visitors.py tests/test_app_page.py \
-	    tests/test_app_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/visualize/test_app.py tests/app
 
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -34,10 +33,10 @@ MM := $(MM_VENV)/bin/python
 MM_TEST = $(MM) -c "import mmseg, mmdet, mmcv.ops" && OMP_NUM_THREADS=1 $(MM) -m pytest -n 2
 
 test-mmseg: $(MM_VENV)/.ready
-	$(MM_TEST) tests/test_mm.py tests/test_mm_checks.py tests/test_mmseg.py tests/test_fixtures_mm.py
+	$(MM_TEST) tests/mm/test_mm.py tests/mm/test_mm_checks.py tests/mm/test_mmseg.py tests/test_fixtures_mm.py
 
 test-mmdet: $(MM_VENV)/.ready
-	$(MM_TEST) tests/test_mm_configs.py tests/test_mmdet.py
+	$(MM_TEST) tests/mm/test_mm_configs.py tests/mm/test_mmdet.py
 
 # The compiled operators are kept outside the checkout, see tools/build_mmcv.sh.
 $(MM_VENV)/.ready: pyproject.toml tools/build_mmcv.sh
@@ -50,7 +49,7 @@ $(MM_VENV)/.ready: pyproject.toml tools/build_mmcv.sh
 # The held-out pictures (needs npm), and the tables of docs/results.md: on 120 concepts (minutes on two cores), and on
 # all of them over six timesteps (more than an hour).
 data/emoji: $(VENV)/.ready-dev
-	$(BIN)/python tools/make_pictures.py --out data/emoji
+	$(BIN)/python tools/tiny/make_pictures.py --out data/emoji
 
 table: data/emoji
 	$(BIN)/python tools/evaluate.py --suite emoji --data data/emoji --out results

@@ -158,7 +158,7 @@ def started(loader: Iterable) -> Iterator:
 
 def _report(error: Exception) -> None:
     """Exits with 2 after an error of this package; raises any other again."""
-    errors = sys.modules.get("cleandift_backbones.errors")  # importing it here would load PyTorch
+    errors = sys.modules.get("cleandift_backbones.utils.errors")  # importing it here would load PyTorch
     if errors is None or not isinstance(error, errors.CleanDIFTError):
         raise error
     _write(f"error: {error}")

@@ -8,19 +8,24 @@ The import itself is light: diffusers is imported when the first model is built.
 
 from typing import TYPE_CHECKING
 
-from . import models  # noqa: F401  (registers with timm)
+from .models import entrypoints  # noqa: F401  (registers with timm)
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .backbone import CleanDIFT
-    from .inference import optimize
-    from .noisy import DIFT
-    from .unet import FeatureUNet
+    from .models.cleandift import CleanDIFT
+    from .models.denoisers.unet import FeatureUNet
+    from .models.dift import DIFT
+    from .optimization.optimize import optimize
 
 
 __all__ = ["DIFT", "CleanDIFT", "FeatureUNet", "__version__", "optimize"]
 
-_LAZY = {"CleanDIFT": "backbone", "DIFT": "noisy", "FeatureUNet": "unet", "optimize": "inference"}
+_LAZY = {
+    "CleanDIFT": "models.cleandift",
+    "DIFT": "models.dift",
+    "FeatureUNet": "models.denoisers.unet",
+    "optimize": "optimization.optimize",
+}
 
 
 def __getattr__(name: str):

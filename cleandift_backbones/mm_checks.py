@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .errors import DependencyError, InputError, StateError
-from .last_map import default_indices
-from .models import architecture_of, default_cfgs, model_names
+from .models.entrypoints import architecture_of, default_cfgs, model_names
+from .models.last_map import default_indices
+from .utils.errors import DependencyError, InputError, StateError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     Raises:
         ValueError: unknown model or map; index out of range.
     """
-    from .backbone import feature_list, take_indices
+    from .models.cleandift import feature_list, take_indices
 
     if model_name not in default_cfgs:
         raise InputError(

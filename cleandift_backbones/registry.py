@@ -1,7 +1,7 @@
 """The scope `cleandift_backbones` of mmengine's registries.
 
 mmengine looks a scope up in a module of this very name, so configs say `type="cleandift_backbones.CleanDIFT"` without
-importing anything. Only mmengine and mm.py import this.
+importing anything. Only mmengine and mm/backbone.py import this.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS

@@ -1,5 +1,5 @@
-"""The page served in a process of its own, and visitors to it in a browser. Used by tests/test_app_page.py and
-tests/test_app_faults.py, which are skipped where there is no browser."""
+"""The page served in a process of its own, and visitors to it in a browser. Used by tests/app/test_app_page.py and
+tests/app/test_app_faults.py, which are skipped where there is no browser."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def hook(event, args):
     elif event == "socket.getaddrinfo":
         log.write(f"{args[0]}\\n")
 sys.addaudithook(hook)
-def make_holdable(name="cleandift_backbones.app.extracting"):
+def make_holdable(name="cleandift_backbones.visualize.features"):
     while not hasattr(sys.modules.get(name), "how_to_get"):  # its last line; importing it here would be too early
         time.sleep(0.01)
     module = sys.modules[name]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+# Helpers and tests of other folders are imported by their plain names.
+sys.path[:0] = sorted({str(path.parent) for path in Path(__file__).parent.rglob("test_*.py")})
 pytest.register_assert_rewrite("app_browser")
 
 from hub_server import TOKEN, HubServer  # noqa: E402
@@ -76,6 +77,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def features():
     """Features that the page keeps, of cleandift_tiny and dift_tiny, shared by the tests that only read them."""
-    from cleandift_backbones.app.extracting import Features
+    from cleandift_backbones.visualize.features import Features
 
     return Features()

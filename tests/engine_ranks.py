@@ -12,12 +12,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
-from cleandift_backbones.distill import engine
+from cleandift_backbones.distill import distributed
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.train import Training
 
 kind, folder, *arguments = sys.argv[1:]
-plain = engine.Accelerator
+plain = distributed.Accelerator
 
 
 def announce(kind, **state):
@@ -51,14 +51,14 @@ def with_deepspeed(*args, **kwargs):
     return accelerator
 
 
-engine.Accelerator = {"ddp": plain, "fsdp": with_fsdp, "deepspeed": with_deepspeed}[kind]
+distributed.Accelerator = {"ddp": plain, "fsdp": with_fsdp, "deepspeed": with_deepspeed}[kind]
 training = Training(load_recipe(arguments[0], arguments[1:]))
 assert training.engine == kind and training.accelerator.num_processes == 2
 sharded = sum(hasattr(p, "full_tensor") for p in training.module.parameters())
 assert (sharded > 0) == (kind == "fsdp"), sharded
 training.accelerator.end_training = lambda: None  # the shards are looked at first
 code = training.run()
-state = {name: engine.whole(tensor).contiguous() for name, tensor in training.module.student.state_dict().items()}
+state = {name: distributed.whole(tensor).contiguous() for name, tensor in training.module.student.state_dict().items()}
 save_file(state, f"{folder}/{kind}{training.accelerator.process_index}.safetensors")
 torch.distributed.destroy_process_group()
 sys.exit(code)

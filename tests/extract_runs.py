@@ -9,9 +9,9 @@ import timm
 import torch
 from PIL import Image
 
-from cleandift_backbones.extraction import Features
-from cleandift_backbones.extraction.command import main
-from cleandift_backbones.images import read_image, to_input
+from cleandift_backbones.cli.extract import main
+from cleandift_backbones.data.images import read_image, to_input
+from cleandift_backbones.features import Features
 
 ROOT = Path(__file__).parents[1]
 RANDOM = ["--model", "random:test_cleandift"]

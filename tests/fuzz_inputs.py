@@ -17,12 +17,12 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 import cleandift_backbones  # noqa: F401  (registers with timm)
-from cleandift_backbones import convert
 from cleandift_backbones.distill.checkpoint import Checkpoints
-from cleandift_backbones.evaluation import depth
 from cleandift_backbones.evaluation.report import Row
-from cleandift_backbones.extraction.formats import Computed
-from cleandift_backbones.extraction.store import Store
+from cleandift_backbones.evaluation.tasks import depth
+from cleandift_backbones.features.formats import Computed
+from cleandift_backbones.features.store import Store
+from cleandift_backbones.publish import convert
 
 
 def image(seed: int = 0, size: tuple[int, int] = (72, 64), mode: str = "RGB") -> Image.Image:
@@ -106,7 +106,7 @@ def native() -> dict[str, bytes]:
 
     with tempfile.TemporaryDirectory() as temporary:
         model = timm.create_model("test_cleandift", final_map="us10")
-        from cleandift_backbones.hub import save_folder
+        from cleandift_backbones.publish.card import save_folder
 
         folder = save_folder(model, Path(temporary, "native"))
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

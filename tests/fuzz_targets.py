@@ -38,23 +38,25 @@ from fuzz_inputs import (
 )
 
 import cleandift_backbones  # noqa: F401  (registers with timm)
-from cleandift_backbones import checkpoints, convert
-from cleandift_backbones.app.pictures import open_picture
-from cleandift_backbones.distill import shards as training_shards
+from cleandift_backbones import checkpoints
+from cleandift_backbones.data import streaming
+from cleandift_backbones.data.batches import DecodeOptions, decode_batch, list_pictures, plain_images
+from cleandift_backbones.data.compositing import load_pictures
+from cleandift_backbones.data.images import read_image, to_input
+from cleandift_backbones.data.shards import find_shards
+from cleandift_backbones.data.sources import list_entries
 from cleandift_backbones.distill.checkpoint import Checkpoints
-from cleandift_backbones.distill.compose import load_pictures
-from cleandift_backbones.distill.data import DecodeOptions, decode_batch, list_pictures, plain_images
+from cleandift_backbones.distill.log import read_log
 from cleandift_backbones.distill.recipe import load_recipe
-from cleandift_backbones.distill.trainer import read_log
-from cleandift_backbones.evaluation import depth, emoji, knn, pairs, segmentation
+from cleandift_backbones.evaluation import emoji
 from cleandift_backbones.evaluation.items import check_answers
 from cleandift_backbones.evaluation.report import Row
-from cleandift_backbones.extraction import Features
-from cleandift_backbones.extraction.sources import list_entries
-from cleandift_backbones.extraction.store import Store
-from cleandift_backbones.extractor import load_extractor
-from cleandift_backbones.images import read_image, to_input
-from cleandift_backbones.tars import find_shards
+from cleandift_backbones.evaluation.tasks import depth, knn, pairs, segmentation
+from cleandift_backbones.features import Features
+from cleandift_backbones.features.extractor import load_extractor
+from cleandift_backbones.features.store import Store
+from cleandift_backbones.publish import convert
+from cleandift_backbones.visualize.pictures import open_picture
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def train_on_folder(folder: Path) -> None:
 
 
 def train_on_shards(folder: Path) -> None:
-    batches = training_shards.ShardBatches(find_shards(folder), DecodeOptions(32), 0, 2, buffer=2)
+    batches = streaming.ShardBatches(find_shards(folder), DecodeOptions(32), 0, 2, buffer=2)
     stream = iter(batches)
     for _ in range(3):
         next(stream)

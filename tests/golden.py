@@ -349,7 +349,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path, help="JSON file outside of the repository")
-    parser.add_argument("--emoji", type=Path, help="folder made by tools/make_pictures.py; without it no emoji rows")
+    parser.add_argument(
+        "--emoji", type=Path, help="folder made by tools/tiny/make_pictures.py; without it no emoji rows"
+    )
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--lines", type=int, default=20, help="differences to show of each part (default: 20)")
     args = parser.parse_args()

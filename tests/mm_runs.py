@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def make_scenes(folder: Path, *arguments: str) -> Path:
     """Scenes of 64 px made by the tool, from the sample pictures of the package."""
-    command = [sys.executable, str(ROOT / "tools" / "make_scenes.py"), "--out", str(folder), "--size", "64"]
+    command = [sys.executable, str(ROOT / "tools" / "tiny" / "make_scenes.py"), "--out", str(folder), "--size", "64"]
     subprocess.run([*command, "--train", "8", "--val", "4", *arguments], check=True, capture_output=True)
     return folder
 

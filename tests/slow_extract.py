@@ -6,8 +6,8 @@ It adds a letter to the file CALLS, if given, as it begins with a batch.
 import os
 import time
 
-from cleandift_backbones.extraction.command import main
-from cleandift_backbones.extractor import Extractor
+from cleandift_backbones.cli.extract import main
+from cleandift_backbones.features.extractor import Extractor
 
 call = Extractor.__call__
 

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor
 
-from cleandift_backbones.heads import ProjectionHeads
-from cleandift_backbones.models import ARCHITECTURES, published
-from cleandift_backbones.unet import map_infos
+from cleandift_backbones.models.denoisers.unet import map_infos
+from cleandift_backbones.models.entrypoints import ARCHITECTURES, published
+from cleandift_backbones.models.projection_heads import ProjectionHeads
 
 CFG = ARCHITECTURES["test"]
 TIMESTEP = 247.5

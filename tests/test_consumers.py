@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-import cleandift_backbones.hub as publishing
+import cleandift_backbones.publish.card as publishing
 
 ROOT = Path(__file__).parents[1]
 X = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))

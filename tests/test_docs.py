@@ -16,8 +16,8 @@ from accelerate.commands.launch import launch_command_parser
 from hub_server import TOKEN
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-import cleandift_backbones.hub as publishing
-from cleandift_backbones.models import ARCHITECTURES
+import cleandift_backbones.publish.card as publishing
+from cleandift_backbones.models.entrypoints import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,9 +52,9 @@ def stand_ins(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, stand_ins):
     if page.stem == "mm":
-        pytest.skip("needs mmsegmentation: tests/test_mmseg.py runs this page")
+        pytest.skip("needs mmsegmentation: tests/mm/test_mmseg.py runs this page")
     if page.stem == "extract":
-        pytest.skip("tests/test_extract_processes.py runs the commands and the code of this page")
+        pytest.skip("tests/features/test_extract_processes.py runs the commands and the code of this page")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
     for path in ROOT.iterdir():  # blocks may read the checkout, and write to a folder of their own
         (tmp_path / path.name).symlink_to(path)
@@ -113,7 +113,7 @@ def test_command_lines(page, code, capsys, monkeypatch):
         if words[0] == "make":
             assert words[1] in targets
             continue
-        if "$MM" in line:  # tools of mmsegmentation and mmdetection: tests/test_mmseg.py
+        if "$MM" in line:  # tools of mmsegmentation and mmdetection: tests/mm/test_mmseg.py
             continue
         if words[0] == "bash":
             assert (ROOT / words[1]).is_file()

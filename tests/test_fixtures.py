@@ -9,9 +9,8 @@ import torch
 from fixtures import make
 from safetensors.torch import load_file
 
-from cleandift_backbones import extractor as extractor_module
-from cleandift_backbones.extraction import Features
-from cleandift_backbones.latents import LatentEncoder
+from cleandift_backbones.features import Features, extractor
+from cleandift_backbones.models.latents import LatentEncoder
 
 NUMBERS = json.loads((make.HERE / "recorded.json").read_text())
 TENSORS = load_file(make.HERE / "recorded.safetensors")
@@ -32,8 +31,8 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the images that go through models."""
-    counted, call = [], extractor_module.Extractor.__call__
-    monkeypatch.setattr(extractor_module.Extractor, "__call__", lambda self, x: counted.append(len(x)) or call(self, x))
+    counted, call = [], extractor.Extractor.__call__
+    monkeypatch.setattr(extractor.Extractor, "__call__", lambda self, x: counted.append(len(x)) or call(self, x))
     return counted
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("mmengine")
 
-from cleandift_backbones.mm import CleanDIFT
+from cleandift_backbones.mm.backbone import CleanDIFT
 
 
 @pytest.mark.parametrize(

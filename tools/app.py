@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     with importing(__name__):
         from cleandift_backbones.app.page import MODELS, Page
-        from cleandift_backbones.errors import InputError, file_errors
+        from cleandift_backbones.utils.errors import InputError, file_errors
     if args.memory < 16:
         raise InputError(f"--memory {args.memory} is too small; give at least 16 (MB)")
     if args.port is not None and not 0 < args.port < 65536:

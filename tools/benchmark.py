@@ -52,11 +52,11 @@ from pathlib import Path
 from cleandift_command import guard, importing
 
 with importing(__name__):
-    from cleandift_backbones.backbone import MIN_SIDE
-    from cleandift_backbones.errors import needs, resource_errors
-    from cleandift_backbones.files import write_text
-    from cleandift_backbones.images import check_folder
-    from cleandift_backbones.models import architecture_of
+    from cleandift_backbones.data.images import check_folder
+    from cleandift_backbones.models.cleandift import MIN_SIDE
+    from cleandift_backbones.models.entrypoints import architecture_of
+    from cleandift_backbones.utils.atomic import write_text
+    from cleandift_backbones.utils.errors import needs, resource_errors
 
     sys.path.insert(0, str(Path(__file__).parent))  # for those who run this file by its path
 

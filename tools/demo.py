@@ -27,14 +27,9 @@ with importing(__name__):
     import torch.nn.functional as F
     from PIL import Image
 
-    from cleandift_backbones.app.extracting import TIMESTEP
-    from cleandift_backbones.app.naming import matched_map, own_size, shown_maps, twin
-    from cleandift_backbones.app.pictures import SAMPLES, open_picture
-    from cleandift_backbones.arguments import map_items
-    from cleandift_backbones.errors import InputError, resource_errors
-    from cleandift_backbones.evaluation import correspondence, figures
-    from cleandift_backbones.evaluation.figures import Panel
-    from cleandift_backbones.extractor import (
+    from cleandift_backbones.data.images import check_folder, to_tensor
+    from cleandift_backbones.features import correspondence
+    from cleandift_backbones.features.extractor import (
         Extractor,
         extract,
         list_maps,
@@ -42,9 +37,15 @@ with importing(__name__):
         map_indices,
         resolve_device,
     )
-    from cleandift_backbones.files import save_png
-    from cleandift_backbones.images import check_folder, to_tensor
-    from cleandift_backbones.training_data import training_data
+    from cleandift_backbones.features.model_names import matched_map, own_size, shown_maps, twin
+    from cleandift_backbones.features.options import map_items
+    from cleandift_backbones.publish.training_data import training_data
+    from cleandift_backbones.utils.atomic import save_png
+    from cleandift_backbones.utils.errors import InputError, resource_errors
+    from cleandift_backbones.visualize import figures
+    from cleandift_backbones.visualize.features import TIMESTEP
+    from cleandift_backbones.visualize.figures import Panel
+    from cleandift_backbones.visualize.pictures import SAMPLES, open_picture
 
 POINTS = 4
 BATCH = 8

@@ -7,11 +7,11 @@ and the other tasks of the paper (knn, retrieval, segmentation, depth, noise) ar
 
     python tools/evaluate.py --suite photos --data eval --out results/photos
 
-matches keypoints of photographs, see `cleandift_backbones.evaluation.photos`.
+matches keypoints of photographs, see `cleandift_backbones.cli.evaluate_photos`.
 
     python tools/evaluate.py --suite emoji --data data/emoji --out results
 
-takes the pictures made by tools/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over
+takes the pictures made by tools/tiny/make_pictures.py and compares raw pixels, the noisy features of dift_tiny over
 timesteps and ensembles, its untouched UNet on clean pictures, cleandift_tiny, and a random network; any other timm
 model name can join. It writes results.json, results.md and results.png, and says whether clean features win, and by how
 much.
@@ -34,12 +34,13 @@ from cleandift_command import guard, importing
 with importing(__name__):
     import torch
 
-    from cleandift_backbones.arguments import map_items
-    from cleandift_backbones.evaluation import command, emoji, emoji_probes, photos, report, suites
+    from cleandift_backbones.cli import evaluate, evaluate_photos, evaluate_suites
+    from cleandift_backbones.evaluation import emoji, emoji_probes, report
     from cleandift_backbones.evaluation.plans import Run, make_suite_plan
-    from cleandift_backbones.extractor import PIXELS, load_extractor, resolve_device
-    from cleandift_backbones.locks import hold
-    from cleandift_backbones.progress import tqdm
+    from cleandift_backbones.features.extractor import PIXELS, load_extractor, resolve_device
+    from cleandift_backbones.features.options import map_items
+    from cleandift_backbones.utils.locks import hold
+    from cleandift_backbones.utils.progress import tqdm
 
 ABOUT = """# Held-out emoji: what the features are worth
 
@@ -63,10 +64,10 @@ on these same pictures, for every row alike."""
 @guard("finished rows are kept in OUT/runs; the same command continues")
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in arguments) or arguments[0] in command.TASKS:
-        return command.main(arguments)
+    if not any(re.fullmatch(r"--suite(=.*)?|-h|--help", word) for word in arguments) or arguments[0] in evaluate.TASKS:
+        return evaluate.main(arguments)
     if _suite(arguments) == "photos":
-        return photos.main(arguments)
+        return evaluate_photos.main(arguments)
     args = _parser().parse_args(arguments)
     if args.limit_concepts is None and not args.full:
         args.limit_concepts = 120
@@ -95,17 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="%(prog)s TASK --model NAME ... --data PATH [...]\n       %(prog)s --suite emoji --data PATH [...]\n"
         "       %(prog)s --suite photos --data PATH [...]",
-        description=f"{__doc__.splitlines()[0]} TASK is one of {', '.join(command.TASKS)}: TASK --help tells more. "
+        description=f"{__doc__.splitlines()[0]} TASK is one of {', '.join(evaluate.TASKS)}: TASK --help tells more. "
         "With --suite emoji: cross-style retrieval, eye correspondence, subgroups and figures of held-out emoji. "
         "--suite photos --help tells of the keypoints of photographs.",
-        formatter_class=command.Formatter,
+        formatter_class=evaluate.Formatter,
     )
     parser.add_argument(
         "--suite", choices=["emoji", "photos"], required=True, help="what to measure in place of a TASK"
     )
-    parser.add_argument("--data", required=True, help="picture folder made by tools/make_pictures.py")
+    parser.add_argument("--data", required=True, help="picture folder made by tools/tiny/make_pictures.py")
     parser.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
-    suites.add_options(
+    evaluate_suites.add_options(
         parser, [PIXELS, "dift_tiny", "cleandift_tiny"], "; a cleandift_* model brings its random twin",
         "100 400 unless given, 1 50 100 200 300 400 with --full", ["all"],
     )  # fmt: skip
@@ -130,12 +131,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> tuple[list[Run], dict[str, str], torch.device]:
     """Finds what is wrong before any long work; returns the runs to make, and hashes of their weights."""
-    suites.check_options(args, (("size", 64, 4096), ("placements", 1, 1000), ("limit_concepts", 2, None)))
+    evaluate_suites.check_options(args, (("size", 64, 4096), ("placements", 1, 1000), ("limit_concepts", 2, None)))
     if args.timesteps is None:
         args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
     device = resolve_device(args.device)
     plan = [replace(run, maps=_chosen(args, run.model)) for run in make_suite_plan(args, twins=True)]
-    weights = command.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
+    weights = evaluate.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
     return plan, weights, device
 
 
@@ -167,8 +168,8 @@ def _run(
         return report.Row(run.label, run.kind, results, run.settings, time.perf_counter() - clock)
 
     for run in tqdm(plan, desc="runs", unit="run"):
-        path = suites.row_path(args.out, run, data, options, weights[run.name])
-        row, found = suites.kept_row(path, partial(measure, run))
+        path = evaluate_suites.row_path(args.out, run, data, options, weights[run.name])
+        row, found = evaluate_suites.kept_row(path, partial(measure, run))
         rows.append(row)
         if found:
             tqdm.write(f"{run.label}: taken from {path}; delete it to measure again")
@@ -183,7 +184,7 @@ def _run(
         placements=args.placements,
         size=args.size,
         noise="one for all pictures" if args.shared_noise else "another for each style",
-        **suites.facts_of(plan, rows, device),
+        **evaluate_suites.facts_of(plan, rows, device),
     )
     return report.Report(rows, emoji.METRICS, info, args.seed)
 

@@ -4,7 +4,7 @@
 from cleandift_command import importing
 
 with importing(__name__):
-    from cleandift_backbones.extraction.command import main
+    from cleandift_backbones.cli.extract import main
 
 if __name__ == "__main__":
     main()

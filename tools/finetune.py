@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     with importing(__name__, "loading PyTorch and diffusers ..." if os.environ.get("RANK", "0") == "0" else ""):
         from cleandift_backbones.distill.recipe import describe_fields, field_names, load_recipe
         from cleandift_backbones.distill.train import distill
-        from cleandift_backbones.errors import InputError
-        from cleandift_backbones.hub import check_push
+        from cleandift_backbones.publish.push import check_push
+        from cleandift_backbones.utils.errors import InputError
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
         if (name := name.replace("-", "_")) not in field_names():

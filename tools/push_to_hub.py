@@ -17,7 +17,7 @@ import sys
 from cleandift_command import guard, importing
 
 with importing(__name__):
-    from cleandift_backbones.hub import push_to_hub
+    from cleandift_backbones.publish.push import push_to_hub
 
 
 @guard("the same command continues; files that have arrived are not sent twice")

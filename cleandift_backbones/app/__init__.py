@@ -1,29 +1,20 @@
-"""Looking at features: three results, from Python and on a page (`make app`).
+"""The page of `make app`, over the results of `cleandift_backbones.visualize`; it needs the extra `[demo]`.
 
-    from cleandift_backbones.app import match
-    result = match(["cat-face_noto.png", "cat-face_fluentflat.png"], [(0, 0.19, 0.17)], map="us6")
-    result.save("match.png"), result.save("match.safetensors")
-
-results: what a result can do. matching, mapping, comparing: the three kinds, each a function that takes pictures
-(files, or names of the samples that come with the package). pictures: reading them. extracting, store: features,
-computed once and kept within a bounded memory. naming: what a model's name stands for. sessions, answers, views,
-routes, page: the page; it needs the extra `[demo]`.
+page: what it consists of. sessions: the state of each visitor. answers: from a state to results. views: from results to
+HTML. routes: the files that it serves.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .comparing import compare
-    from .mapping import maps
-    from .matching import match
+    from ..visualize import compare, maps, match
 
-__all__ = ["compare", "maps", "match"]
-
-_LAZY = {"compare": "comparing", "maps": "mapping", "match": "matching"}
+__all__ = ["compare", "maps", "match"]  # aliases, for code that imports them from here
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name in __all__:
+        from .. import visualize
+
+        return getattr(visualize, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from ..extractor import ModelError
-from ..images import ImageError
-from .comparing import compare_entries, main_directions, two_specs
-from .extracting import Cancelled, Features, Spec, Watch, how_to_get
-from .mapping import map_entries
-from .matching import match_entries
-from .pictures import Picture
-from .results import Result
+from ..data.images import ImageError
+from ..features.extractor import ModelError
+from ..visualize.comparison import compare_entries, main_directions, two_specs
+from ..visualize.feature_maps import map_entries
+from ..visualize.features import Cancelled, Features, Spec, Watch, how_to_get
+from ..visualize.matches import match_entries
+from ..visualize.memory import Entry
+from ..visualize.pictures import Picture
+from ..visualize.results import Result
 from .sessions import Session, Settings
-from .store import Entry
 
 _logger = logging.getLogger(__name__)
 QUICK_MAPS, QUICK_PRODUCTS = 12, 2e8  # maps, and products for their main directions, of a tenth of a second

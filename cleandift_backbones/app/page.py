@@ -12,16 +12,16 @@ from typing import Any
 # Read when Gradio is imported: nothing is told to anybody.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-from ..errors import InputError, needs
+from ..utils.errors import InputError, needs
 
 with needs("demo"):
     import gradio as gr
 
-from ..extractor import ModelError
+from ..features.extractor import ModelError
+from ..features.model_names import map_names, matched_map, shown_maps
+from ..visualize.feature_maps import MOST_CLUSTERS, SHOWS
+from ..visualize.features import ENSEMBLE, TIMESTEP, Features
 from .answers import PROBLEMS, Answers, tell_problem
-from .extracting import ENSEMBLE, TIMESTEP, Features
-from .mapping import MOST_CLUSTERS, SHOWS
-from .naming import map_names, matched_map, shown_maps
 from .routes import routes
 from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings, trained_on
 from .views import stage_view, tray_view

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from .pictures import SAMPLES, sample_names
-from .results import SUFFIXES
+from ..visualize.pictures import SAMPLES, sample_names
+from ..visualize.results import SUFFIXES
 from .sessions import Sessions
 
 LARGEST_UPLOAD = 64 << 20  # bytes

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from ..errors import InputError
-from ..images import ImageError
-from ..models import NOT_PHOTOGRAPHS
-from ..training_data import training_data
-from .extracting import ENSEMBLE, TIMESTEP
-from .mapping import SHOWS
-from .pictures import Picture, open_picture, open_sample, sample_names
-from .results import Result
+from ..data.images import ImageError
+from ..models.entrypoints import NOT_PHOTOGRAPHS
+from ..publish.training_data import training_data
+from ..utils.errors import InputError
+from ..visualize.feature_maps import SHOWS
+from ..visualize.features import ENSEMBLE, TIMESTEP
+from ..visualize.pictures import Picture, open_picture, open_sample, sample_names
+from ..visualize.results import Result
 
 MOST_PICTURES, MOST_POINTS, MOST_SESSIONS, LONGEST_PROMPT, LONGEST_NAME = 8, 8, 50, 300, 80
 TABS = ("match", "maps", "compare")

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..evaluation import figures
+from ..visualize import figures
+from ..visualize.comparison import Comparison, Side
+from ..visualize.feature_maps import Maps
+from ..visualize.matches import Match
+from ..visualize.pictures import sample_names
+from ..visualize.results import SUFFIXES, Result, one_thread
 from .answers import Progress
-from .comparing import Comparison, Side
-from .mapping import Maps
-from .matching import Match
-from .pictures import sample_names
-from .results import SUFFIXES, Result, one_thread
 from .sessions import MOST_PICTURES, Session
 
 HEAT_SIDE = 128  # longer side of heat maps, which the browser stretches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 #: dtypes that models compute in
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

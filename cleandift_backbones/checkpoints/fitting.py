@@ -8,11 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..progress import tqdm
+from ..utils.progress import tqdm
 from .dtypes import STORED, cast
 from .folders import CheckpointError
 from .folders import listed as _listed
-from .reading import Weights, family
+from .formats import Weights, family
 
 LATENT_CHANNELS = 4  # of Stable Diffusion 1.x and 2.x
 

@@ -1,4 +1,4 @@
-"""What a file of weights is, by the names of its tensors, and their native names; see the table in `reading`."""
+"""What a file of weights is, by the names of its tensors, and their native names; see the table in `formats`."""
 
 from __future__ import annotations
 

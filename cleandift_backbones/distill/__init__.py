@@ -1,6 +1,6 @@
 """Distillation of clean features: projection heads, teacher and student, data, training loop."""
 
-from ..errors import needs
+from ..utils.errors import needs
 
 with needs("train"):
     import accelerate  # noqa: F401

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import CheckpointError, open_weights
-from ..checkpoints.writing import write_file
-from ..files import is_file, open_tensors, replacing, set_aside, write_text
-from ..images import ImageError
-from ..progress import tqdm
-from .data import DecodeOptions, OrderedBatches, Picture, decode
-from .trainer import step_generator
+from ..checkpoints.save import write_file
+from ..data.batches import DecodeOptions, OrderedBatches, Picture, decode
+from ..data.images import ImageError
+from ..utils.atomic import is_file, open_tensors, replacing, set_aside, write_text
+from ..utils.progress import tqdm
+from ..utils.seeding import step_generator
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class CachedBatches(OrderedBatches):
     """Batches of a `LatentCache`: (latents of each kind, prompts, names).
 
     Args:
-        flip: take the mirrored latents for half of them. Others: see `data.OrderedBatches`.
+        flip: take the mirrored latents for half of them. Others: see `batches.OrderedBatches`.
     """
 
     def __init__(self, cache: LatentCache, pictures: Sequence[Picture], flip: bool, *args, **kwargs):

@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints import CheckpointError, open_weights, verify
-from ..checkpoints.writing import write_file
-from ..errors import FileError
-from ..files import leftovers, reading, replacing, set_aside
+from ..checkpoints.save import write_file
+from ..utils.atomic import leftovers, reading, replacing, set_aside
+from ..utils.errors import FileError
 
 _logger = logging.getLogger(__name__)
 

@@ -10,15 +10,17 @@ import timm
 import torch
 from torch import Tensor
 
-from .. import checkpoints, hub
-from ..errors import DivergedError
-from ..listing import counted
-from .build import load_student_encoder, load_teacher
-from .engine import whole
+from .. import checkpoints
+from ..data.listing import counted
+from ..publish import card as card_module
+from ..publish import push
+from ..utils.errors import DivergedError
+from .distiller import Distiller
+from .distributed import whole
+from .log import read_log
 from .lora import merged_state
-from .module import Distiller
 from .recipe import Recipe
-from .trainer import read_log
+from .setup import load_student_encoder, load_teacher
 
 
 def student_state(module: Distiller) -> dict[str, Tensor]:
@@ -51,7 +53,7 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
             f"{out / 'native'} is not written. Lower learning_rate in a new output_dir"
         )
     if adapters is not None:
-        checkpoints.writing.keep_other(out / "lora.safetensors")
+        checkpoints.save.keep_other(out / "lora.safetensors")
         checkpoints.save_native(adapters, out / "lora.safetensors")
     # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
     base, encoder = load_teacher(recipe).state_dict(), load_student_encoder(recipe)
@@ -60,16 +62,16 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
     if encoder is not None:
         base |= {f"vae.{name}": tensor for name, tensor in encoder.state_dict().items()}
     state = base | dict(state)
-    card = hub.CardInfo(data=data, recipe=json.loads(method(recipe)), results=final_losses(out / "log.jsonl"))
+    card = card_module.CardInfo(data=data, recipe=json.loads(method(recipe)), results=final_losses(out / "log.jsonl"))
     with torch.device("meta"):
         model = timm.create_model(recipe.model, latent_encoder=recipe.latent_encoder)
     heads = {k: v for k, v in vars(recipe.heads).items() if k != "weights"} if recipe.heads.depth else None
     dtype = getattr(torch, recipe.save_dtype)
-    folder = hub.save_folder(
+    folder = card_module.save_folder(
         model, out / "native", card, {"recipe": method(recipe)}, dtype, state=state, arguments=dict(heads=heads)
     )
     if recipe.push_to_hub:
-        print(f"pushed to {hub.push_to_hub(folder, recipe.push_to_hub)}")
+        print(f"pushed to {push.push_to_hub(folder, recipe.push_to_hub)}")
 
 
 def final_losses(log: Path) -> dict[str, str]:

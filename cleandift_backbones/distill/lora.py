@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import needs
-from ..unet import FeatureUNet
+from ..models.denoisers.unet import FeatureUNet
+from ..utils.errors import needs
 
 #: CleanDIFT, supplement: rank 64 on self-attention (attn1) and feed-forward layers, for backbones too large to train
 TARGETS = r".*(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"

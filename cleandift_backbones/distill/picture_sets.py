@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..decoding import read_image
-from ..errors import InputError
-from ..progress import tqdm
-from .captioned import Picture, pictures_of
-from .compose import Compositor, compose_plain, load_pictures
-from .trainer import batch_indices, step_generator
+from ..data.captioned import Picture, pictures_of
+from ..data.compositing import Compositor, compose_plain, load_pictures
+from ..data.decoding import read_image
+from ..utils.errors import InputError
+from ..utils.progress import tqdm
+from ..utils.seeding import batch_indices, step_generator
 
 __all__ = ["Photos", "PictureSets", "fit"]
 
@@ -111,7 +111,7 @@ class PictureSets:
     """Emoji and photographs, each with its training and its held-out half.
 
     Args:
-        emoji: folder of tools/make_pictures.py or tools/pack_pictures.py with train/ and heldout/, or None.
+        emoji: folder of tools/tiny/make_pictures.py or tools/tiny/pack_pictures.py with train/ and heldout/, or None.
         photos, photos_heldout: folders or shards of photographs with captions, or None.
         share: part of each batch that is photographs, where there are both.
         size: side of the pictures in pixels; None: that of the emoji, 128 without any.

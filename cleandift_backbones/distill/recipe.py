@@ -17,9 +17,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ..errors import InputError, MissingFileError, file_errors
-from ..files import is_file, is_text, set_aside, write_text
-from ..models import ARCHITECTURES, default_cfgs
+from ..models.entrypoints import ARCHITECTURES, default_cfgs
+from ..utils.atomic import is_file, is_text, set_aside, write_text
+from ..utils.errors import InputError, MissingFileError, file_errors
 
 _logger = logging.getLogger(__name__)
 

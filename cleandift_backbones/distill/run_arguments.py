@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .picture_sets import PictureSets
 
 
@@ -40,7 +40,7 @@ def whole_numbers(text: str, option: str) -> list[int]:
 def add_set_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name the emoji and the photographs."""
     add = parser.add_argument
-    add("--data", help="folder of emoji with train/ and heldout/ (tools/make_pictures.py writes it)")
+    add("--data", help="folder of emoji with train/ and heldout/ (tools/tiny/make_pictures.py writes it)")
     add("--photos", help="photographs with captions to train on: a folder, or .tar shards (folder or pattern)")
     add("--photos-heldout", help="photographs that the held-out figures are taken on, likewise")
 

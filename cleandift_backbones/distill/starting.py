@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from .. import checkpoints
-from ..download import fetch_checkpoint
-from ..errors import InputError, file_errors
+from ..checkpoints.hub import fetch_checkpoint
+from ..utils.errors import InputError, file_errors
 
 __all__ = ["start_from", "start_text"]
 

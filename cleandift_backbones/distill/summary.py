@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..decoding import ImageError, opened
-from ..errors import InputError
-from ..listing import counted
-from ..tars import open_shard, read_member, scan, shards_of
-from .engine import half_of
+from ..data.decoding import ImageError, opened
+from ..data.listing import counted
+from ..data.shards import open_shard, read_member, scan, shards_of
+from ..utils.errors import InputError
+from .distributed import half_of
 from .export import final_losses
 from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .build import Data
+    from .setup import Data
     from .train import Training
 
 LOOKED_AT = 200  # images whose size is looked at, spread over the data

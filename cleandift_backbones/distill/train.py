@@ -18,15 +18,22 @@ from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..checkpoints import check_replaceable
-from ..errors import DivergedError, FileTakenError, InputError, file_errors, resource_errors
-from ..images import check_folder
-from ..latents import latent_stride
-from ..locks import hold
-from ..models import architecture_of
-from ..noisy import DIFT
-from ..progress import tqdm
-from ..training_data import training_data
-from .build import (
+from ..data.images import check_folder
+from ..models.dift import DIFT
+from ..models.entrypoints import architecture_of
+from ..models.latents import latent_stride
+from ..publish.training_data import training_data
+from ..utils.errors import DivergedError, FileTakenError, InputError, file_errors, resource_errors
+from ..utils.locks import hold
+from ..utils.progress import tqdm
+from ..utils.seeding import mix_seed, step_generator
+from .checkpoint import Checkpoints
+from .distiller import Distiller, stratified_timesteps
+from .distributed import autocast, engine_of, half_of, like, make_accelerator, pack_optimizer, unpack_optimizer, whole
+from .export import student_state, write_native
+from .lora import lora_state
+from .recipe import Recipe, changed_settings, save_recipe
+from .setup import (
     Encoders,
     Prompts,
     build_module,
@@ -42,15 +49,9 @@ from .build import (
     trained_state,
     validation_batch,
 )
-from .checkpoint import Checkpoints
-from .engine import autocast, engine_of, half_of, like, make_accelerator, pack_optimizer, unpack_optimizer, whole
-from .export import student_state, write_native
-from .lora import lora_state
-from .module import Distiller, stratified_timesteps
-from .monitor import Monitor, feature_sheet
-from .recipe import Recipe, changed_settings, save_recipe
 from .summary import data_warnings, footer, header
-from .trainer import EMA, lr_factor, mix_seed, step_generator
+from .tracking import Monitor, feature_sheet
+from .trainer import EMA, lr_factor
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Plumbing that every training script shares: seeded batches, schedule, EMA, checkpoints, log, signals.
+"""Plumbing that every training script shares: schedule, EMA, checkpoints, signals.
 
 A script reads as
 
@@ -8,7 +8,7 @@ A script reads as
             run.update(loss_of(step))
             run.track(images=batch, loss=loss)
 
-All randomness of a step comes from `(seed, step)` (see `step_generator` and `batch_indices`), so a resumed run sees
+All randomness of a step comes from `(seed, step)` (see `utils.seeding`), so a resumed run sees
 the batches and the noise that an uninterrupted one would have seen, and no generator's state has to be kept.
 """
 
@@ -18,7 +18,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,22 +26,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..allocator import keep_freed_memory
-from ..checkpoints.writing import write_file
-from ..errors import DivergedError, FileTakenError, InputError, file_errors
-from ..files import open_tensors, replacing, set_aside, write_text
-from ..progress import tqdm
-from .engine import pack_optimizer, unpack_optimizer
+from ..checkpoints.save import write_file
+from ..optimization.cpu_malloc import keep_freed_memory
+from ..utils.atomic import open_tensors, replacing
+from ..utils.errors import DivergedError, FileTakenError, InputError, file_errors
+from ..utils.progress import tqdm
+from .distributed import pack_optimizer, unpack_optimizer
+from .log import JsonLog
 
 __all__ = [
     "EMA",
-    "JsonLog",
     "Run",
     "autocast",
-    "batch_indices",
     "lr_factor",
     "pick_device",
-    "step_generator",
 ]
 
 _STARTED = time.monotonic()  # a command's own time limit counts what it spends on reading pictures, too
@@ -66,37 +63,6 @@ def autocast(device: torch.device) -> torch.autocast:
     """bf16 on CUDA, and on processors that multiply in it (AVX512_BF16, AMX); off elsewhere, where it gains nothing."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or fast)
-
-
-def mix_seed(*parts: int) -> int:
-    """Folds integers into one seed below 2**63 (splitmix64), so that neighbouring parts give unrelated seeds."""
-    state = 0
-    for part in parts:
-        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state >> 1
-
-
-def step_generator(device: torch.device, *parts: int) -> torch.Generator:
-    """A generator on `device` whose numbers depend on `parts` (seed, step, ...) alone."""
-    return torch.Generator(device).manual_seed(mix_seed(*parts))
-
-
-def batch_indices(step: int, batch_size: int, count: int, seed: int) -> Tensor:
-    """Which of `count` samples step number `step` trains on: int64, `batch_size` of them.
-
-    Epochs are seeded permutations laid end to end, so that every sample comes up once before any comes up again.
-    """
-    if batch_size < 1 or count < 1:
-        raise InputError(f"batch_size={batch_size} of {count} samples: both must be at least 1")
-    first, last = step * batch_size, (step + 1) * batch_size
-    parts = []
-    for epoch in range(first // count, (last - 1) // count + 1):
-        order = torch.randperm(count, generator=step_generator(torch.device("cpu"), seed, epoch, 1))
-        parts.append(order[max(first - epoch * count, 0) : last - epoch * count])
-    return torch.cat(parts)
 
 
 def lr_factor(step: int, progress: float, warmup: int, floor: float = 0.05) -> float:
@@ -140,47 +106,6 @@ class EMA:
     def _write(self, source: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(source[name])
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a `JsonLog`; one that was cut off (full disk, power cut) is left out."""
-    return [json.loads(line) for line in _log_lines(path) if _step_of(line) < math.inf]
-
-
-def _log_lines(path: Path) -> list[str]:
-    """Lines with their ends, of a file that may be damaged anywhere."""
-    return path.read_text(encoding="utf-8", errors="replace").splitlines(True)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; of one that was cut off (full disk, power cut) infinity: it is dropped."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
-class JsonLog:
-    """A JSON-lines file. Opened at step `start`, it forgets later lines: those of work that a resumed run redoes.
-
-    A file of that name without any line of such a log becomes NAME.other.
-    """
-
-    def __init__(self, path: Path, start: int):
-        self.path = path
-        lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
-        if lines and all(_step_of(line) == math.inf for line in lines):
-            print(f"{path} was not written by a run: kept as {set_aside(path, 'other').name}", file=sys.stderr)
-        write_text(path, "".join(line for line in lines if start and _step_of(line) <= start))
-
-    def write(self, **values: float | int | str | list) -> None:
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in plain.items()}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(rounded) + "\n")
-        except OSError as error:  # a full disk costs lines of the log, not the run
-            print(f"no line in {self.path}: {error}", file=sys.stderr)
 
 
 class Run:

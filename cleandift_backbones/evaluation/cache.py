@@ -19,12 +19,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ..errors import InputError
-from ..extractor import Extractor, ModelError
-from ..files import DamagedFileError, open_tensors, reading, replacing, set_aside, write_text
-from ..images import ImageError, to_input
-from ..locks import hold
-from ..progress import tqdm
+from ..data.images import ImageError, to_input
+from ..features.extractor import Extractor, ModelError
+from ..utils.atomic import DamagedFileError, open_tensors, reading, replacing, set_aside, write_text
+from ..utils.errors import InputError
+from ..utils.locks import hold
+from ..utils.progress import tqdm
 from ..version import __version__
 from .items import Item
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 POOLINGS = ("pooled", "whole")
 

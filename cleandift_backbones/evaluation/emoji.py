@@ -1,8 +1,8 @@
 """The emoji benchmark: held-out concepts, each drawn by several hands.
 
 Cross-style retrieval, and matching the eyes of one drawing in another of the same thing. Pictures come from a folder
-made by tools/make_pictures.py (DIR/heldout/STYLE/KEY.png with metadata.jsonl), eye centres from emoji_eyes.json beside
-this file; the pictures are put on plain light grey.
+made by tools/tiny/make_pictures.py (DIR/heldout/STYLE/KEY.png with metadata.jsonl), eye centres from emoji_eyes.json
+beside this file; the pictures are put on plain light grey.
 
 Eyes are matched in two ways. `centred`: the pictures as they are. Emoji fill their canvas, so that an eye is mostly
 near the place where it was in the other drawing; the row "same position" (answer = the source point) says how far that
@@ -25,14 +25,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..decoding import opened, read_image
-from ..errors import CleanDIFTError, InputError
-from ..extractor import Extractor, extract
-from ..files import is_file
-from ..images import to_tensor
-from ..progress import tqdm
-from ..records import read_json, read_records
-from . import correspondence, cross_style, emoji_probes
+from ..data.decoding import opened, read_image
+from ..data.images import to_tensor
+from ..features import correspondence
+from ..features.extractor import Extractor, extract
+from ..utils.atomic import is_file
+from ..utils.errors import CleanDIFTError, InputError
+from ..utils.progress import tqdm
+from ..utils.records import read_json, read_records
+from . import cross_style, emoji_probes
 from .bootstrap import Tally
 
 EYES_FILE = Path(__file__).with_name("emoji_eyes.json")
@@ -101,7 +102,7 @@ def load_suite(
     """Reads the held-out pictures.
 
     Args:
-        folder: made by tools/make_pictures.py; it, or its subfolder `heldout`, holds metadata.jsonl.
+        folder: made by tools/tiny/make_pictures.py; it, or its subfolder `heldout`, holds metadata.jsonl.
         size: side in pixels that pictures are brought to.
         eyes_file: JSON {"eyes": {concept: {style: [[x, y], [x, y]]}}}, fractions of the side.
         limit: number of concepts to keep, drawn by `seed`; those with and without eyes keep their shares.
@@ -140,7 +141,7 @@ def load_suite(
     return suite
 
 
-_MAKE = "make the folder with `python tools/make_pictures.py --out DIR`"
+_MAKE = "make the folder with `python tools/tiny/make_pictures.py --out DIR`"
 
 
 def _alpha(path: Path, size: int) -> torch.Tensor:

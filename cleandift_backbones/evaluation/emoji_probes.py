@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .segmentation import foreground_labels, overlaps
+from .tasks.segmentation import foreground_labels, overlaps
 
 K = 10
 RIDGE = 1e-3  # added to the correlations of standardised channels: only against channels that depend on each other

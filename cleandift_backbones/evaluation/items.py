@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .. import decoding
-from ..decoding import ImageError, opened, read_image
-from ..errors import CleanDIFTError, InputError, file_errors
-from ..files import is_file, is_folder
-from ..listing import expand, is_hidden, list_folder, list_names
-from ..progress import tqdm
-from ..records import read_records, read_text, split_lines
-from ..tars import TAR_ENDINGS, Shard, check_places, find_shards, read_image_at, scan
+from ..data import decoding
+from ..data.decoding import ImageError, opened, read_image
+from ..data.listing import expand, is_hidden, list_folder, list_names
+from ..data.shards import TAR_ENDINGS, Shard, check_places, find_shards, read_image_at, scan
+from ..utils.atomic import is_file, is_folder
+from ..utils.errors import CleanDIFTError, InputError, file_errors
+from ..utils.progress import tqdm
+from ..utils.records import read_records, read_text, split_lines
 
 
 class DataError(InputError):
@@ -77,7 +77,7 @@ def holds_shards(place: str | os.PathLike) -> bool:
 
 
 def shard_items(place: str | os.PathLike, root: Path | None = None) -> Iterator[tuple[Shard, list[Item]]]:
-    """The images of WebDataset shards (`tars.find_shards`): each shard with the items of its samples.
+    """The images of WebDataset shards (`shards.find_shards`): each shard with the items of its samples.
 
     Args:
         place: a shard, a folder of shards, or a pattern.

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import timm
 
-from ..app.naming import is_noisy
-from ..arguments import check_noise, model_arguments, pick_maps
-from ..errors import FileError
-from ..extractor import PIXELS, ModelError, list_maps
-from ..files import is_file
+from ..features.extractor import PIXELS, ModelError, list_maps
+from ..features.model_names import is_noisy
+from ..features.options import check_noise, model_arguments, pick_maps
+from ..utils.atomic import is_file
+from ..utils.errors import FileError
 
 #: the paper's timestep of the noisy features; kNN's was tuned map by map
 TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}

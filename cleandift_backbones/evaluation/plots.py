@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import replacing
+from ..utils.atomic import replacing
 from .report import Report, Row
 
 COLOURS = {  # a kind's models, one after another

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..progress import tqdm
+from ..utils.progress import tqdm
 from .cache import Features
 
 

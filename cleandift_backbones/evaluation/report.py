@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ..errors import FileTakenError
-from ..files import DamagedFileError, open_tensors, replacing, write_text
+from ..utils.atomic import DamagedFileError, open_tensors, replacing, write_text
+from ..utils.errors import FileTakenError
 from .bootstrap import Tally, difference, rate_interval, unit_weights
 
 VERSIONS = ("cleandift_backbones", "torch", "timm", "diffusers", "numpy", "scipy", "pillow")

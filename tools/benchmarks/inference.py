@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from cleandift_backbones.allocator import keep_freed_memory, return_freed_memory
-from cleandift_backbones.files import replacing
-from cleandift_backbones.progress import tqdm
+from cleandift_backbones.optimization.cpu_malloc import keep_freed_memory, return_freed_memory
+from cleandift_backbones.utils.atomic import replacing
+from cleandift_backbones.utils.progress import tqdm
 
 from .ways import WAYS, Weights, default_ways
 

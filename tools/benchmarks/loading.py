@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from cleandift_backbones import checkpoints
-from cleandift_backbones.errors import StateError, file_errors
-from cleandift_backbones.models import architecture_of
+from cleandift_backbones.models.entrypoints import architecture_of
+from cleandift_backbones.utils.errors import StateError, file_errors
 
 COMMAND = Path(__file__).parents[1] / "benchmark.py"
 WAYS = ("safetensors", "this package", "float32", "this package, us6", "plain")

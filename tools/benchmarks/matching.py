@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from cleandift_backbones.evaluation.matching import match_pairs
-from cleandift_backbones.evaluation.pairs import Pair, PairSet
+from cleandift_backbones.evaluation.tasks.matching import match_pairs
+from cleandift_backbones.evaluation.tasks.pairs import Pair, PairSet
 
 PAIRS = 12234  # of SPair-71k's test split, of 18 categories
 CATEGORIES = 18

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
+from cleandift_backbones.distill.distiller import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.lora import add_lora
-from cleandift_backbones.distill.module import Distiller, map_loss, stratified_timesteps
-from cleandift_backbones.heads import ProjectionHeads
-from cleandift_backbones.latents import LatentEncoder
-from cleandift_backbones.models import architecture_of
-from cleandift_backbones.progress import tqdm
-from cleandift_backbones.unet import FeatureUNet
+from cleandift_backbones.models.denoisers.unet import FeatureUNet
+from cleandift_backbones.models.entrypoints import architecture_of
+from cleandift_backbones.models.latents import LatentEncoder
+from cleandift_backbones.models.projection_heads import ProjectionHeads
+from cleandift_backbones.utils.progress import tqdm
 
 
 class Plain(Distiller):

@@ -14,13 +14,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from cleandift_backbones import optimize
-from cleandift_backbones.errors import InputError
-from cleandift_backbones.inference import slow_16bit
-from cleandift_backbones.latents import build_latent_encoder
-from cleandift_backbones.models import architecture_of
-from cleandift_backbones.noisy import DIFT, seeded_noise
-from cleandift_backbones.progress import tqdm
-from cleandift_backbones.unet import map_infos
+from cleandift_backbones.models.denoisers.unet import map_infos
+from cleandift_backbones.models.dift import DIFT, seeded_noise
+from cleandift_backbones.models.entrypoints import architecture_of
+from cleandift_backbones.models.latents import build_latent_encoder
+from cleandift_backbones.optimization.optimize import slow_16bit
+from cleandift_backbones.utils.errors import InputError
+from cleandift_backbones.utils.progress import tqdm
 
 
 def with_new_parameters(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-# python tools/make_scenes.py --out data/scenes (for sd21: --size 512)
+# python tools/tiny/make_scenes.py --out data/scenes (for sd21: --size 512)
 dataset_type = "CocoDataset"
 data_root = "data/scenes"
 metainfo = dict(

@@ -1,4 +1,4 @@
-# python tools/make_scenes.py --out data/scenes (for sd21: --size 512). The tool's classes, behind the background.
+# python tools/tiny/make_scenes.py --out data/scenes (for sd21: --size 512). The tool's classes, behind the background.
 dataset_type = "BaseSegDataset"
 data_root = "data/scenes"
 metainfo = dict(

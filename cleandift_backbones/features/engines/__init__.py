@@ -1,0 +1,1 @@
+"""Engines of extraction: `local` computes in this process."""

@@ -1,0 +1,1 @@
+"""Denoisers whose maps are the features: the UNet of Stable Diffusion."""

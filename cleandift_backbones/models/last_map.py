@@ -1,0 +1,162 @@
+"""The last map of weights whose UNet is truncated, and the maps up to it.
+
+It is read from their tensors, whatever a config.json says of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import checkpoints
+from ..checkpoints import NATIVE_NAME, CheckpointError, TensorFile, Weights, choose_file, hub
+from ..checkpoints.hub import HubError, HubFile
+from ..checkpoints.remote import NoRanges, RemoteFile
+from ..utils.errors import StateError
+from .entrypoints import architecture_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .denoisers.unet import FeatureUNet, MapInfo
+    from .pretrained import Sources
+
+
+def default_indices(cfg: dict, infos: list[dict], pyramid: bool, held: str | None = None) -> tuple[int, ...]:
+    """Features that features_only gives by default: the block outputs that the paper evaluates (us9, us6, us3, mid),
+    a pyramid's levels; of them, those that weights hold which end at the map `held`."""
+    from .cleandift import held_features
+
+    found = held_features(cfg, infos, held)
+    blocks = [i for i in found if pyramid or infos[i]["module"].endswith(("upsamplers.0", "mid_block"))]
+    return tuple(blocks or found)
+
+
+def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[str]]:
+    """Names of the maps of weights that end at the map `held`: all of them, and those given by default."""
+    from .cleandift import feature_list, held_features
+
+    cfg, pyramid = architecture_of(model), model.partition(".")[0].endswith("_pyramid")
+    infos = feature_list(cfg, pyramid)
+    names = [info["name"] for info in infos]
+    return [names[i] for i in held_features(cfg, infos, held)], [
+        names[i] for i in default_indices(cfg, infos, pyramid, held)
+    ]
+
+
+def last_map_of(names: Collection[str], infos: Sequence[MapInfo]) -> str | None:
+    """The finest map that a UNet's tensors reach.
+
+    Args:
+        names: of tensors, native (`unet.*`).
+        infos: all maps of the architecture in the order of execution, see `unet.map_infos`.
+
+    Returns:
+        the map's name, or None if not even the first is reached.
+    """
+    last = None
+    for info in infos:
+        if not any(name.startswith(f"unet.{info.module}.") for name in names):
+            break
+        last = info.name
+    return last
+
+
+def trained_last_map(weights: Weights, infos: Sequence[MapInfo]) -> str | None:
+    """`last_map_of`, but not finer than the finest map of the training config in the weights' metadata.
+
+    Early versions of tools/finetune.py filled what a student lacks behind its last map with the teacher's layers.
+    """
+    order = [info.name for info in infos]
+    last = last_map_of(weights.names(), infos)
+    try:
+        maps = json.loads(weights.metadata["recipe"])["maps"]
+        trained = [order.index(name) for name in maps]
+    except (KeyError, ValueError, TypeError):  # none, text of somebody's, maps of another architecture
+        trained = []
+    if last is None or not trained:
+        return last
+    return order[min(order.index(last), max(trained))]
+
+
+def open_headers(place: Path | HubFile, cache_dir: str | Path | None = None) -> Weights:
+    """A file, a folder, or a native repository, opened by its headers: files are fetched from servers without ranges.
+
+    Raises:
+        HubError: unavailable, or no native repository. CheckpointError: see `checkpoints.open_checkpoint`.
+    """
+    if isinstance(place, Path):
+        return checkpoints.open_checkpoint(place)
+
+    def opened(file: HubFile) -> TensorFile:
+        try:
+            return RemoteFile(file)
+        except NoRanges:
+            return checkpoints.open_weights(hub.fetch(file, cache_dir))
+        except HubError:
+            path = hub.cached(file, cache_dir)
+            if path is None:
+                raise
+            return checkpoints.open_weights(path)
+
+    if place.path.endswith(".safetensors"):
+        return checkpoints.open_files(place, [opened(place)])
+    chosen = choose_file(hub.list_files(place, cache_dir), NATIVE_NAME)
+    if chosen is None:
+        raise HubError(f"{place} holds no {NATIVE_NAME}")
+    names = [chosen[0]]
+    if chosen[0].endswith(".json"):
+        names = checkpoints.shard_names(hub.fetch(place.join(chosen[0]), cache_dir))
+    return checkpoints.open_files(place, [opened(place.join(name)) for name in names])
+
+
+def checked_last_map(
+    claimed: str, place: Path | HubFile | Weights, infos: Sequence[MapInfo], cache_dir: str | Path | None = None
+) -> str | None:
+    """The last map of the weights at a place, of which a config says that it is `claimed`.
+
+    Returns:
+        their last map; None for the whole UNet; `claimed` if they cannot be opened: whoever loads them says why.
+    """
+    try:
+        weights = place if isinstance(place, Weights) else open_headers(place, cache_dir)
+        found = trained_last_map(weights, infos)
+    except (HubError, FileNotFoundError, CheckpointError):
+        return claimed
+    return None if found == infos[-1].name else found or claimed
+
+
+def settled_last_map(
+    claimed: str,
+    sources: Sources,
+    pretrained_cfg: Mapping,
+    infos: Sequence[MapInfo],
+    cache_dir: str | Path | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> str | None:
+    """`checked_last_map` of the weights that a model is made with; of published ones, and of none, what is claimed.
+
+    Args:
+        state: weights in memory, in the place of a file.
+    """
+    try:
+        place = sources.main(pretrained_cfg) if state is None else checkpoints.open_state(state)
+    except (StateError, FileNotFoundError, CheckpointError):
+        return claimed
+    if str(place) == sources.published.get("unet"):
+        return claimed
+    return checked_last_map(claimed, place, infos, cache_dir)
+
+
+def check_reaches(weights: Weights, unet: FeatureUNet) -> None:
+    """Raises CheckpointError for weights whose UNet ends at a coarser map than this one."""
+    order = [info.name for info in unet.infos]
+    last = last_map_of(weights.names(), unet.infos)
+    if last is not None and order.index(last) < order.index(unet.last_map):
+        raise CheckpointError(
+            f"{weights.label} ({weights.form}) ends at map {last!r} and cannot give {unet.last_map!r}: choose from "
+            f"{', '.join(order[: order.index(last) + 1])} (out_indices or final_map; maps in training), or take "
+            "weights with the whole UNet"
+        )

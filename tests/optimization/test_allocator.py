@@ -1,0 +1,54 @@
+"""Freed memory is kept for the next pass, and given back when asked."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cleandift_backbones.optimization import cpu_malloc
+
+pytestmark = pytest.mark.skipif(cpu_malloc._glibc() is None, reason="glibc only")
+
+FAULTS = """
+import resource, sys, torch
+from pathlib import Path
+from cleandift_backbones.optimization.cpu_malloc import keep_freed_memory, return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+def faults(passes=5):
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(passes):
+        torch.ones(100 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+elif sys.argv[1].startswith("optimize"):
+    import timm, cleandift_backbones
+
+    model = timm.create_model("test_cleandift", features_only=True).eval()
+    cleandift_backbones.optimize(model, keep_memory=[None, False][sys.argv[1] == "optimize only"])
+faults(10)
+print(faults())
+kept = resident()
+return_freed_memory()
+print(kept - resident())
+"""
+
+
+def test_a_second_pass_takes_no_new_pages():
+    found = {}
+    for way in ("keep", "default", "optimize", "optimize only"):
+        out = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout
+        found[way] = [int(line) for line in out.split()]
+    for way in ("default", "optimize only"):
+        assert found[way][0] > 5 * 25_000 * 0.9  # pages of 4 KiB of five times 100 MiB
+    for way in ("keep", "optimize"):
+        assert found[way][0] < found["default"][0] / 4 and found[way][1] > 99 << 20  # given back when asked
+
+
+def test_other_libraries(monkeypatch):
+    monkeypatch.setattr(cpu_malloc, "_glibc", lambda: None)
+    assert cpu_malloc.keep_freed_memory() is False and cpu_malloc.return_freed_memory() is None
