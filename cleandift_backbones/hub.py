@@ -1,0 +1,3 @@
+"""Alias of `cleandift_backbones.publish`, for code that imports from here."""
+
+from .publish import *  # noqa: F403
