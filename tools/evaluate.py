@@ -37,6 +37,7 @@ with importing(__name__):
     from cleandift_backbones.cli import evaluate, evaluate_photos, evaluate_suites
     from cleandift_backbones.evaluation import emoji, emoji_probes, report
     from cleandift_backbones.evaluation.plans import Run, make_suite_plan
+    from cleandift_backbones.evaluation.plots import write_report
     from cleandift_backbones.features.extractor import PIXELS, load_extractor, resolve_device
     from cleandift_backbones.features.options import map_items
     from cleandift_backbones.utils.locks import hold
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = _run(args, plan, weights, suite, device)
         low, high = emoji.SCALES
         about = ABOUT.format(k=emoji_probes.K, alpha=emoji.ALPHA, low=low, high=high, grey=emoji.BACKGROUND)
-        paths = result.write(args.out, about)
+        paths = write_report(result, args.out, about)
     print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 

@@ -21,6 +21,7 @@ from ..evaluation import tasks
 from ..evaluation.cache import DTYPES, FeatureCache
 from ..evaluation.items import DataError, image_items
 from ..evaluation.plans import DEFAULT_TIMESTEP, TIMESTEPS, Run, make_plan
+from ..evaluation.plots import write_report
 from ..evaluation.probes import Recipe
 from ..evaluation.report import Report, Row, check_report
 from ..evaluation.tasks import depth, knn, pairs, segmentation
@@ -212,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 task = make_task(args)
                 check_models(args, plan)
                 result = run(args, plan, task, device)
-                paths = result.write(args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
+                paths = write_report(result, args.out, f"# {args.task.capitalize()}\n\n{ABOUT[args.task]}", args.task)
                 print(ABOUT[args.task], result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 

@@ -25,6 +25,7 @@ from ..evaluation import tasks
 from ..evaluation.cache import DTYPES, FeatureCache
 from ..evaluation.items import DataError
 from ..evaluation.plans import Run, make_suite_plan
+from ..evaluation.plots import write_report
 from ..evaluation.report import Report, Row
 from ..evaluation.tasks import pairs
 from ..features.extractor import PIXELS, list_maps, resolve_device
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
         with hold(args.out, "photos"):
             benchmark = Benchmark(args, plan, device)
             result = run(args, benchmark)
-            paths = result.write(args.out, about(args, benchmark))
+            paths = write_report(result, args.out, about(args, benchmark))
     print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")
     print("wrote", *paths)
 

@@ -1,10 +1,12 @@
-"""A report as a picture (needs matplotlib): curves over the timestep where there are several, bars otherwise."""
+"""A report as files, with a plot (by matplotlib): curves over the timestep where there are several, bars otherwise."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
-from ..utils.atomic import replacing
+from ..utils.atomic import replacing, write_text
 from .report import Report, Row
 
 COLOURS = {  # a kind's models, one after another
@@ -15,6 +17,16 @@ COLOURS = {  # a kind's models, one after another
     "control": ("#a1a1aa", "#94a3b8"),
 }
 LINES = ("-", "--", ":", "-.")
+
+
+def write_report(report: Report, folder: str | os.PathLike, about: str, name: str = "results") -> list[Path]:
+    """Writes NAME.json, NAME.md and NAME.png into a folder and returns their paths."""
+    folder = Path(folder)
+    paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
+    write_text(paths[0], json.dumps(report.to_json(), indent=1) + "\n")
+    write_text(paths[1], report.markdown(about))
+    plot(report, paths[2])
+    return paths
 
 
 def plot(report: Report, path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ..utils.atomic import DamagedFileError, open_tensors, replacing, write_text
+from ..utils.atomic import DamagedFileError, open_tensors, replacing
 from ..utils.errors import FileTakenError
 from .bootstrap import Tally, difference, rate_interval, unit_weights
 
@@ -321,18 +321,6 @@ class Report:
         if lower := [text for key, text in self.shown.items() if key in self.lower]:
             words.append(f"Not per cent, and less is better: {', '.join(lower)}.")
         return " ".join(words)
-
-    def write(self, folder: str | os.PathLike, about: str, name: str = "results") -> list[Path]:
-        """Writes NAME.json, NAME.md and NAME.png into a folder and returns their paths."""
-        from .plots import plot
-
-        folder = Path(folder)
-        paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
-        text = json.dumps(self.to_json(), indent=1) + "\n"
-        write_text(paths[0], text)
-        write_text(paths[1], self.markdown(about))
-        plot(self, paths[2])
-        return paths
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from test_evaluation import plain_match
 
 from cleandift_backbones.evaluation import cross_style, emoji, report
 from cleandift_backbones.evaluation.bootstrap import Tally
+from cleandift_backbones.evaluation.plots import write_report
 from cleandift_backbones.features.extractor import extract, load_extractor
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -197,7 +198,7 @@ def test_report_says_who_wins(tmp_path):
     swapped = [*rows()[:-1], report.Row("clean", "clean", rows()[0].results)]
     assert "clean loses by 10.0 points" in report.Report(swapped, {"eyes": "e"}, {}).verdicts()[0]
     pytest.importorskip("matplotlib")
-    paths = result.write(tmp_path / "new", "# About")
+    paths = write_report(result, tmp_path / "new", "# About")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["results.json", "results.md", "results.png"]
     data = json.loads(paths[0].read_text())
     assert data["runs"][1]["maps"]["us6"]["eyes"]["rate"] == 0.4 and data["versions"]["torch"] and data["size"] == 3

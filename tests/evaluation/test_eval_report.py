@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cleandift_backbones.evaluation.bootstrap import Tally
+from cleandift_backbones.evaluation.plots import write_report
 from cleandift_backbones.evaluation.report import Report, Row
 
 pytest.importorskip("matplotlib")
@@ -105,7 +106,7 @@ def test_swept_models_get_curves_of_their_own(tmp_path, monkeypatch):
         row("a, t=5, 1 noise", "noisy", 0.6, timestep=5, ensemble=1),
         row("clean", "clean", 0.5),
     )
-    paths = report.write(tmp_path, "# About", "depth")
+    paths = write_report(report, tmp_path, "# About", "depth")
     assert [path.name for path in paths] == ["depth.json", "depth.md", "depth.png"]
     (label, steps, values), (other, *_) = drawn[:2]
     assert (label, other) == ("a, 1 noise", "b, 1 noise") and steps == [1, 5] and values[0] > values[1] > 0.5
@@ -131,7 +132,7 @@ def drawn(monkeypatch):
 
 def test_one_timestep_is_drawn_as_bars_with_intervals(tmp_path, drawn):
     report = make(row("a, t=261, 8 noises", "noisy", 0.9, timestep=261, ensemble=8), row("clean", "clean", 0.5))
-    report.write(tmp_path, "# About")
+    write_report(report, tmp_path, "# About")
     assert [call[0] for call in drawn] == ["barh"] * 4 and all(call[2] for call in drawn)
 
 
@@ -142,7 +143,7 @@ def test_every_sweep_is_a_curve_with_a_band_and_every_line_has_one(tmp_path, dra
         for count in (2, 8)
         for step in (1, 5)
     ]
-    make(*swept, row("pixels", "baseline", 0.7), row("clean", "clean", 0.5)).write(tmp_path, "# About")
+    write_report(make(*swept, row("pixels", "baseline", 0.7), row("clean", "clean", 0.5)), tmp_path, "# About")
     panel = drawn[: len(drawn) // 2]
     assert [call[1] for call in panel if call[0] == "plot"] == [
         "a, 2 noises", "a, 8 noises", "random:a, 2 noises", "random:a, 8 noises"
