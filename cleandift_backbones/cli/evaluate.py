@@ -1,4 +1,4 @@
-"""The command line of the tasks: `tools/evaluate.py TASK --model NAME ... --data PATH`."""
+"""`cleandift evaluate TASK --model NAME ... --data PATH`: the paper's tasks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
-
-from cleandift_command import guard
 
 from ..data.images import check_folder
 from ..data.listing import left_out_report
@@ -31,8 +30,10 @@ from ..evaluation.tasks.noise_report import shares_table, write_shares
 from ..features.extractor import Extractor, ModelError, resolve_device
 from ..features.options import check_ranges, load_model
 from ..utils.errors import needs, resource_errors
+from ..utils.guard import guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
+from .arguments import Formatter, command_parser
 
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
@@ -59,12 +60,17 @@ cached features; predictions upsampled bilinearly. Measures are means over pictu
 }
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults where there are any."""
-
-    def _get_help_string(self, action):
-        nothing = action.default is None or action.default is False or action.default == []
-        return action.help if nothing else super()._get_help_string(action)
+EXAMPLES = [
+    ("correspondence --model cleandift_sd21 dift_sd21 --data SPair-71k", "keypoints: clean against noisy features"),
+    ("knn --model cleandift_sd21 --map mid us3 us6 us9 --data imagenet --k 10", "classes, by several maps"),
+    ("knn --help", "the options of a task"),
+    ("--suite emoji --data data/emoji --out results", "the emoji benchmark"),
+    ("--suite photos --data eval --out results/photos", "keypoints of photographs, settings chosen on other data sets"),
+]
+ABOUT_SUITES = """
+A suite in place of a TASK compares many settings: --suite emoji (images of tools/tiny/make_pictures.py) or
+--suite photos; --suite NAME --help lists the options.
+"""
 
 
 class Flat(argparse.Action):
@@ -84,6 +90,15 @@ def numbers(kind: type):
     return parse
 
 
+def _suite(given: Sequence[str]) -> str | None:
+    """The suite that is asked for; each has a file with a parser of its own."""
+    if given and given[0] in TASKS:
+        return None
+    found = argparse.ArgumentParser(prog=program(), add_help=False, allow_abbrev=False)
+    found.add_argument("--suite", choices=("emoji", "photos"), help="emoji: held-out emoji; photos: keypoints")
+    return found.parse_known_args(given)[0].suite
+
+
 class _TaskParser(argparse.ArgumentParser):
     """Asks for the TASK where options come first: argparse would take the value of one for it."""
 
@@ -92,14 +107,14 @@ class _TaskParser(argparse.ArgumentParser):
         if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
             self.error(
                 f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
-                "tools/evaluate.py --suite emoji, the photograph benchmark --suite photos"
+                "--suite emoji, the photograph benchmark --suite photos"
             )
         return super().parse_args(args, namespace)
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """All tasks as sub-commands."""
-    result = _TaskParser(prog=prog, description="Measure feature maps of any timm model.")
+    result = command_parser("evaluate", EXAMPLES, ABOUT_SUITES, kind=_TaskParser)
     kind = argparse.ArgumentParser
     commands = result.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=kind)
     for task, about in TASKS.items():
@@ -196,7 +211,10 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
 
 @guard("cached features and finished rows are kept, the same command continues")
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a task. See `cleandift_command.guard` for exit codes."""
+    """Runs a task or a suite. See `utils.guard.guard` for exit codes."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if suite := _suite(given):
+        return import_module(f".evaluate_{suite}", __package__).main(given)
     commands = parser()
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -384,3 +402,7 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
     print(shares_table(shares))
     info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(pictures), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""The photograph benchmark: keypoints of PF-WILLOW, Animal-Pose and CUB, `tools/evaluate.py --suite photos`.
+"""The photograph benchmark: keypoints of PF-WILLOW, Animal-Pose and CUB, `cleandift evaluate --suite photos`.
 
-The task is `correspondence` (see `matching`), and its numbers are those of `tools/evaluate.py correspondence` with the
+The task is `correspondence` (see `matching`), and its numbers are those of `cleandift evaluate correspondence` with the
 same model, map and size. What this suite adds is the choice: the map and the input size of every row, and the timestep
 of the swept models, are chosen by the mean PCK of the sets of `--choose-on`; the sets of `--measure` are measured with
 that choice only.
@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from cleandift_command import guard
-
 from ..evaluation import tasks
 from ..evaluation.cache import DTYPES, FeatureCache
 from ..evaluation.items import DataError
@@ -31,9 +29,11 @@ from ..evaluation.tasks import pairs
 from ..features.extractor import PIXELS, list_maps, resolve_device
 from ..features.options import pick_maps
 from ..utils.errors import InputError, resource_errors
+from ..utils.guard import guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from . import evaluate, evaluate_suites
+from .arguments import Formatter
 
 ALPHA = 0.1
 METRIC = f"bbox@{ALPHA:g} per point"
@@ -195,11 +195,12 @@ def about(args: argparse.Namespace, benchmark: Benchmark) -> str:
 def parser() -> argparse.ArgumentParser:
     """The options of `--suite photos`."""
     result = argparse.ArgumentParser(
+        prog=program(),
         usage="%(prog)s --suite photos --data PATH [...]",
         description="Keypoints of photographs: PCK of pixels, random weights, the noisy features of dift_* models over "
         "timesteps and ensembles, their UNets on clean pictures, and cleandift_* models. Maps and sizes are chosen on "
         "some of the data sets, the others are measured with that choice.",
-        formatter_class=evaluate.Formatter,
+        formatter_class=Formatter,
     )
     result.add_argument("--suite", choices=["photos"], required=True, help="this suite")
     result.add_argument("--data", required=True, help="folder with the folders of the data sets")
@@ -230,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
 
 @guard("finished rows are kept in OUT/runs; the same command continues")
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the suite. See `cleandift_command.guard` for exit codes."""
+    """Runs the suite. See `utils.guard.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     evaluate_suites.check_options(args, (("sizes", 64, 4096), ("limit", 2, None)))

@@ -1,4 +1,4 @@
-"""What the suites of tools/evaluate.py have in common: options, checks before any work, and finished rows on disk."""
+"""What the suites of `cleandift evaluate` have in common: options, checks before any work, finished rows on disk."""
 
 from __future__ import annotations
 

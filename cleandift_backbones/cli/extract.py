@@ -1,4 +1,4 @@
-"""The command line of the extraction: `tools/extract.py --model NAME --data PATH --out FOLDER`."""
+"""`cleandift extract --model NAME --data PATH --out FOLDER`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from importlib.metadata import version
 
 import torch
 
-from cleandift_command import guard
-
 from ..data.images import check_folder
 from ..data.listing import left_out_report
 from ..data.loading import Resize
@@ -34,17 +32,18 @@ from ..features.options import check_noise, check_ranges, load_model, model_argu
 from ..features.store import FAILURES, Store, check_out, list_shards
 from ..utils.atomic import is_file, readable_size
 from ..utils.errors import InputError, MissingFileError, needs, resource_errors
+from ..utils.guard import guard
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from ..version import __version__
+from .arguments import command_parser
 
-ABOUT = """Features of many pictures, once, into a folder of shards.
-
-  python tools/extract.py --model cleandift_sd21 --map us6 --data photos --out features
-  python tools/extract.py --model cleandift_sd21 --map mid --pool mean --data 'shards/{0000..0099}.tar' --out vectors
-  torchrun --nproc-per-node 8 tools/extract.py --model cleandift_sd21 --dtype bfloat16 --data list.txt --out features
-
-Started again, the same command goes on where it stopped, with any number of processes. docs/extract.md tells more."""
+ABOUT = "Started again, the same command goes on where it stopped, with any number of processes."
+EXAMPLES = [
+    ("--model cleandift_sd21 --map us6 --data photos --out features", "the maps of a folder's images"),
+    ("--model cleandift_sd21 --map mid --pool mean --data 'shards/{0000..0099}.tar' --out vectors", "a vector each"),
+    ("--model dift_sd21 --timesteps 100 --data list.txt --out noisy", "the noisy baseline's, of a list of files"),
+]
 
 
 # What `load` gives the model itself.
@@ -71,9 +70,9 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """All options."""
-    result = argparse.ArgumentParser(prog=prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = command_parser("extract", EXAMPLES, ABOUT)
     what = result.add_argument_group("what to compute")
     what.add_argument("--model", required=True, metavar="NAME", help="any timm model; random:NAME has random weights")
     what.add_argument("--data", required=True, metavar="PATH", help="a folder, .tar shards (pattern), or a list")
@@ -124,7 +123,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 @guard("what was computed is stored, the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> Report | None:
-    """Extracts. See `cleandift_command.guard` for exit codes."""
+    """Extracts. See `utils.guard.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     _check(args)
@@ -295,3 +294,7 @@ def _finish(args: argparse.Namespace, store: Store, entries: list[Entry], report
         print(f"{len(failed):,} images cannot be read: {store.folder / FAILURES} lists the reasons")
     if missing:
         print(f"{missing:,} are not there yet: other processes have them; if none runs, start this command again")
+
+
+if __name__ == "__main__":
+    main()
