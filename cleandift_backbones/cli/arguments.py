@@ -36,6 +36,8 @@ SHARED: dict[str, tuple[tuple[str, ...], dict]] = {
     "--dtype": ((), dict(metavar="DTYPE", help="floating-point type of the model")),
 }
 
+MODELS_HELP = "'pixels' is the image itself, random:NAME has random weights"  # where several models are compared
+
 
 class Formatter(argparse.HelpFormatter):
     """Keeps the lines of texts that have several, and shows defaults where there are any."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,10 +29,10 @@ from ..evaluation.tasks.noise_report import shares_table, write_shares
 from ..features.extractor import Extractor, ModelError, resolve_device
 from ..features.options import check_ranges, load_model
 from ..utils.errors import needs, resource_errors
-from ..utils.guard import guard, program
+from ..utils.guard import command_line, guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
-from .arguments import Formatter, command_parser
+from .arguments import MODELS_HELP, Formatter, also, command_parser, option
 
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
@@ -125,20 +124,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _common(one: argparse.ArgumentParser, task: str) -> None:
-    one.add_argument(
-        "--model", "--models", nargs="+", required=True, metavar="NAME",
-        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights",
-    )  # fmt: skip
-    one.add_argument("--data", required=True, metavar="PATH", help="the data set")
-    one.add_argument(
-        "--map", "--maps", nargs="+", default=[], metavar="MAP",
-        help="maps by name or index, for all models; MODEL=MAP for one of them. Default: "
+    option(one, "--model", MODELS_HELP, nargs="+", required=True)
+    option(one, "--data", "a data set", required=True)
+    option(
+        one, "--map", default=[],
+        about="for all models; MODEL=MAP for one of them. Default: "
         + ("the last" if task in ("knn", "retrieval") else "us6, or else the map of the stride nearest to 16"),
     )  # fmt: skip
-    one.add_argument("--out", default="results", help=f"folder for {task}.json, {task}.md and {task}.png")
+    option(one, "--out", default="results", about=f"a folder for {task}.json, {task}.md and {task}.png")
     if task != "noise":
         one.add_argument("--cache", metavar="DIR", help="folder of cached features; default OUT/features")
-        one.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
+        also(one, one.add_argument(
+            "--store-dtype", dest="dtype", choices=list(DTYPES), default="float16", help="of cached features",
+        ), "--dtype")  # fmt: skip
         one.add_argument(
             "--ensemble", **_list(int), metavar="N", help="noises averaged by dift_* models; default "
             + ("8" if task == "correspondence" else "1"),
@@ -149,13 +147,11 @@ def _common(one: argparse.ArgumentParser, task: str) -> None:
         "--prompt", default="auto",
         help="text for the models that have a text encoder; auto: the task's own; none: the model's own, mostly empty",
     )  # fmt: skip
-    one.add_argument(
-        "--timesteps", **_list(int), metavar="T",
-        help=f"of dift_* models, 0..999, default {TIMESTEPS.get(task, DEFAULT_TIMESTEP)}; several are drawn as a curve",
+    option(
+        one, "--timesteps", **_list(int),
+        about=f"for dift_* models, default {TIMESTEPS.get(task, DEFAULT_TIMESTEP)}; several are drawn as a curve",
     )  # fmt: skip
-    one.add_argument(
-        "--weights", nargs="+", default=[], metavar="MODEL=FILE", help="safetensors instead of a model's published ones"
-    )
+    option(one, "--weights", nargs="+", default=[], metavar="MODEL=FILE")
     one.add_argument(
         "--limit", type=int, metavar="N", default=32 if task == "noise" else None,
         help="only N " + dict(correspondence="pairs", noise="pictures").get(task, "pictures of each split"),
@@ -164,7 +160,7 @@ def _common(one: argparse.ArgumentParser, task: str) -> None:
         "--no-optimize", dest="optimize", action="store_false",
         help="leave out what makes this package's models faster with the same maps to rounding; docs/performance.md",
     )  # fmt: skip
-    one.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    option(one, "--device")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seed", type=int, default=0, help="of noises, random weights, probes and the bootstrap")
 
@@ -326,7 +322,7 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
         row, told[planned.label] = measure(args, planned, task, cache, device)
         rows.append(row)
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
-    info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
+    info = dict(task=args.task, command=command_line(), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
     names, lower = {key: task.heading(key) for key in metrics}, task.lower & set(metrics)
     return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
@@ -400,7 +396,7 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     print(shares_table(shares))
-    info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(pictures), noises=args.noises)
+    info = dict(task="noise", command=command_line(), pictures=len(pictures), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))
 
 

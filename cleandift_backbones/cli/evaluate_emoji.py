@@ -27,7 +27,7 @@ from ..utils.guard import guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from . import evaluate, evaluate_suites
-from .arguments import Formatter
+from .arguments import Formatter, option
 
 ABOUT = """# Held-out emoji: what the features are worth
 
@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=Formatter,
     )
     result.add_argument("--suite", choices=["emoji"], required=True, help="this suite")
-    result.add_argument("--data", required=True, help="picture folder made by tools/tiny/make_pictures.py")
-    result.add_argument("--out", default="results", help="folder for results.json, results.md and results.png")
+    option(result, "--data", "a folder made by tools/tiny/make_pictures.py", required=True)
+    option(result, "--out", "a folder for results.json, results.md and results.png", default="results")
     evaluate_suites.add_options(
         result, [PIXELS, "dift_tiny", "cleandift_tiny"], "; a cleandift_* model brings its random twin",
         "100 400 unless given, 1 50 100 200 300 400 with --full", ["all"],

@@ -33,7 +33,7 @@ from ..utils.guard import guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from . import evaluate, evaluate_suites
-from .arguments import Formatter
+from .arguments import Formatter, also, option
 
 ALPHA = 0.1
 METRIC = f"bbox@{ALPHA:g} per point"
@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=Formatter,
     )
     result.add_argument("--suite", choices=["photos"], required=True, help="this suite")
-    result.add_argument("--data", required=True, help="folder with the folders of the data sets")
+    option(result, "--data", "a folder with the folders of the data sets", required=True)
     result.add_argument(
         "--choose-on", nargs="+", metavar="SET", default=["animal_pose", "cub"],
         help="data sets by which map, size and timestep are chosen: folders in DATA, or paths",
@@ -211,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--measure", nargs="*", metavar="SET", default=["pf_willow"], help="data sets measured with that choice"
     )
-    result.add_argument("--out", default="results/photos", help="folder for results.json, results.md and results.png")
+    option(result, "--out", "a folder for results.json, results.md and results.png", default="results/photos")
     evaluate_suites.add_options(
         result, [PIXELS, "random:cleandift_tiny", "dift_tiny", "cleandift_tiny"], "",
         f"{' '.join(map(str, TIMESTEPS))} unless given", ["us3", "us5", "us6", "us7", "us8"],
@@ -222,7 +222,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--limit", type=int, metavar="N", help="only N pairs of each data set")
     result.add_argument("--prompt", default="auto", help="as in the task correspondence")
-    result.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
+    stored = dict(choices=list(DTYPES), default="float16", help="of cached features")
+    also(result, result.add_argument("--store-dtype", dest="dtype", **stored), "--dtype")
     result.add_argument("--skip-outside", action="store_true", help="leave out keypoints outside their images")
     result.add_argument("--batch-size", type=int, default=8, help="images per pass; lower it if memory runs out")
     result.add_argument("--seed", type=int, default=0, help="of noises, random weights and the bootstrap")

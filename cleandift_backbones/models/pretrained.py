@@ -270,7 +270,7 @@ def missing_message(sources: Sources, missing: list[str]) -> str:
         "Without a network: fetch them on a machine that has one (hf download REPOSITORY FILE), place them anywhere "
         f"here, and name them by create_model(..., sources=dict({', '.join(f'{part}=PATH' for part in parts)})) or by "
         f"the environment ({', '.join(map(sources.variable, parts))}). Or make one native folder there, "
-        f"`python tools/convert.py {sources.name} --out FOLDER`, and pass pretrained_cfg_overlay=dict(file=FOLDER)"
+        f"`cleandift convert {sources.name} --out FOLDER`, and pass pretrained_cfg_overlay=dict(file=FOLDER)"
     )
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from cleandift_backbones.distill import setup
 from cleandift_backbones.distill.recipe import field_names, load_recipe
+from cleandift_backbones.utils.errors import MissingFileError
 from tools.finetune import main
 from tools.tiny.make_scenes import main as make_scenes
 
@@ -185,3 +186,31 @@ def test_the_first_commands_of_the_page(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "data: 4 images, 0 with captions; 2 held out" in text
     assert 'timm.create_model("local-dir:runs/first/native"' in text
+
+
+# --- packaged recipes, and the options that other commands have too ---
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["data.path=x", "output_dir=y"]
+    assert load_recipe("cleandift_tiny", given) == load_recipe(ROOT / "configs/finetune/cleandift_tiny.yaml", given)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/mine.yaml").write_text("base: cleandift_sd21_lora\nlora: {rank: 3}")
+    mine = load_recipe("folder/mine.yaml", given)
+    assert mine.model == "cleandift_sd21" and mine.lora.rank == 3
+    (tmp_path / "cleandift_tiny.yaml").write_text("model: cleandift_sd15")
+    assert load_recipe("cleandift_tiny.yaml", given).model == "cleandift_sd15"  # a file comes first
+    with pytest.raises(MissingFileError, match="recipe tiny does not exist.*packaged one: base, cleandift_sd15"):
+        load_recipe("tiny", given)
+
+
+def test_options_are_fields(monkeypatch):
+    found = []
+    monkeypatch.setattr("cleandift_backbones.distill.train.distill", lambda recipe: found.append(recipe) or 0)
+    words = ["--data", "a: b", "--out", "#x", "--map", "us6,us3", "--dtype", "bfloat16", "--timesteps", "100"]
+    assert main(["cleandift_sd21", *words, "--weights", "w", "--device", "cpu", "max_steps=7"]) == 0
+    (recipe,) = found
+    assert (recipe.data.path, recipe.output_dir, recipe.student_weights) == ("a: b", "#x", "w")
+    assert recipe.maps == {"us6": 1, "us3": 1} and recipe.mixed_precision == "bf16" and recipe.timestep == 100
+    assert recipe.device == "cpu" and recipe.max_steps == 7
