@@ -92,6 +92,16 @@ def test_ctrl_c_during_imports(tool, tmp_path):
     assert len(said) == 1 + (tool == "finetune") and not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_during_the_imports_of_a_subcommand(tmp_path):
+    words = [sys.executable, "-m", "cleandift_backbones", "extract", *map(str, ARGUMENTS["extract"])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    when_guarded(process)
+    time.sleep(0.3)
+    assert interrupted(process) == "cleandift extract: stopped while starting; nothing was written\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_ctrl_c_at_any_moment(tool, tmp_path):
