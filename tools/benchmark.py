@@ -53,8 +53,8 @@ from cleandift_command import guard, importing
 
 with importing(__name__):
     from cleandift_backbones.data.images import check_folder
+    from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.models.cleandift import MIN_SIDE
-    from cleandift_backbones.models.entrypoints import architecture_of
     from cleandift_backbones.utils.atomic import write_text
     from cleandift_backbones.utils.errors import needs, resource_errors
 
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             with needs("eval"):
                 import matplotlib  # noqa: F401
     if options.what != "matching":
-        architecture_of(options.model)
+        spec_of(options.model)
     if options.file and not os.path.isfile(options.file):
         parser.error(f"--file {options.file}: no such file")
     if options.what == "inference":

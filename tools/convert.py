@@ -27,13 +27,13 @@ with importing(__name__):
     import torch
 
     import cleandift_backbones  # noqa: F401
-    from cleandift_backbones.models.entrypoints import ARCHITECTURES
+    from cleandift_backbones.models.architectures import MODELS
     from cleandift_backbones.publish.convert import LDM_PARTS, to_diffusers, to_ldm, to_native
     from cleandift_backbones.utils.atomic import readable_size
     from cleandift_backbones.utils.errors import InputError
     from cleandift_backbones.utils.locks import hold
 
-NAMES = [f"{kind}_{arch}" for kind in ("cleandift", "dift") for arch in ARCHITECTURES if arch != "test"]
+NAMES = [name for name, spec in MODELS.items() if spec.arch.listed and not spec.pyramid]
 
 
 def _size(text: str) -> str:

@@ -37,13 +37,12 @@ with importing(__name__):
         map_indices,
         resolve_device,
     )
-    from cleandift_backbones.features.model_names import matched_map, own_size, shown_maps, twin
+    from cleandift_backbones.features.model_names import default_map, defaults_of, own_size, shown_maps, twin
     from cleandift_backbones.features.options import map_items
     from cleandift_backbones.publish.training_data import training_data
     from cleandift_backbones.utils.atomic import save_png
     from cleandift_backbones.utils.errors import InputError, resource_errors
     from cleandift_backbones.visualize import figures
-    from cleandift_backbones.visualize.features import TIMESTEP
     from cleandift_backbones.visualize.figures import Panel
     from cleandift_backbones.visualize.pictures import SAMPLES, open_picture
 
@@ -88,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     with resource_errors("lower --size"):
         _compute(pairs, clean, noisy, matched)
     out = Path(args.out)
-    names = (args.model, f"{twin(args.model)}, t={TIMESTEP}, one noise" if noisy else "")
+    names = (args.model, f"{twin(args.model)}, t={defaults_of(args.model).timestep:.0f}, one noise" if noisy else "")
     for name, image in _draw(pairs, names, shown, matched):
         save_png(image, out / name)
         print(f"wrote {out / name}  ({image.width} x {image.height})", flush=True)
@@ -164,8 +163,10 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     """The model, its noisy twin if it has one, names of the maps to show, and of the map to match on."""
     infos = list_maps(args.model)
     names = [info["name"] for info in infos]
-    shown = [names[i] for i in map_indices(infos, map_items(args.maps))] if args.maps else shown_maps(names)
-    matched = names[map_indices(infos, map_items([args.match_map]))[0]] if args.match_map else matched_map(shown)
+    shown = [names[i] for i in map_indices(infos, map_items(args.maps))] if args.maps else shown_maps(args.model, names)
+    matched = default_map(args.model, shown)
+    if args.match_map:
+        matched = names[map_indices(infos, map_items([args.match_map]))[0]]
     wanted = list(dict.fromkeys([*shown, matched]))
     pretrained, device = not args.random_weights, resolve_device(args.device)
     size = args.size or own_size(args.model)
@@ -174,7 +175,7 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     noisy_name = None if ":" in args.model else twin(args.model)  # a folder's twin may lie nowhere here
     noisy = None
     if noisy_name:
-        noisy = load_extractor(noisy_name, wanted, pretrained, device, size, timestep=TIMESTEP, ensemble_size=1)
+        noisy = load_extractor(noisy_name, wanted, pretrained, device, size, ensemble_size=1)
     for extractor in (clean, noisy) if noisy else (clean,):
         extractor.optimize()
     return clean, noisy, shown, matched

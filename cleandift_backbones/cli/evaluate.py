@@ -20,7 +20,7 @@ from ..data.listing import left_out_report
 from ..evaluation import tasks
 from ..evaluation.cache import DTYPES, FeatureCache
 from ..evaluation.items import DataError, image_items
-from ..evaluation.plans import DEFAULT_TIMESTEP, TIMESTEPS, Run, make_plan
+from ..evaluation.plans import TIMESTEPS, Run, make_plan
 from ..evaluation.plots import write_report
 from ..evaluation.probes import Recipe
 from ..evaluation.report import Report, Row, check_report
@@ -134,9 +134,10 @@ def _common(one: argparse.ArgumentParser, task: str) -> None:
         "--prompt", default="auto",
         help="text for the models that have a text encoder; auto: the task's own; none: the model's own, mostly empty",
     )  # fmt: skip
+    default = "the model's (261 for Stable Diffusion)"
     one.add_argument(
         "--timesteps", **_list(int), metavar="T",
-        help=f"of dift_* models, 0..999, default {TIMESTEPS.get(task, DEFAULT_TIMESTEP)}; several are drawn as a curve",
+        help=f"of dift_* models, 0..999, default {TIMESTEPS.get(task, default)}; several are drawn as a curve",
     )  # fmt: skip
     one.add_argument(
         "--weights", nargs="+", default=[], metavar="MODEL=FILE", help="safetensors instead of a model's published ones"

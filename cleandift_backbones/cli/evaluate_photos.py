@@ -29,6 +29,7 @@ from ..evaluation.plots import write_report
 from ..evaluation.report import Report, Row
 from ..evaluation.tasks import pairs
 from ..features.extractor import PIXELS, list_maps, resolve_device
+from ..features.model_names import defaults_of
 from ..features.options import pick_maps
 from ..utils.errors import InputError, resource_errors
 from ..utils.locks import hold
@@ -248,11 +249,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def maps_of(args: argparse.Namespace, model: str) -> list[str]:
-    """The maps to choose from: those of `--maps`, and all of a model without a us6, which has names of its own.
+    """The maps to choose from: those of `--maps`, and all of a model of another package, whose maps have other names.
 
     Raises:
         ModelError: a map that the model does not have.
     """
     infos = list_maps(model)
     names = [info["name"] for info in infos]
-    return names if args.maps == ["all"] or "us6" not in names else pick_maps(infos, args.maps, names[-1])
+    if args.maps == ["all"] or defaults_of(model) is None:
+        return names
+    return pick_maps(model, infos, args.maps, names[-1])

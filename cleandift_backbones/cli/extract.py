@@ -176,8 +176,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Extractor, Res
     kwargs = dict(args.model_arg) | model_arguments(args.timestep, args.ensemble, args.weights)
     infos = list_maps(name, **kwargs)
     extractor = load_model(
-        name, pick_maps(infos, args.map or [], infos[-1]["name"]), name == args.model, device, args.size, args.seed,
-        DTYPES[args.dtype], args.keep_size, **kwargs,
+        name, pick_maps(name, infos, args.map or [], infos[-1]["name"]), name == args.model, device, args.size,
+        args.seed, DTYPES[args.dtype], args.keep_size, **kwargs,
     )  # fmt: skip
     extractor.name = args.model
     if not args.keep_size:

@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ..models.entrypoints import ARCHITECTURES, default_cfgs
+from ..models.architectures import ARCHITECTURES, find_spec, model_of
 from ..utils.atomic import is_file, is_text, set_aside, write_text
 from ..utils.errors import InputError, MissingFileError, file_errors
 
@@ -102,7 +102,7 @@ class Recipe:
     weight_decay: float = _field(0.0, "of AdamW")
     ema: float = _field(0.0, "decay of the weights' average that is exported; 0: the weights themselves")
     clip: float = _field(1.0, "largest norm of the gradient; 0: any")
-    timestep: float = _field(261.0, "start of the student's learned timestep")
+    timestep: float | None = _field(None, "start of the student's learned timestep; default: the model's (SD: 261)")
     seed: int = _field(0, "of initial heads, order, crops, noise and timesteps")
     num_workers: int = _field(2, "processes that read images")
     deterministic: bool = _field(False, "torch's deterministic algorithms")
@@ -299,8 +299,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if merged.mixed_precision == "False":  # YAML reads a bare `no` so
             merged.mixed_precision = "no"
         if merged.teacher is None:
-            student, _, rest = merged.model.partition("_")
-            merged.teacher = f"dift_{rest}" if student == "cleandift" else "no teacher"
+            merged.teacher = _teacher_of(merged.model)
+        spec = find_spec(merged.model)
+        if merged.timestep is None and spec is not None:
+            merged.timestep = spec.arch.defaults.timestep
         if merged.data.more:
             merged.data.more = [os.path.expanduser(place) for place in merged.data.more]
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
@@ -308,6 +310,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))
         _check(merged)
         return OmegaConf.to_object(merged)
+
+
+def _teacher_of(model: str) -> str:
+    """The noisy model of the same architecture, with the same tag."""
+    spec = find_spec(model)
+    teacher, dot, tag = spec and model_of(spec.arch, "noisy"), *model.partition(".")[1:]
+    return f"{teacher}{dot}{tag}" if teacher else "no teacher"
 
 
 def _check(merged: DictConfig) -> None:
@@ -338,11 +347,12 @@ def _check(merged: DictConfig) -> None:
         raise InputError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
     if merged.latent_encoder_weights and merged.latent_encoder == "default":
         raise InputError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
-    student, _, architecture = merged.model.partition("_")
-    teacher, dot, tag = merged.teacher.partition(".")
-    known = architecture in ARCHITECTURES and (not dot or tag in default_cfgs[teacher].tags)
-    if student != "cleandift" or teacher != f"dift_{architecture}" or not known:
-        names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")
+    student, teacher = find_spec(merged.model), find_spec(merged.teacher)
+    tag = merged.teacher.partition(".")[2]
+    known = student and teacher and (not tag or teacher.weights(tag) is not None)
+    if not known or student.noisy or student.pyramid or not teacher.noisy or teacher.arch is not student.arch:
+        pairs = ((model_of(arch, "clean"), model_of(arch, "noisy")) for arch in ARCHITECTURES.values() if arch.listed)
+        names = ", ".join(" with ".join(pair) for pair in pairs)
         raise InputError(f"model and teacher must be one of {names}; got {merged.model} with {merged.teacher}")
     several = dict(crop="center", background="white")  # with other values an image has another view in each epoch
     found = [(name, merged.data[name], one) for name, one in several.items() if merged.data[name] != one]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import timm
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,9 +23,9 @@ from ..data.batches import Batch, DecodeOptions, FolderBatches, plain_images
 from ..data.captioned import DataSummary, Picture, peek, pictures_of, spread, summarize
 from ..data.shards import shards_of
 from ..data.streaming import ShardBatches
-from ..models.denoisers.unet import FeatureUNet
+from ..models.architectures import spec_of
+from ..models.denoisers.base import Denoiser
 from ..models.dift import DIFT
-from ..models.entrypoints import architecture_of
 from ..models.last_map import check_reaches
 from ..models.latent_encoders import load_latent_encoder
 from ..models.learned import stored_timestep
@@ -94,13 +93,13 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
         ValueError: unknown maps. CheckpointError: unfit weights of the student or the heads.
     """
     torch.manual_seed(mix_seed(recipe.seed, 0))  # of heads and adapters
-    arch = architecture_of(recipe.teacher)
-    maps = dict(recipe.maps) if recipe.maps else dict.fromkeys(source.unet.map_names, 1.0)
-    source.unet.check_maps(maps)
-    last = max(maps, key=source.unet.map_names.index)
+    arch = spec_of(recipe.teacher).arch
+    maps = dict(recipe.maps) if recipe.maps else dict.fromkeys(source.denoiser.map_names, 1.0)
+    source.denoiser.check_maps(maps)
+    last = max(maps, key=source.denoiser.map_names.index)
     with torch.device("meta"):
-        student = FeatureUNet.build(arch["unet"], last)
-    teacher = source.unet.state_dict()
+        student = arch.denoiser.build(last)
+    teacher = source.denoiser.state_dict()
     student.load_state_dict({name: teacher[name].clone() for name in student.state_dict()}, assign=True)
     timestep = recipe.timestep
     if recipe.student_weights:
@@ -120,10 +119,10 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
             raise checkpoints.CheckpointError(
                 f"{options.weights} ({weights.describe()}) does not fit: {error}"
             ) from error
-    return Distiller(source.unet, student, DDPMScheduler(**arch["scheduler"]), maps, heads, recipe.loss, timestep)
+    return Distiller(source.denoiser, student, arch.schedule.scheduler(), maps, heads, recipe.loss, timestep)
 
 
-def _load_student(student: FeatureUNet, source: str, timestep: float, latent_encoder: str) -> float:
+def _load_student(student: Denoiser, source: str, timestep: float, latent_encoder: str) -> float:
     """Gives a student the UNet of a checkpoint; returns its learned timestep, or the one given if it holds none.
 
     Raises:

@@ -11,7 +11,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import timm
 import torch
 from accelerate.utils import get_int_from_env, set_seed
 from torch import Tensor
@@ -19,9 +18,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..checkpoints import check_replaceable
 from ..data.images import check_folder
+from ..models.architectures import spec_of
 from ..models.dift import DIFT
-from ..models.entrypoints import architecture_of
-from ..models.latents import latent_stride
+from ..models.latent_maps import latent_stride
 from ..publish.training_data import training_data
 from ..utils.errors import DivergedError, FileTakenError, InputError, file_errors, resource_errors
 from ..utils.locks import hold
@@ -91,8 +90,8 @@ class Training:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         set_seed(mix_seed(recipe.seed, 1) % 2**32)
-        side = timm.get_pretrained_cfg(recipe.model).input_size[-1]
-        stride = latent_stride(architecture_of(recipe.model)["vae"])
+        side = spec_of(recipe.model).arch.image_size
+        stride = latent_stride(spec_of(recipe.model).arch.vae)
         self.size = recipe.data.size or side
         if self.size % stride:
             raise InputError(f"data.size={self.size} is no multiple of the latents' stride {stride}")
@@ -297,12 +296,16 @@ class Training:
         """A picture of features: the student on clean pictures, the teacher on clean and on noised ones."""
         images, latents, embeds = self.validation
         images, (latents, *own), embeds = images[:6], [x[:6] for x in latents], embeds[:6]
-        name = "us6" if "us6" in self.module.maps else next(iter(self.module.maps))
+        defaults = spec_of(self.recipe.model).arch.defaults
+        name = defaults.map if defaults.map in self.module.maps else next(iter(self.module.maps))
         latents, prompts = latents.to(device := self.accelerator.device), self.prompts.split(embeds.to(device))
         noise = torch.randn(latents.shape, generator=step_generator(torch.device("cpu"), self.recipe.seed, 3))
         with self.averaged(), autocast(self.accelerator):
-            maps = self.module.compare(latents, noise.to(device), 261, *prompts, name, *(x.to(device) for x in own))
-        titles = f"student, {name}, step {self.step}", "teacher on clean pictures", "teacher, t = 261"
+            maps = self.module.compare(
+                latents, noise.to(device), int(defaults.timestep), *prompts, name, *(x.to(device) for x in own)
+            )
+        noisy = f"teacher, t = {defaults.timestep:.0f}"
+        titles = f"student, {name}, step {self.step}", "teacher on clean pictures", noisy
         if self.accelerator.is_main_process:
             rows = {title: list(x) for title, x in zip(titles, maps)}
             self.monitor.picture(self.step, feature_sheet(images, rows))

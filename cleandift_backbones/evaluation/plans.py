@@ -12,14 +12,13 @@ from pathlib import Path
 import timm
 
 from ..features.extractor import PIXELS, ModelError, list_maps
-from ..features.model_names import is_noisy
+from ..features.model_names import defaults_of, is_noisy, model_spec
 from ..features.options import check_noise, model_arguments, pick_maps
 from ..utils.atomic import is_file
 from ..utils.errors import FileError
 
-#: the paper's timestep of the noisy features; kNN's was tuned map by map
-TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
-DEFAULT_TIMESTEP = 261
+#: tasks with a timestep of their own for noisy features (CleanDIFT, section 5); the others take the model's default
+TIMESTEPS = {"depth": 299, "segmentation": 100}
 
 
 @dataclass
@@ -57,7 +56,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
         maps = _maps(args, name, bare)
         weights = files.get(name)
         if is_noisy(bare):
-            steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
+            steps = args.timesteps or [TIMESTEPS.get(args.task, int(defaults_of(bare).timestep))]
             counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
             for count in counts:
                 for step in steps:
@@ -69,7 +68,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
         elif args.task == "noise":
             raise ModelError(f"{name} draws no noise; give dift_* models")
         else:
-            kind = "control" if random else "clean" if bare.startswith("cleandift_") else "baseline"
+            kind = "control" if random else "clean" if model_spec(bare) else "baseline"
             label = f"{bare}, random weights" if random else name
             plan.append(Run(name, label, kind, bare, maps, not random, {}, model_arguments(weights=weights)))
     return plan
@@ -83,7 +82,7 @@ def _maps(args: argparse.Namespace, name: str, bare: str) -> list[str]:
         wanted = ["-1"] if args.task in ("knn", "retrieval") else []
     nearest = min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]
     try:
-        return pick_maps(infos, wanted, nearest)
+        return pick_maps(bare, infos, wanted, nearest)
     except ModelError as error:
         raise ModelError(f"{name}: {error}; --map {name}=MAP is for this model alone") from None
 
@@ -100,7 +99,7 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
         if name.startswith("random:"):
             bare = name.removeprefix("random:")
             plan.append(Run(name, f"{bare}, random weights", "control", bare, pretrained=False))
-        elif name.startswith("dift_"):
+        elif is_noisy(name):
             weights = model_arguments(weights=args.teacher_weights)
             for count in args.ensemble:
                 for step in args.timesteps:
@@ -114,7 +113,7 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
                 plan.append(
                     Run(twin, f"{twin}, best t", "teacher", f"clean{name}", None, True, dict(timestep=step), kwargs)
                 )
-        elif name.startswith("cleandift_"):
+        elif model_spec(name):
             plan.append(Run(name, name, "clean", name, kwargs=model_arguments(weights=args.student_weights)))
             if twins:
                 plan.append(Run(f"random:{name}", f"{name}, random weights", "control", name, pretrained=False))

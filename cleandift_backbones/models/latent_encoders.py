@@ -10,7 +10,7 @@ from torch import nn
 from .. import checkpoints
 from ..checkpoints.hub import HubError
 from ..utils.errors import MissingWeightsError, StateError
-from .entrypoints import architecture_of, published, with_encoder
+from .architectures import published, spec_of
 from .latents import build_latent_encoder
 from .pretrained import BESIDE, Sources, missing_message, open_encoder
 
@@ -29,7 +29,7 @@ def load_latent_encoder(
         ValueError: unknown encoder. RuntimeError: no weights are known, or to be had.
         checkpoints.CheckpointError: weights of another kind, or another size.
     """
-    config = with_encoder(architecture_of(model), latent_encoder)["vae"]
+    config = spec_of(model).arch.encoder_config(latent_encoder)
     parts = Sources(model.partition(".")[0], published(model), dict(vae=source) if source else {}, latent_encoder)
     place = parts.get("vae") or (parts.get("unet") if latent_encoder == "default" else None)
     if place is None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..features.model_names import map_names, shown_maps
 from ..utils.errors import InputError, needs
 from . import figures
 from .features import Features, Spec, Watch
@@ -82,7 +83,7 @@ class Maps(Result):
 
 def maps(
     pictures: Sequence[str | os.PathLike | bytes | Picture],
-    maps: Sequence[str] = ("us3", "us6", "us9"),
+    maps: Sequence[str] | None = None,
     model: str = "cleandift_tiny",
     show: str = "pca",
     shared: bool = True,
@@ -97,7 +98,7 @@ def maps(
 
     Args:
         pictures: files, names of samples, bytes, or Pictures.
-        maps, model: names of maps of any timm model.
+        maps, model: names of maps (default: `shown_maps`) of any timm model.
         show: "pca": the three main directions as red, green and blue; "segments": k-means clusters; "foreground": where
             the first component lies on the side that the picture's border does not, split in two by Otsu's criterion.
         shared: one basis (or one set of clusters) for all pictures; otherwise one each.
@@ -111,6 +112,7 @@ def maps(
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
     features = features or Features(device=device)
     entries = features.compute(spec, opened)
+    maps = shown_maps(model, map_names(model)) if maps is None else maps
     return features.stamp(map_entries(opened, entries, spec, maps, show, shared, clusters))
 
 

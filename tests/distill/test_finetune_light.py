@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from cleandift_backbones.distill.distiller import Distiller
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.train import Training
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.models.denoisers.unet import FeatureUNet
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
 from cleandift_backbones.models.latents import LatentEncoder, TinyLatentEncoder
 from tools.tiny.train_latent_encoder import main as train_encoder
 
@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
     """A light encoder with random weights, unlike the shipped one."""
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("light") / "light.safetensors"
-    save_file(TinyLatentEncoder(ARCHITECTURES["tiny"]["vae_tiny"]).state_dict(), path)
+    save_file(TinyLatentEncoder(ARCHITECTURES["tiny"].vae_tiny).state_dict(), path)
     return path
 
 
@@ -33,8 +33,8 @@ def test_loss_of_two_latents():
     """The teacher noises the true latents, the student sees its own: written out plainly."""
     cfg = ARCHITECTURES["test"]
     torch.manual_seed(0)
-    teacher, student = FeatureUNet.build(cfg["unet"], "us6"), FeatureUNet.build(cfg["unet"], "us6")
-    scheduler = DDPMScheduler(**cfg["scheduler"])
+    teacher, student = FeatureUNet.build(cfg.denoiser.config, "us6"), FeatureUNet.build(cfg.denoiser.config, "us6")
+    scheduler = DDPMScheduler(**cfg.schedule.config)
     module = Distiller(teacher, student, scheduler, {"us6": 1.0}, None, "l2")
     true, own, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 1, 4, 8, 8)
     prompt, steps = torch.randn(1, 3, 6), torch.tensor([[5], [700]])

@@ -19,7 +19,7 @@ from torch import nn
 from cleandift_backbones.data.compositing import KINDS, Compositor, compose_plain, contact_sheet, load_pictures
 from cleandift_backbones.distill import trainer
 from cleandift_backbones.distill.trainer import EMA, Run, lr_factor
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.utils import seeding
 from cleandift_backbones.utils.seeding import batch_indices, step_generator
 
@@ -359,7 +359,7 @@ def test_train_vae_writes_a_diffusers_folder(vae_folder, pictures):
     assert posterior.mean.shape == (16, 4, 8, 8)
     log = [json.loads(line) for line in (vae_folder / "log.jsonl").open()]
     assert log[-1]["step"] == 3 and log[-1]["emoji_heldout_l1"] > 0 and log[-1]["emoji_heldout_psnr"] > 0
-    assert vae.config.scaling_factor == ARCHITECTURES["tiny"]["vae"]["scaling_factor"]
+    assert vae.config.scaling_factor == ARCHITECTURES["tiny"].vae["scaling_factor"]
     assert Image.open(vae_folder / "reconstructions.png").size[0] > 32
 
 

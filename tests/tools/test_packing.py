@@ -18,7 +18,7 @@ from cleandift_backbones.data.captioned import pictures_of
 from cleandift_backbones.data.compositing import load_pictures
 from cleandift_backbones.distill.picture_sets import PictureSets
 from cleandift_backbones.distill.trainer import CHECKPOINT
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.utils.errors import FileTakenError, InputError, MissingFileError, StateError
 from cleandift_backbones.utils.locks import hold
 from cleandift_backbones.utils.seeding import step_generator
@@ -175,7 +175,7 @@ def vae(sources, tmp_path_factory) -> Path:
     where = ["--data", str(sources / "emoji"), "--out", str(out), "--device", "cpu"]
     assert tool("train_vae").main([*where, "--crop", "16", "--max-steps", "1", "--batch-size", "2"]) == 0
     path = out / "vae/config.json"
-    config = json.loads(path.read_text()) | {"scaling_factor": ARCHITECTURES["tiny"]["vae"]["scaling_factor"]}
+    config = json.loads(path.read_text()) | {"scaling_factor": ARCHITECTURES["tiny"].vae["scaling_factor"]}
     path.write_text(json.dumps(config))
     return out / "vae"
 

@@ -29,7 +29,7 @@ with importing(__name__):
     import cleandift_backbones  # noqa: F401
     from cleandift_backbones.data.batches import DecodeOptions, list_pictures, plain_images
     from cleandift_backbones.distill.trainer import pick_device
-    from cleandift_backbones.models.entrypoints import architecture_of
+    from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.utils.errors import file_errors, missing_weights
 
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who run this file by its path
@@ -70,7 +70,7 @@ def build(model: str, pretrained: bool) -> nn.Module:
     name, _, encoder = model.partition("+")
     kwargs = dict(latent_encoder=encoder) if encoder else {}
     if ":" not in name:
-        architecture_of(name)
+        spec_of(name)
     remedy = "Give local-dir:FOLDER, a folder of tools/convert.py, or --work-only"
     with missing_weights(remedy), file_errors(name):
         made = timm.create_model(name, pretrained=pretrained, final_map="us10", **kwargs)

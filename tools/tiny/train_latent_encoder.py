@@ -31,7 +31,7 @@ with importing(__name__):
     from cleandift_backbones.data.batches import DecodeOptions, FolderBatches, decode_batch, list_pictures
     from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options
     from cleandift_backbones.distill.trainer import Run, autocast, pick_device
-    from cleandift_backbones.models.entrypoints import architecture_of, with_encoder
+    from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.models.latent_encoders import load_latent_encoder
     from cleandift_backbones.models.latents import TinyLatentEncoder
     from cleandift_backbones.utils.atomic import replacing
@@ -108,7 +108,7 @@ def train(options: argparse.Namespace) -> int:
     device, out = pick_device(options.device), Path(options.out)
     torch.manual_seed(mix_seed(options.seed, 0))
     torch.set_float32_matmul_precision("high")
-    config = with_encoder(architecture_of(options.model), "tiny")["vae"]
+    config = spec_of(options.model).arch.encoder_config("tiny")
     with missing_weights("Give --vae FOLDER, a VAE in diffusers' form"):
         vae = load_latent_encoder(options.model, source=options.vae)
     with missing_weights("Give --start FOLDER, an AutoencoderTiny in diffusers' form, or leave it out"):

@@ -32,13 +32,13 @@ with importing(__name__):
     )
     from cleandift_backbones.distill.starting import start_from
     from cleandift_backbones.distill.trainer import Run, autocast, pick_device
-    from cleandift_backbones.models.entrypoints import ARCHITECTURES
+    from cleandift_backbones.models.architectures import ARCHITECTURES
     from cleandift_backbones.utils.atomic import replacing, save_png
     from cleandift_backbones.utils.errors import InputError, resource_errors
     from cleandift_backbones.utils.locks import hold
     from cleandift_backbones.utils.seeding import batch_indices, mix_seed, step_generator
 
-SCALING_FACTOR = ARCHITECTURES["tiny"]["vae"]["scaling_factor"]
+SCALING_FACTOR = ARCHITECTURES["tiny"].vae["scaling_factor"]
 HELDOUT = 128  # pictures of a kind that the held-out figures are taken on
 PREVIEW = 16  # pictures of a kind on the sheet
 
