@@ -302,7 +302,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             merged.teacher = _teacher_of(merged.model)
         spec = find_spec(merged.model)
         if merged.timestep is None and spec is not None:
-            merged.timestep = spec.arch.defaults.timestep
+            merged.timestep = float(spec.arch.defaults.timestep)
         if merged.data.more:
             merged.data.more = [os.path.expanduser(place) for place in merged.data.more]
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
