@@ -53,8 +53,7 @@ from cleandift_command import guard, importing
 
 with importing(__name__):
     from cleandift_backbones.data.images import check_folder
-    from cleandift_backbones.models.architectures import spec_of
-    from cleandift_backbones.models.cleandift import MIN_SIDE
+    from cleandift_backbones.models.architectures import model_of, spec_of
     from cleandift_backbones.utils.atomic import write_text
     from cleandift_backbones.utils.errors import needs, resource_errors
 
@@ -65,12 +64,12 @@ with importing(__name__):
 
 def check_inference(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Finds what `inference` cannot measure, and leaves out what is given twice."""
-    plain = options.model.replace("dift_", "cleandift_") if options.model.startswith("dift_") else options.model
-    plain = plain.removesuffix("_pyramid")
+    arch = spec_of(options.model).arch
+    plain, least = model_of(arch, "clean"), arch.defaults.min_side
     if plain != options.model:
         parser.error(f"--model {options.model}: give {plain}; --ways dift is the noisy baseline, --map takes its maps")
-    if min(options.size) < MIN_SIDE:
-        parser.error(f"--size {min(options.size)}: the models take pictures of {MIN_SIDE} pixels or more")
+    if min(options.size) < least:
+        parser.error(f"--size {min(options.size)}: the models take pictures of {least} pixels or more")
     for name in ("size", "batch_size", "ways"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name) or [])))
 

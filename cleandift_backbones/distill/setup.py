@@ -52,8 +52,9 @@ def load_teacher(recipe: Recipe) -> DIFT:
         "Give teacher_weights=FOLDER, a folder of Stable Diffusion in diffusers' form with unet, vae and text_encoder "
         "(hf download REPOSITORY --local-dir FOLDER, where there is a network)"
     )
+    deepest = spec_of(recipe.teacher).arch.denoiser.maps()[-1].name
     with missing_weights(remedy):
-        source = timm.create_model(recipe.teacher, pretrained=True, final_map="us10", sources=sources)
+        source = timm.create_model(recipe.teacher, pretrained=True, final_map=deepest, sources=sources)
     return source.requires_grad_(False).eval()
 
 

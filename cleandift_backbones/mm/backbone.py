@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mm_checks import Maps, check_launcher, check_model, check_packages, describe
+from ..models.architectures import find_spec, spec_of
 from ..models.inputs import reach
 from ..utils.errors import InputError, StateError
 
@@ -244,7 +245,8 @@ class CleanDIFT(BaseModule):
         wrong = [f"{name} is {tuple(given[name].shape)}, here {tuple(own[name].shape)}" for name in differing]
         wrong += [f"{name} is missing" for name in own if name not in given and name not in left_out]
         kind = record["model_name"] if record else self.model_name
-        if kind.removesuffix("_pyramid") != self.model_name.removesuffix("_pyramid"):
+        there, here = find_spec(kind), spec_of(self.model_name)
+        if there is None or (there.arch, there.kind) != (here.arch, here.kind):
             wrong = [f"it is of {kind}"]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from ..features.extractor import Extractor, ModelError, extract, load_extractor, resolve_device
-from ..features.model_names import defaults_of, is_noisy, map_names, own_size
+from ..features.model_names import defaults_of, is_noisy, map_names, model_spec, own_size
 from ..utils.errors import InputError
 from .memory import Entry, FeatureStore
 from .pictures import Picture
@@ -165,7 +165,7 @@ def _keys(spec: Spec, pictures: Sequence[Picture]) -> list[Hashable]:
 def _warm_up(loaded: _Loaded) -> None:
     """The first pass through a model takes longer than any later one, which would make times unfair."""
     extractor = loaded.extractor
-    if hasattr(getattr(extractor.model, "model", None), "unet"):
+    if model_spec(loaded.extractor.name):
         with _watched(loaded, lambda share: None):
             extractor.model(torch.zeros(1, 3, 64, 64, device=extractor.device))
 

@@ -27,7 +27,7 @@ from cleandift_backbones.models import (
 )
 from cleandift_backbones.publish.convert import find_model
 
-RECIPE = Path(__file__).parents[2] / RECIPE
+RECIPE = Path(__file__).parents[2] / "configs/finetune/cleandift_tiny.yaml"
 CONFIG = unet_config(
     (8, 16, 16), "-xx", cross_attention_dim=12, attention_head_dim=2, norm_num_groups=4, layers_per_block=1
 )
@@ -93,9 +93,7 @@ def test_its_defaults_hold_everywhere(mine):
     ]
     assert is_noisy("dift_mine") and not is_noisy("cleandift_mine") and twin("cleandift_mine") == "dift_mine"
     assert describe("cleandift_mine").names == ["us4", "us2", "mid"]
-    recipe = load_recipe(
-        RECIPE, ["model=cleandift_mine", "data.path=x", "output_dir=y", "maps=null"]
-    )
+    recipe = load_recipe(RECIPE, ["model=cleandift_mine", "data.path=x", "output_dir=y", "maps=null"])
     assert recipe.teacher == "dift_mine" and recipe.timestep == 100
 
 
