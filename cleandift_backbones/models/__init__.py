@@ -1,6 +1,6 @@
 """What a model is, under timm's contract.
 
-architectures: the one list of architectures and models. entrypoints: timm's registry of them. cleandift, dift: the two
+architectures: the one list of architectures and models. specs: their classes. entrypoints: timm's registry. cleandift, dift: the two
 kinds of models. feature_info: their maps. denoisers: the UNet. latents: from images to latents. schedule: noise at a
 timestep. conditions, text: from prompts to the constants of a denoiser. projection_heads: CleanDIFT's heads.
 pretrained, latent_encoders, learned, last_map: weights of a model, found and loaded. inputs: checks of arguments.

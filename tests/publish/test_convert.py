@@ -99,6 +99,7 @@ def test_compvis_unet(tmp_path, parts, capsys):
 def test_compvis_full(tmp_path, parts, which):
     (tmp_path / "full.safetensors").write_bytes(standins.compvis_full())
     arguments = [str(tmp_path / "full.safetensors"), "--out", str(tmp_path / "native"), "--unet", which]
+    arguments += ["--model", "test_cleandift"]  # which adds no noise to the teacher
     assert (
         main([*arguments, *parts[2:], "--dtype", "float32"] + (["--timestep", "7"] if which == "teacher" else [])) == 0
     )
@@ -108,7 +109,9 @@ def test_compvis_full(tmp_path, parts, which):
 
 def test_a_repository_on_the_hub(hub, tmp_path):
     hub.place("me/sd", standins.diffusers_files())
-    assert main(["me/sd@main", "--out", str(tmp_path / "native"), "--timestep", "100"]) == 0
+    assert (
+        main(["me/sd@main", "--out", str(tmp_path / "native"), "--timestep", "100", "--model", "test_cleandift"]) == 0
+    )
     check(load(tmp_path / "native"), 1, 100, torch.float32)
 
 
