@@ -1,10 +1,10 @@
 """What a model is, under timm's contract.
 
-architectures: the one list of architectures and models. specs: their classes. entrypoints: timm's registry. cleandift, dift: the two
-kinds of models. feature_info: their maps. denoisers: the UNet. latents: from images to latents. schedule: noise at a
-timestep. conditions, text: from prompts to the constants of a denoiser. projection_heads: CleanDIFT's heads.
-pretrained, latent_encoders, learned, last_map: weights of a model, found and loaded. inputs: checks of arguments.
-precise_numbers: buffers that stay in float32.
+architectures: the one list of architectures and models; specs: their classes. entrypoints: timm's registry of them.
+cleandift, dift: the two kinds of models. feature_info: their maps. denoisers: the UNet. latents: from images to
+latents; latent_maps: what a config says of it. schedule: noise at a timestep. conditions, text: from prompts to the
+constants of a denoiser. projection_heads: CleanDIFT's heads. pretrained, latent_encoders, learned, last_map: weights of
+a model, found and loaded. inputs: checks of arguments. precise_numbers: buffers that stay in float32.
 """
 
 import timm

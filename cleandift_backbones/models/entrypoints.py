@@ -3,6 +3,7 @@ the first model is built."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -38,11 +39,11 @@ def _cfg(spec: ModelSpec, weights: Published | None = None) -> dict:
     if weights is not None:
         place |= dict(description=weights.description)
         unet = weights.parts["unet"]
-        if unet.startswith(("/", ".")) or ":" in unet:
+        if os.path.isabs(unet):
             place |= dict(file=unet)
         else:
-            owner, repo, path = unet.split("/", 2)
-            place |= dict(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path)
+            owner, repo, *path = unet.split("/", 2)
+            place |= dict(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path[0] if path else None)
     return dict(
         url="",
         num_classes=0,
