@@ -332,7 +332,7 @@ def _check(merged: DictConfig) -> None:
         for name, value in part.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, got {value}")
-    if not 0 <= merged.timestep <= 999:
+    if merged.timestep is not None and not 0 <= merged.timestep <= 999:
         raise InputError(f"timestep must be in 0..999, got {merged.timestep}")
     span = list(merged.timestep_range)
     if len(span) != 2 or not 0 <= span[0] < span[1] <= 999 or span[1] - span[0] + 1 < merged.timestep_levels:

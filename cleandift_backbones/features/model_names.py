@@ -31,7 +31,10 @@ class _Known(NamedTuple):
 def _known(model: str) -> _Known:
     source, colon, place = model.partition(":")
     if not colon:
-        config = None if model == PIXELS else timm.get_pretrained_cfg(model)
+        try:
+            config = None if model == PIXELS else timm.get_pretrained_cfg(model)
+        except RuntimeError as error:
+            raise ModelError(f"{model}: {error}") from error
         return _Known(find_spec(model), config.input_size[-1] if config and config.input_size else DEFAULT_SIDE)
     try:  # what the config.json says beside the weights, and their header where it says that they are truncated
         read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf

@@ -57,7 +57,7 @@ class _Optimized:
 
     def _maps(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         self._check_input(x)
-        weight = self.unet.conv_in.weight
+        weight = self.denoiser.conv_in.weight
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not traced:
             self._check_constants()
@@ -88,7 +88,7 @@ class _Optimized:
             ):
                 maps = self._compiled(x, tuple(names))
             maps = {name: y.clone() for name, y in maps.items()} if graphs else maps
-        reductions = {info.name: info.stride * stride for info in self.unet.infos}
+        reductions = {info.name: info.stride * stride for info in self.denoiser.infos}
         reductions |= {name: reduction for name, (_, reduction) in self.vae.map_infos.items()}
         return {n: y[..., : -(-height // reductions[n]), : -(-width // reductions[n])] for n, y in maps.items()}
 
@@ -97,7 +97,7 @@ class _Optimized:
 
     def _learns(self) -> bool:
         """Whether somebody wants gradients of what computes the maps (a classifier's are given)."""
-        return any(p.requires_grad for module in (self.unet, self.vae) for p in module.parameters())
+        return any(p.requires_grad for module in (self.denoiser, self.vae) for p in module.parameters())
 
     def _remember(self) -> None:
         """Notes the folded constants: which tensors they are, how often these were written to, and their values."""
@@ -218,7 +218,7 @@ def _rebuild(
 ) -> None:
     """Other layers in place of the backbone's; `winograd`: True = everywhere, "where it pays", False."""
     if fold:
-        fold_constants(backbone.unet, backbone.timestep, backbone.prompt_embeds if fold is True else None)
+        fold_constants(backbone.denoiser, backbone.timestep, backbone.prompt_embeds if fold is True else None)
     lean(backbone)
     backbone.to(dtype=dtype)
     if winograd:
@@ -297,13 +297,13 @@ def optimize(
         raise InputError(f"dtype must be torch.float32, torch.bfloat16, torch.float16 or None, got {dtype!r}")
     compile_arguments = _compile_arguments(compile)
     backbone = _backbone_of(model)
-    weight = backbone.unet.conv_in.weight
+    weight = backbone.denoiser.conv_in.weight
     device, dtype = weight.device, dtype or weight.dtype
     fits = device.type == "cpu" and dtype == torch.float32
     if winograd and not fits:
         raise InputError(f"winograd=True is for float32 on a CPU, got dtype={dtype} on {device}")
     if fold:
-        check_foldable(backbone.unet, text=fold is True)
+        check_foldable(backbone.denoiser, text=fold is True)
     if dtype == torch.bfloat16 and lacks_bfloat16(device):
         raise StateError(f"{device} has no bfloat16: use dtype=torch.float16 or torch.float32")
     if slow_16bit(dtype, device):

@@ -140,8 +140,13 @@ class FeatureUNet(UNet2DConditionModel):
         batch = latents.shape[0]
         time = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(batch)
         temb = self.time_embedding(self.time_proj(time).to(latents.dtype))
+        return self.walk(latents, temb, self.text_of(conditions, latents), maps)
+
+    @staticmethod
+    def text_of(conditions: Mapping[str, Tensor] | Tensor, latents: Tensor) -> Tensor:
+        """The prompt B x L x C, for the batch and in the dtype of the latents."""
         text = conditions if isinstance(conditions, Tensor) else conditions["prompt_embeds"]
-        return self.walk(latents, temb, text.to(latents.dtype).expand(batch, -1, -1), maps)
+        return text.to(latents.dtype).expand(len(latents), -1, -1)
 
     def walk(
         self, latents: Tensor, temb: Tensor | None, text: Tensor | None, maps: Collection[str]
