@@ -187,6 +187,8 @@ def _errors_of(path: str | Path) -> Iterator[None]:
             unknown.rpartition(".")[2], [name.rpartition(".")[2] for name in field_names()], 1
         )
         hint = f"did you mean {near[0]}? " if near else ""
+        if unknown.lower().startswith("deepspeed"):
+            hint = "DeepSpeed is not supported: launch with FSDP 2 (docs/finetune.md); "
         raise InputError(f"recipe {path}: there is no field {unknown}; {hint}--fields lists all") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         field_name = getattr(error, "full_key", None)

@@ -110,8 +110,7 @@ class Training:
         self.source.to(device, memory_format=torch.channels_last)
         if self.encoders is not None:
             self.encoders.to(device, memory_format=torch.channels_last)
-        # Sharding engines cut weights into flat pieces.
-        flat = self.engine in ("fsdp", "deepspeed")
+        flat = self.engine == "fsdp"  # it cuts weights into flat pieces
         self.module.to(device, memory_format=torch.contiguous_format if flat else torch.channels_last)
         half = half_of(accelerator)
         if half is not None:  # frozen: half of it is enough
@@ -202,7 +201,7 @@ class Training:
                 loss, each = self.wrapped(latents, *self._draw(latents, micro), *self.prompts.split(embeds), *own)
                 finite = finite and not self._any(not torch.isfinite(loss))
                 if finite:
-                    accelerator.backward(loss)  # divides it by their number; DeepSpeed takes its step here
+                    accelerator.backward(loss)  # divides it by their number
             self.monitor.track(len(latents), loss=loss, **{f"loss_map_{name}": value for name, value in each.items()})
         if finite:
             norm = torch.as_tensor(accelerator.clip_grad_norm_(self.parameters.values(), recipe.clip or math.inf))
@@ -257,8 +256,7 @@ class Training:
         _logger.warning(f"step {self.step} is skipped: its loss or gradient is not finite")
         # A float16 scaler may need 16 steps to find its first scale.
         limit = max(self.recipe.max_skipped_steps, 20 * (self.accelerator.scaler is not None))
-        # DeepSpeed has taken a part of the step already, and cannot skip the rest.
-        if self.skipped >= limit or self.engine == "deepspeed":
+        if self.skipped >= limit:
             raise DivergedError(
                 f"the loss was not finite in {self.skipped} steps in a row, up to step {self.step}. The last batch was "
                 f"{', '.join(names)}. Look at these pictures, or lower learning_rate in a new output_dir; the last "
