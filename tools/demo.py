@@ -176,7 +176,7 @@ def _load(args: argparse.Namespace) -> tuple[Extractor, Extractor | None, list[s
     if noisy_name:
         noisy = load_extractor(noisy_name, wanted, pretrained, device, size, timestep=TIMESTEP, ensemble_size=1)
     for extractor in (clean, noisy) if noisy else (clean,):
-        extractor.optimize()
+        extractor.optimize(keep_memory=True)
     return clean, noisy, shown, matched
 
 

@@ -337,7 +337,8 @@ def measure(
     extractor = load(args, planned, device)
     items, told = _prompted(args, task, extractor)
     if args.optimize:
-        extractor.optimize(fixed_prompt=not extractor.takes_prompts)  # the cache sets that of each picture
+        # the cache sets the prompt of each picture
+        extractor.optimize(fixed_prompt=not extractor.takes_prompts, keep_memory=True)
     if latents is not None:
         extractor.remember_latents(latents)
     drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
@@ -378,7 +379,7 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         if args.prompt not in ("auto", "none"):
             extractor.set_prompts([args.prompt])
         if args.optimize:
-            extractor.optimize()
+            extractor.optimize(keep_memory=True)
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     print(shares_table(shares))

@@ -215,7 +215,7 @@ def _extract(args: argparse.Namespace) -> Report:
     if args.compile and prompt is not None:
         raise InputError("--compile is for one prompt for all pictures: each number of prompts would be compiled anew")
     if args.optimize:
-        extractor.optimize(prompt is None, args.compile)
+        extractor.optimize(prompt is None, args.compile, keep_memory=True)
     settings = dict(
         model=args.model, model_args={key: repr(value) for key, value in sorted(dict(args.model_arg).items())},
         timestep=args.timestep, ensemble=args.ensemble, prompt=args.prompt, maps=list(extractor.maps),
