@@ -46,8 +46,8 @@ from cleandift_backbones.data.images import read_image, to_input
 from cleandift_backbones.data.shards import find_shards
 from cleandift_backbones.data.sources import list_entries
 from cleandift_backbones.distill.checkpoint import Checkpoints
-from cleandift_backbones.distill.log import read_log
 from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.distill.tracking import read_log
 from cleandift_backbones.evaluation import emoji
 from cleandift_backbones.evaluation.items import check_answers
 from cleandift_backbones.evaluation.report import Row

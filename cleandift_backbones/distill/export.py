@@ -17,10 +17,10 @@ from ..publish import push
 from ..utils.errors import DivergedError
 from .distiller import Distiller
 from .distributed import whole
-from .log import read_log
 from .lora import merged_state
 from .recipe import Recipe
 from .setup import load_student_encoder, load_teacher
+from .tracking import read_log
 
 
 def student_state(module: Distiller) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def final_losses(log: Path) -> dict[str, str]:
 def method(recipe: Recipe) -> str:
     """The recipe as JSON without what concerns one machine only: paths, device, workers."""
     fields = json.loads(json.dumps(vars(recipe), default=vars))
-    here = ("output_dir", "cache_dir", "device", "num_workers", "resume", "push_to_hub")
+    here = ("output_dir", "cache_dir", "device", "num_workers", "resume", "push_to_hub", "report_to")
     for name in (*here, "teacher_weights", "student_weights", "latent_encoder_weights"):
         fields.pop(name)
     fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}

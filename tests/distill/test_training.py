@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cleandift_backbones.data.compositing import KINDS, Compositor, compose_plain, contact_sheet, load_pictures
-from cleandift_backbones.distill import trainer
-from cleandift_backbones.distill.trainer import EMA, Run, lr_factor
+from cleandift_backbones.distill.loop import EMA, lr_factor
 from cleandift_backbones.models.entrypoints import ARCHITECTURES
 from cleandift_backbones.utils import seeding
+from cleandift_backbones.utils.errors import InputError
 from cleandift_backbones.utils.seeding import batch_indices, step_generator
 
 pytest.importorskip("transformers")
-from cleandift_backbones.distill.captions import LENGTH, Captions, build_tokenizer, caption
+from tools.tiny import training
+from tools.tiny.arguments import add_run_arguments
+from tools.tiny.captions import LENGTH, Captions, build_tokenizer, caption
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXTS = ("grinning face", "cat with tears", "red heart", "family: man, woman, girl")
@@ -186,7 +190,7 @@ def test_captions_that_are_too_long_are_cut_like_the_tokenizers(data):
     assert torch.equal(ids, own) and ids[0, -1] == tokenizer.eos_token_id
 
 
-# ---------------------------------------------------------------------------------------------------------- trainer
+# --------------------------------------------------------------------------------------------------------- training
 
 
 def test_batches_visit_every_sample_once_an_epoch():
@@ -217,7 +221,7 @@ def test_schedule_warms_up_and_ends_at_the_floor():
 
 def test_ema_follows_its_formula_and_gives_the_weights_back():
     layer = nn.Linear(2, 1, bias=False)
-    ema = EMA({"layer": layer}, decay=0.5)
+    ema = EMA(dict(layer.named_parameters()), decay=0.5)
     expected = layer.weight.detach().clone()
     for count in range(8):
         with torch.no_grad():
@@ -236,38 +240,44 @@ def test_ema_follows_its_formula_and_gives_the_weights_back():
 class Toy:
     """A regression whose batches come from (seed, step); enough to see whether a run is continued exactly."""
 
-    def __init__(self, out: Path, **options):
-        torch.manual_seed(0)
+    def __init__(self, out: Path, *words: str, settings: dict | None = None):
+        parser = argparse.ArgumentParser()
+        add_run_arguments(parser, batch_size=4, lr=1e-2)
+        given = words or ("--max-steps", "8")
+        options = parser.parse_args(["--out", str(out), "--device", "cpu", "--warmup", "2", *given])
+        accelerator = training.start(options)
         self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.LazyLinear(1))
         self.model(torch.zeros(1, 3, 5, 5))
         self.model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
-        options = {"max_steps": 8, "warmup": 2, "log_steps": 2, "settings": {"lr": 1e-2}} | options
-        self.run = Run(out, {"model": self.model}, optimizer, **options)
+        self.loop = training.Loop(options, accelerator, {"model": self.model}, settings or {"lr": 1e-2}, 0.01)
 
-    def train(self, interrupt: int | None = None, number: int = signal.SIGTERM) -> Toy:
-        with self.run:
-            for step in self.run:
-                x = torch.randn(4, 3, 5, 5, generator=step_generator(torch.device("cpu"), 0, step))
-                loss = (self.model(x) - x.sum((1, 2, 3))[:, None]).square().mean()
-                self.run.update(loss)
-                self.run.track(4, loss=loss)
-                if step == interrupt:
-                    os.kill(os.getpid(), number)
-        return self
+    def train(self, after: Callable[[int], object] = lambda step: None) -> bool:
+        def loss_of(step: int):
+            x = torch.randn(4, 3, 5, 5, generator=step_generator(torch.device("cpu"), 0, step))
+            return (self.model(x) - x.sum((1, 2, 3))[:, None]).square().mean(), 4, {}
+
+        return self.loop.run(loss_of, [(1, lambda: after(self.loop.step))])
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A line of the log every two steps."""
+    monkeypatch.setattr(training, "LOG_STEPS", 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_continues_exactly(tmp_path, number):
-    whole = Toy(tmp_path / "whole").train()
+def test_a_stopped_run_continues_exactly(tmp_path, often, number):
+    whole = Toy(tmp_path / "whole")
+    assert whole.train()
     before = signal.getsignal(number)
-    stopped = Toy(tmp_path / "parts").train(interrupt=3, number=number)
-    assert not stopped.run.finished and stopped.run.step == 4
-    assert stopped.run.exit_code == 128 + number and signal.getsignal(number) is before
-    resumed = Toy(tmp_path / "parts").train()
-    assert resumed.run.finished and resumed.run.step == 8 and resumed.run.exit_code == 0
-    one, two = (load_file(tmp_path / name / trainer.CHECKPOINT) for name in ("whole", "parts"))
+    stopped = Toy(tmp_path / "parts")
+    assert not stopped.train(lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+    assert stopped.loop.step == 4 and stopped.loop.exit_code == 128 + number and signal.getsignal(number) is before
+    resumed = Toy(tmp_path / "parts")
+    assert resumed.train() and resumed.loop.step == 8 and resumed.loop.exit_code == 0
+    one, two = (load_file(tmp_path / name / training.CHECKPOINT) for name in ("whole", "parts"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert {name.split("/")[0] for name in one} == {"model", "ema", "optimizer"}
     logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
     whole_lines, parts_lines = ([(e["step"], e["loss"], e["lr"]) for e in log] for log in logs)
     assert whole_lines == parts_lines
@@ -277,56 +287,81 @@ def test_a_stopped_run_continues_exactly(tmp_path, number):
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path):
-    Toy(tmp_path).train()
-    again = Toy(tmp_path).train()
-    assert again.run.finished and again.run.step == 8
-    longer = Toy(tmp_path, max_steps=10).train()
-    assert longer.run.step == 10
+    assert Toy(tmp_path).train()
+    again = Toy(tmp_path)
+    assert again.train() and again.loop.step == 8
+    longer = Toy(tmp_path, "--max-steps", "10", "--stop-after", "9")
+    assert not longer.train() and longer.loop.step == 9
 
 
 def test_a_run_refuses_what_it_cannot_continue(tmp_path):
     Toy(tmp_path).train()
-    with pytest.raises(ValueError, match=r"another run: lr was 0.01 and is 0.5"):
+    with pytest.raises(InputError, match=r"another run: lr was 0.01 and is 0.5"):
         Toy(tmp_path, settings={"lr": 0.5})
     with pytest.raises(FileExistsError, match="--resume auto"):
-        Toy(tmp_path, resume="never")
-    with pytest.raises(ValueError, match="needs an end"):
-        Toy(tmp_path / "new", max_steps=None)
-    with pytest.raises(ValueError, match="max_minutes=0 must be above 0"):
-        Toy(tmp_path / "new", max_minutes=0)
-    with pytest.raises(ValueError, match="no CUDA device"):
-        trainer.pick_device("cuda:99") if not torch.cuda.is_available() else pytest.skip("there is a CUDA device")
+        Toy(tmp_path, "--max-steps", "8", "--resume", "never")
+    with pytest.raises(InputError, match="give --max-steps or --max-minutes"):
+        Toy(tmp_path / "new", "--seed", "0")
+    save_file({"x": torch.zeros(2)}, tmp_path / training.CHECKPOINT)
+    with pytest.raises(InputError, match="is no checkpoint of a training"):
+        Toy(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="'cuda:99' cannot be used"):
+            Toy(tmp_path / "new", "--device", "cuda:99")
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch, caplog):
+    from cleandift_backbones.distill import checkpoint
+
+    toy, write = Toy(tmp_path, "--max-steps", "4", "--save-steps", "2"), checkpoint.write_file
+
+    def full(tensors, path, metadata):
+        if toy.loop.step == 2:
+            raise OSError(28, "No space left on device")
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    assert toy.train() and "no checkpoint of step 2: " in caplog.text
+    assert Toy(tmp_path, "--max-steps", "4").loop.step == 4
 
 
 def test_time_drives_the_schedule_and_stops_the_run(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(trainer, "_STARTED", 0.0)
-    toy = Toy(tmp_path, max_steps=None, max_minutes=10, stop_minutes=4, save_minutes=100)
-    rates = []
-    with toy.run as run:
-        for _ in run:
-            rates.append(run.optimizer.param_groups[0]["lr"])
-            run.update(toy.model(torch.ones(1, 3, 5, 5)).sum())
-            now[0] += 60
-    assert not run.finished and run.step == 4 and run.progress() == pytest.approx(0.4)
-    now[0], minutes = 1000.0, 0
-    monkeypatch.setattr(trainer, "_STARTED", 1000.0)
-    again = Toy(tmp_path, max_steps=None, max_minutes=10)
-    with again.run as run:
-        for _ in run:
-            rates.append(run.optimizer.param_groups[0]["lr"])
-            now[0] += 60
-            minutes += 1
-    assert run.finished and minutes == 6
+    now, rates = [0.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training, "_STARTED", 0.0)
+
+    def minute(toy: Toy):
+        rates.append(toy.loop.optimizer.param_groups[0]["lr"])
+        now[0] += 60
+
+    toy = Toy(tmp_path, "--max-minutes", "10", "--stop-minutes", "4")
+    assert not toy.train(lambda step: minute(toy))
+    assert toy.loop.step == 4 and toy.loop.progress() == pytest.approx(0.4)
+    now[0] = 1000.0
+    monkeypatch.setattr(training, "_STARTED", 1000.0)
+    again = Toy(tmp_path, "--max-minutes", "10")
+    assert again.train(lambda step: minute(again)) and again.loop.step == 10
     assert rates == [pytest.approx(1e-2 * lr_factor(step, step / 10, 2)) for step in range(10)]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+def test_a_checkpoint_is_written_every_two_minutes(tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training.Loop, "save", lambda loop: saved.append(loop.step))
     toy = Toy(tmp_path)
-    with pytest.raises(FloatingPointError, match=r"'loss'\] not finite.*--lr"), toy.run as run:
-        for _ in run:
-            run.track(1, loss=torch.tensor(math.nan))
+
+    def later(step: int) -> None:
+        now[0] += 50
+
+    assert toy.train(later) and saved == [3, 6, 8]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, often):
+    toy = Toy(tmp_path)
+    with torch.no_grad():
+        toy.model[0].weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match=r"'loss'.* not finite.*--lr"):
+        toy.train()
 
 
 # ---------------------------------------------------------------------------------------------------------- scripts
@@ -393,7 +428,7 @@ def test_train_teacher_continues_exactly(data, vae_folder, teacher_folder, tmp_p
     assert teacher.main([*options, "--export"]) == 0
     assert (tmp_path / "model_index.json").exists()  # of the checkpoint, which stands
     assert teacher.main(options) == 0
-    one, two = (load_file(folder / trainer.CHECKPOINT) for folder in (teacher_folder, tmp_path))
+    one, two = (load_file(folder / training.CHECKPOINT) for folder in (teacher_folder, tmp_path))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
