@@ -29,7 +29,7 @@ from ..utils.seeding import mix_seed, step_generator
 from .checkpoint import Checkpoints, check_same_run
 from .distiller import Distiller, stratified_timesteps
 from .distributed import autocast, engine_of, half_of, make_accelerator, pack_optimizer, unpack_optimizer, whole
-from .export import student_state, write_native
+from .export import student_state, untrained_state, write_native
 from .loop import EMA, Signals, lr_factor
 from .lora import lora_state
 from .recipe import Recipe, plain_fields, save_recipe
@@ -79,6 +79,7 @@ class Training:
         self.source: DIFT = load_teacher(recipe)
         self.module: Distiller = build_module(recipe, self.source)
         self.encoders = Encoders(self.source.vae, load_student_encoder(recipe))
+        self.untrained = untrained_state(self.source, self.encoders.student)  # before a GPU, half precision, a cache
         device = accelerator.device
         self.prompts = Prompts(recipe.text, self.source.prompt_embeds.to(device), self.source.text_encoder)
         if recipe.cache_dir:
@@ -347,7 +348,7 @@ class Training:
             state = student_state(self.module)
             if self.accelerator.is_main_process:
                 adapters = lora_state(self.module.student) if self.recipe.lora.rank else None
-                write_native(self.recipe, state, adapters, data)
+                write_native(self.recipe, self.untrained | state, adapters, data)
                 kept = sum(path.stat().st_size for path in map(self.checkpoints.path, self.checkpoints.steps()))
                 self._print(footer(self.recipe, state, time.monotonic() - self.started, kept))
 
