@@ -30,6 +30,7 @@ from ..evaluation.tasks.noise import noise_shares
 from ..evaluation.tasks.noise_report import shares_table, write_shares
 from ..features.extractor import Extractor, ModelError, resolve_device
 from ..features.options import check_ranges, load_model
+from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.errors import needs, resource_errors
 from ..utils.locks import hold
 from ..utils.progress import tqdm
@@ -200,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser()
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    if args.optimize:
+        keep_freed_memory()  # of the whole process, which is this command's
     _check(args)
     lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
     with resource_errors(f"lower {lower}"):
@@ -337,8 +340,7 @@ def measure(
     extractor = load(args, planned, device)
     items, told = _prompted(args, task, extractor)
     if args.optimize:
-        # the cache sets the prompt of each picture
-        extractor.optimize(fixed_prompt=not extractor.takes_prompts, keep_memory=True)
+        extractor.optimize(fixed_prompt=not extractor.takes_prompts)  # the cache sets that of each picture
     if latents is not None:
         extractor.remember_latents(latents)
     drawn = {} if planned.pretrained else dict(random_weights=True)  # no "other weights" of the trained model's
@@ -379,7 +381,7 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         if args.prompt not in ("auto", "none"):
             extractor.set_prompts([args.prompt])
         if args.optimize:
-            extractor.optimize(keep_memory=True)
+            extractor.optimize()
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     print(shares_table(shares))

@@ -103,13 +103,12 @@ class Extractor:
         """Hash of the weights, prompt and timestep that were loaded or set, whether or not they are optimised now."""
         return self._weights or weights_digest(self.model)
 
-    def optimize(self, fixed_prompt: bool = True, compile: bool = False, keep_memory: bool = False) -> None:
+    def optimize(self, fixed_prompt: bool = True, compile: bool = False) -> None:
         """Makes a model of this package faster, by the exact steps of `cleandift_backbones.optimize`; others stay.
 
         Args:
             fixed_prompt: the prompt that is set now stays; False leaves `set_prompts` open, for less speed.
             compile: also compile it, once for all sizes, on the first pass.
-            keep_memory: on a CPU, also let this process keep the memory that a pass frees, for the next one.
 
         Raises:
             ModelError: a model that cannot be optimised, or not any more; `compile` with one of another package.
@@ -123,9 +122,7 @@ class Extractor:
             return
         self._weights = weights_digest(self.model)
         try:
-            keep_memory = keep_memory and self.device.type == "cpu"
-            fold = True if fixed_prompt else "timestep"
-            cleandift_backbones.optimize(self.model, fold=fold, compile=compile, keep_memory=keep_memory)
+            cleandift_backbones.optimize(self.model, fold=True if fixed_prompt else "timestep", compile=compile)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"{self.name} cannot be optimised: {_line(error)}") from error
         self.optimized = "compile" if compile else "exact"
