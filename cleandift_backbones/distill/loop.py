@@ -65,7 +65,7 @@ class EMA(EMAModel):
     def __init__(self, named: Mapping[str, nn.Parameter], decay: float):
         if not 0 <= decay < 1:
             raise InputError(f"EMA decay {decay}: give a number in [0, 1)")
-        super().__init__(named.values(), decay, foreach=True)
+        super().__init__(named.values(), decay)  # foreach copies know no shards of FSDP
         self.names, self.parameters = list(named), list(named.values())
 
     def get_decay(self, optimization_step: int) -> float:
@@ -78,6 +78,10 @@ class EMA(EMAModel):
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See EMAModel, whose copies lie on the CPU; these stay beside the parameters, as shards of FSDP must."""
+        self.temp_stored_params = [parameter.detach().clone() for parameter in parameters]
 
     def update(self, count: int) -> None:
         """Takes the current parameters in; `count` is the number of updates before this one."""

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cleandift_backbones.data.compositing import KINDS, Compositor, compose_plain, contact_sheet, load_pictures
+from cleandift_backbones.data.compositing import KINDS, Compositor, compose_plain
 from cleandift_backbones.models.entrypoints import ARCHITECTURES
 
 pytest.importorskip("transformers")
 from tools.tiny import training
 from tools.tiny.captions import LENGTH, Captions, build_tokenizer, caption
+from tools.tiny.emoji_folder import contact_sheet, load_pictures
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXTS = ("grinning face", "cat with tears", "red heart", "family: man, woman, girl")

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from cleandift_backbones.data.captioned import Picture, pictures_of
-from cleandift_backbones.data.compositing import Compositor, compose_plain, load_pictures
+from cleandift_backbones.data.compositing import Compositor, compose_plain
 from cleandift_backbones.data.decoding import read_image
 from cleandift_backbones.utils.errors import InputError
 from cleandift_backbones.utils.progress import tqdm
 from cleandift_backbones.utils.seeding import batch_indices, step_generator
+from tools.tiny.emoji_folder import load_pictures
 
 __all__ = ["Photos", "PictureSets", "fit"]
 

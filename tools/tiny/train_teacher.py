@@ -34,7 +34,6 @@ with importing(__name__):
     from torch import Tensor, nn
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-    from cleandift_backbones.data.compositing import contact_sheet
     from cleandift_backbones.features.extractor import resolve_device
     from cleandift_backbones.utils.atomic import replacing, save_png
     from cleandift_backbones.utils.errors import InputError, MissingFileError, file_errors, resource_errors
@@ -45,6 +44,7 @@ with importing(__name__):
 
     from tools.tiny.arguments import add_picture_arguments, add_run_arguments, picture_sets, whole_numbers
     from tools.tiny.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
+    from tools.tiny.emoji_folder import contact_sheet
     from tools.tiny.starting import start_from, start_text
     from tools.tiny.training import CHECKPOINT, Loop, start
 

@@ -22,7 +22,6 @@ with importing(__name__):
     from diffusers import AutoencoderKL
     from torch import Tensor
 
-    from cleandift_backbones.data.compositing import contact_sheet
     from cleandift_backbones.features.extractor import resolve_device
     from cleandift_backbones.models.entrypoints import ARCHITECTURES
     from cleandift_backbones.utils.atomic import replacing, save_png
@@ -33,6 +32,7 @@ with importing(__name__):
     sys.path.insert(0, str(Path(__file__).parents[2]))  # for those who run this file by its path
 
     from tools.tiny.arguments import add_picture_arguments, add_run_arguments, picture_sets, whole_numbers
+    from tools.tiny.emoji_folder import contact_sheet
     from tools.tiny.starting import start_from
     from tools.tiny.training import Loop, start
 
