@@ -41,13 +41,12 @@ import cleandift_backbones  # noqa: F401  (registers with timm)
 from cleandift_backbones import checkpoints
 from cleandift_backbones.data import streaming
 from cleandift_backbones.data.batches import DecodeOptions, decode_batch, list_pictures, plain_images
-from cleandift_backbones.data.compositing import load_pictures
 from cleandift_backbones.data.images import read_image, to_input
 from cleandift_backbones.data.shards import find_shards
 from cleandift_backbones.data.sources import list_entries
 from cleandift_backbones.distill.checkpoint import Checkpoints
-from cleandift_backbones.distill.log import read_log
 from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.distill.tracking import read_log
 from cleandift_backbones.evaluation import emoji
 from cleandift_backbones.evaluation.items import check_answers
 from cleandift_backbones.evaluation.report import Row
@@ -57,6 +56,7 @@ from cleandift_backbones.features.extractor import load_extractor
 from cleandift_backbones.features.store import Store
 from cleandift_backbones.publish import convert
 from cleandift_backbones.visualize.pictures import open_picture
+from tools.tiny.emoji_folder import load_pictures
 
 
 @dataclass(frozen=True)

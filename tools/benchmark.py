@@ -25,7 +25,7 @@ It tells latency, images/s, peak memory, bytes of weights, GFLOP (torch's counte
 their share of a matrix product's speed at that moment, and how far the map is from the first way's. With --clock cpu a
 busy machine does no harm: seconds are those that one thread of the processor worked (give --threads 1 too). Several
 sizes are measured at the first batch size, further batch sizes at the first size. On a CPU all ways keep freed memory
-for the next pass, as `optimize` does; with --return-memory none does, as torch does otherwise.
+for the next pass, as tools/extract.py does; with --return-memory none does, as torch does otherwise.
 
 `loading` compares, each in a process of its own, cold (the file is dropped from the page cache) and warm:
   safetensors   safetensors.torch.load_file, then every page of every tensor read

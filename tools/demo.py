@@ -39,6 +39,7 @@ with importing(__name__):
     )
     from cleandift_backbones.features.model_names import default_map, defaults_of, own_size, shown_maps, twin
     from cleandift_backbones.features.options import map_items
+    from cleandift_backbones.optimization.cpu_malloc import keep_freed_memory
     from cleandift_backbones.publish.training_data import training_data
     from cleandift_backbones.utils.atomic import save_png
     from cleandift_backbones.utils.errors import InputError, resource_errors
@@ -80,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     args = _parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    keep_freed_memory()
     pairs = _read_pairs(args)
     clean, noisy, shown, matched = _load(args)
     if args.threads:

@@ -30,6 +30,7 @@ from ..evaluation.tasks.noise import noise_shares
 from ..evaluation.tasks.noise_report import shares_table, write_shares
 from ..features.extractor import Extractor, ModelError, resolve_device
 from ..features.options import check_ranges, load_model
+from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.errors import needs, resource_errors
 from ..utils.locks import hold
 from ..utils.progress import tqdm
@@ -201,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser()
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    if args.optimize:
+        keep_freed_memory()  # of the whole process, which is this command's
     _check(args)
     lower = "--probe-batch" if args.task in ("segmentation", "depth") else "--size or --limit"
     with resource_errors(f"lower {lower}"):

@@ -31,6 +31,7 @@ from ..evaluation.tasks import pairs
 from ..features.extractor import PIXELS, list_maps, resolve_device
 from ..features.model_names import defaults_of
 from ..features.options import pick_maps
+from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.errors import InputError, resource_errors
 from ..utils.locks import hold
 from ..utils.progress import tqdm
@@ -234,6 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the suite. See `cleandift_command.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    keep_freed_memory()
     evaluate_suites.check_options(args, (("sizes", 64, 4096), ("limit", 2, None)))
     args.timesteps = args.timesteps or TIMESTEPS
     args.ensemble, args.sizes = sorted(set(args.ensemble)), list(dict.fromkeys(args.sizes))

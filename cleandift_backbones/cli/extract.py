@@ -32,6 +32,7 @@ from ..features.extractor import Extractor, ModelError, list_maps, load_extracto
 from ..features.formats import DTYPES, FORMATS
 from ..features.options import check_noise, check_ranges, load_model, model_arguments, pick_maps
 from ..features.store import FAILURES, Store, check_out, list_shards
+from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.atomic import is_file, readable_size
 from ..utils.errors import InputError, MissingFileError, needs, resource_errors
 from ..utils.locks import hold
@@ -127,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
     """Extracts. See `cleandift_command.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    if args.optimize:
+        keep_freed_memory()  # of the whole process, which is this command's
     _check(args)
     with resource_errors("lower --batch-size, --workers or --shard-size, or give --max-side"):
         return extract_all(args)

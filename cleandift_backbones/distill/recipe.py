@@ -113,6 +113,9 @@ class Recipe:
     sample_every: int = _field(100, "steps between figures of features; 0: none")
     log_every: int = _field(10, "steps between lines of log.jsonl")
     tensorboard: bool = _field(True, "also write tensorboard/")
+    report_to: list[str] | None = _field(  # noqa: RUF009
+        None, "further trackers of Accelerate, such as wandb, mlflow or trackio: [wandb,mlflow]"
+    )
     resume: str = _field(
         "auto", "auto continues from output_dir's newest whole checkpoint; never refuses a folder that has one"
     )  # fmt: skip
@@ -121,6 +124,7 @@ class Recipe:
     push_to_hub: str | None = _field(None, "USER/REPO to publish the result in (also --push-to-hub)")
 
 
+_LATER = {"report_to"}  # fields that the recipe.yaml of earlier versions has not
 _CHOICES = {
     "loss": ("cosine", "l1", "l2"),
     "text": ("caption", "empty", "distilled"),
@@ -187,6 +191,8 @@ def _errors_of(path: str | Path) -> Iterator[None]:
             unknown.rpartition(".")[2], [name.rpartition(".")[2] for name in field_names()], 1
         )
         hint = f"did you mean {near[0]}? " if near else ""
+        if unknown.lower().startswith("deepspeed"):
+            hint = "DeepSpeed is not supported: launch with FSDP 2 (docs/finetune.md); "
         raise InputError(f"recipe {path}: there is no field {unknown}; {hint}--fields lists all") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         field_name = getattr(error, "full_key", None)
@@ -200,7 +206,7 @@ def _errors_of(path: str | Path) -> Iterator[None]:
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
     """`above` over `below`. Maps are replaced, not joined, and "us6,us3" or a list gives equal weights. The teacher
-    follows the model."""
+    follows the model; report_to=wandb is a list of one."""
     if "maps" in above:
         names = above.maps
         if isinstance(names, str):
@@ -208,6 +214,8 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
         if names is not None and not isinstance(names, DictConfig):
             above.maps = dict.fromkeys(names, 1.0)
         below.maps = None
+    if isinstance(above.get("report_to"), str):
+        above.report_to = above.report_to.replace(",", " ").split()
     if "model" in above and "teacher" not in above and "teacher" in below:
         below.teacher = None
     return OmegaConf.merge(below, above)
@@ -243,6 +251,12 @@ def _dotted(settings: Mapping, prefix: str = "") -> dict[str, object]:
     for name, value in settings.items():
         flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def plain_fields(recipe: Recipe) -> dict[str, int | float | str]:
+    """Dotted name -> number or text of every field that has a value, as trackers show them."""
+    values = {name: value for name, value, *_ in _flat(OmegaConf.structured(recipe)) if value is not None}
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in values.items()}
 
 
 def field_names() -> list[str]:
@@ -379,4 +393,4 @@ def _is_resolved(path: Path) -> bool:
         found = OmegaConf.create(text)
     except Exception:  # OmegaConf passes on whatever its parser raises
         return False
-    return "#" not in text and set(found) == {field.name for field in fields(Recipe)}
+    return "#" not in text and {field.name for field in fields(Recipe)} ^ set(found) <= _LATER

@@ -16,13 +16,13 @@ from finetune_runs import finetune, refused
 from picture_bytes import encoded
 from PIL import Image, PngImagePlugin
 
-from cleandift_backbones.data import compositing
 from cleandift_backbones.data.batches import DecodeOptions, Picture, decode, is_transparent, read_rgba
 from cleandift_backbones.data.images import ImageError, read_image, to_input
 from cleandift_backbones.data.loading import Resize
 from cleandift_backbones.evaluation import items
 from cleandift_backbones.evaluation.tasks import depth, segmentation
 from cleandift_backbones.visualize.pictures import open_picture
+from tools.tiny.emoji_folder import load_pictures
 
 
 def chunk(name, data):
@@ -67,7 +67,7 @@ def test_it_is_reported_by_name_in_every_reader(tmp_path, strict):
             lambda: read_image(path.read_bytes(), name="bomb.png"),
             lambda: decode(picture, DecodeOptions(64), torch.Generator()),
             lambda: read_rgba(picture, 64),
-            lambda: compositing.load_pictures(tmp_path, 64),
+            lambda: load_pictures(tmp_path, 64),
             lambda: items.picture_size(path),
             lambda: items.check_answers([(path, path)], "masks"),
             lambda: segmentation.read_mask(path, 3),

@@ -152,19 +152,19 @@ def test_encoder_training_resumes(pictures, tmp_path, monkeypatch):
     given = ["--data", str(pictures), "--size", "64", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
     given += ["--max-steps", "4", "--save-steps", "2", "--warmup", "1", "--out"]
     assert train_encoder([*given, str(tmp_path / "whole")]) == 0
-    from cleandift_backbones.distill.trainer import Run
+    from tools.tiny.training import Loop
 
-    save = Run.save
+    save = Loop.save
 
-    def save_and_die(run):
-        save(run)
+    def save_and_die(loop):
+        save(loop)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "save", save_and_die)
+    monkeypatch.setattr(Loop, "save", save_and_die)
     with pytest.raises(SystemExit) as stop:
         train_encoder([*given, str(tmp_path / "parts")])
     assert stop.value.code == 130
-    monkeypatch.setattr(Run, "save", save)
+    monkeypatch.setattr(Loop, "save", save)
     assert train_encoder([*given, str(tmp_path / "parts")]) == 0
     name = "encoder/diffusion_pytorch_model.safetensors"
     equal(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))

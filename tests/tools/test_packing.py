@@ -15,13 +15,13 @@ from PIL import Image
 from test_training import tool, write_split
 
 from cleandift_backbones.data.captioned import pictures_of
-from cleandift_backbones.data.compositing import load_pictures
-from cleandift_backbones.distill.picture_sets import PictureSets
-from cleandift_backbones.distill.trainer import CHECKPOINT
 from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.utils.errors import FileTakenError, InputError, MissingFileError, StateError
 from cleandift_backbones.utils.locks import hold
 from cleandift_backbones.utils.seeding import step_generator
+from tools.tiny.emoji_folder import load_pictures
+from tools.tiny.picture_sets import PictureSets
+from tools.tiny.training import CHECKPOINT
 
 pack, tiny = tool("pack_pictures"), tool("train_tiny")
 

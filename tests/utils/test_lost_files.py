@@ -195,8 +195,8 @@ def test_a_readme_in_the_folder_of_latents_stays(pictures, tmp_path):
 def test_a_recipe_and_a_log_of_others_are_kept(tmp_path, caplog, capsys):
     from finetune_runs import RECIPE
 
-    from cleandift_backbones.distill.log import JsonLog
     from cleandift_backbones.distill.recipe import load_recipe, save_recipe
+    from cleandift_backbones.distill.tracking import JsonLog
 
     path, log = tmp_path / "recipe.yaml", tmp_path / "log.jsonl"
     path.write_text("base: mine  # with a comment\n")
@@ -204,7 +204,9 @@ def test_a_recipe_and_a_log_of_others_are_kept(tmp_path, caplog, capsys):
     recipe = load_recipe(RECIPE, [f"data.path={tmp_path}", f"output_dir={tmp_path}"])
     for _ in range(2):
         save_recipe(recipe, path)
-        JsonLog(log, 0).write(step=1, loss=2.0)
+        tracker = JsonLog(log, 0)
+        tracker.start()
+        tracker.log({"loss": 2.0}, 1)
     assert (tmp_path / "recipe.yaml.other").read_text().startswith("base: mine")
     assert (tmp_path / "log.jsonl.other").read_text() == "what I did on Monday\n"
     assert "recipe.yaml was not written by a run: kept as recipe.yaml.other" in caplog.text

@@ -149,7 +149,7 @@ def ours(weights: Weights, light: bool = False, **options) -> Callable[[Tensor],
     """Ours after `optimize(**options)`; without options as timm.create_model gives it."""
     model = with_new_parameters(light_model(weights) if light else weights.model)
     if options:
-        optimize(model, keep_memory=False, **options)  # of the whole process: --return-memory decides for all ways
+        optimize(model, **options)
 
     def run(x: Tensor) -> Tensor:
         return model(x)[0]

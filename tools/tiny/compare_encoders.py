@@ -28,7 +28,7 @@ with importing(__name__):
 
     import cleandift_backbones  # noqa: F401
     from cleandift_backbones.data.batches import DecodeOptions, list_pictures, plain_images
-    from cleandift_backbones.distill.trainer import pick_device
+    from cleandift_backbones.features.extractor import resolve_device
     from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.utils.errors import file_errors, missing_weights
 
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (total, encoder) in zip(options.models, counts):
             print(f"| {name} | {total:.4g} | {encoder:.4g} |")
         return 0
-    device = pick_device(options.device)
+    device = resolve_device(options.device)
     models = [build(name, True).to(device, memory_format=torch.channels_last) for name in options.models]
     models[0].unet.check_maps([options.map])
     size = options.size or models[0].pretrained_cfg["input_size"][-1]

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.captioned import Picture, pictures_of
-from ..data.compositing import Compositor, compose_plain, load_pictures
-from ..data.decoding import read_image
-from ..utils.errors import InputError
-from ..utils.progress import tqdm
-from ..utils.seeding import batch_indices, step_generator
+from cleandift_backbones.data.captioned import Picture, pictures_of
+from cleandift_backbones.data.compositing import Compositor, compose_plain
+from cleandift_backbones.data.decoding import read_image
+from cleandift_backbones.utils.errors import InputError
+from cleandift_backbones.utils.progress import tqdm
+from cleandift_backbones.utils.seeding import batch_indices, step_generator
+from tools.tiny.emoji_folder import load_pictures
 
 __all__ = ["Photos", "PictureSets", "fit"]
 
