@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 .PHONY: demo app test test-app lint table table-full pictures test-mmseg test-mmdet clean
 
 demo: $(VENV)/.ready
-	$(BIN)/python tools/demo.py --out demo
+	$(BIN)/cleandift demo --out demo
 
 # A page where one sees the features, on this machine.
 app: $(VENV)/.ready-app
-	$(BIN)/python tools/app.py
+	$(BIN)/cleandift app
 
 # Its tests in headless Chromium, which apt installs if it is missing and we are root.
 test-app: $(VENV)/.ready-dev $(VENV)/.ready-app
@@ -34,16 +34,17 @@ MM_TEST = $(MM) -c "import mmseg, mmdet, mmcv.ops" && OMP_NUM_THREADS=1 $(MM) -m
 
 test-mmseg: $(MM_VENV)/.ready
 	$(MM_TEST) tests/mm/test_mm.py tests/mm/test_mm_checks.py tests/mm/test_mmseg.py tests/test_fixtures_mm.py
+	$(MM) -m pytest tests/test_wheel.py -k mmseg
 
 test-mmdet: $(MM_VENV)/.ready
 	$(MM_TEST) tests/mm/test_mm_configs.py tests/mm/test_mmdet.py
 
 # The compiled operators are kept outside the checkout, see tools/build_mmcv.sh.
-$(MM_VENV)/.ready: pyproject.toml tools/build_mmcv.sh
+$(MM_VENV)/.ready: pyproject.toml setup.py tools/build_mmcv.sh
 	$(PYTHON) -m venv $(MM_VENV)
 	$(MM) -m pip install --quiet torch torchvision
 	tools/build_mmcv.sh $(MM)
-	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet,text]" pytest pytest-xdist
+	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet,text]" pytest pytest-xdist "setuptools>=77"
 	touch $@
 
 # The held-out pictures (needs npm), and the tables of docs/results.md: on 120 concepts (minutes on two cores), and on
@@ -52,12 +53,12 @@ data/emoji: $(VENV)/.ready-dev
 	$(BIN)/python tools/tiny/make_pictures.py --out data/emoji
 
 table: data/emoji
-	$(BIN)/python tools/evaluate.py --suite emoji --data data/emoji --out results
+	$(BIN)/cleandift evaluate --suite emoji --data data/emoji --out results
 
 table-full: data/emoji
-	$(BIN)/python tools/evaluate.py --suite emoji --full --data data/emoji --out results/full
+	$(BIN)/cleandift evaluate --suite emoji --full --data data/emoji --out results/full
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@

@@ -3,12 +3,14 @@
     import timm, cleandift_backbones
     model = timm.create_model("cleandift_tiny", pretrained=True, features_only=True)
 
-The import itself is light: diffusers is imported when the first model is built.
+The import itself loads neither PyTorch nor timm nor diffusers. The models are registered at once where timm is imported
+already, otherwise right after its import; diffusers is imported when the first model is built.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .models import entrypoints  # noqa: F401  (registers with timm)
+from .utils.imports import when_imported
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -30,7 +32,10 @@ _LAZY = {
 
 def __getattr__(name: str):
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name == "models":
+        return import_module(".models", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+when_imported("timm", lambda: import_module(".models.entrypoints", __name__))

@@ -17,6 +17,7 @@ from hub_server import TOKEN
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import cleandift_backbones.publish.card as publishing
+from cleandift_backbones.cli.main import main as command
 from cleandift_backbones.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
@@ -118,17 +119,19 @@ def test_command_lines(page, code, capsys, monkeypatch):
         if words[0] == "bash":
             assert (ROOT / words[1]).is_file()
             continue
-        if words[:2] == ["accelerate", "launch"]:  # its own options, then the tool with its arguments
-            known = launch_command_parser().parse_args(words[2:])
-            words = ["python", known.training_script, *known.training_script_args]
+        launcher = None
+        if words[:2] == ["accelerate", "launch"]:  # its own options, then the module with its arguments
+            launcher = launch_command_parser().parse_args(words[2:])
         if words[0] == "torchrun":
-            known = torchrun_parser().parse_args(words[1:])
-            words = ["python", known.training_script, *known.training_script_args]
-        assert words[0] == "python", line
+            launcher = torchrun_parser().parse_args(words[1:])
+        if launcher:
+            assert launcher.module and launcher.training_script.startswith("cleandift_backbones.cli."), line
+            words = ["cleandift", launcher.training_script.rpartition(".")[2], *launcher.training_script_args]
         # A last argument that no parser knows: it must be the only thing the parser complains about.
-        monkeypatch.setattr(sys, "argv", [*words[1:], "--surely-unknown"])
+        assert words[0] in ("python", "cleandift"), line
+        monkeypatch.setattr(sys, "argv", [*words[words[0] == "python" :], "--surely-unknown"])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / words[1]), run_name="__main__")
+            runpy.run_path(str(ROOT / words[1]), run_name="__main__") if words[0] == "python" else command(sys.argv[1:])
         assert stop.value.code == 2
         assert re.search(r"error: unrecognized arguments: --surely-unknown\n", capsys.readouterr().err), line
 

@@ -8,7 +8,7 @@ PACKAGE = "cleandift_backbones"
 ROOT = Path(__file__).parents[1]
 #: each room with its floor; rooms of one floor may import each other in one direction
 FLOORS = {
-    "utils": 0,
+    **dict.fromkeys(("utils", "configs"), 0),
     **dict.fromkeys(("checkpoints", "data"), 1),
     "models": 2,
     **dict.fromkeys(("optimization", "publish", "mm"), 3),
@@ -17,7 +17,12 @@ FLOORS = {
     **dict.fromkeys(("cli", "app"), 6),
 }
 ALIASES = {"extractor", "extraction", "hub", "convert", "errors", "allocator"}  # nothing of the package imports them
-OUTSIDE = {"mm_checks": "mm", "registry": "mm", "version": "utils"}  # modules of the root: the room that they belong to
+OUTSIDE = {
+    "__main__": "cli",
+    "mm_checks": "mm",
+    "registry": "mm",
+    "version": "utils",
+}  # modules of the root: the room that they belong to
 
 
 def imports(path):

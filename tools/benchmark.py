@@ -49,7 +49,7 @@ import os
 import sys
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     from cleandift_backbones.data.images import check_folder

@@ -1,7 +1,7 @@
-#!/usr/bin/env python3
-"""Features of a folder, of WebDataset shards or of a list of pictures, by any timm model; see docs/extract.md."""
+#!/usr/bin/env python
+"""The same as `cleandift extract`, with the same arguments, for a checkout."""
 
-from cleandift_command import importing
+from cleandift_backbones.utils.guard import importing
 
 with importing(__name__):
     from cleandift_backbones.cli.extract import main

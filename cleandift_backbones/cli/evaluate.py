@@ -1,19 +1,17 @@
-"""The command line of the tasks: `tools/evaluate.py TASK --model NAME ... --data PATH`."""
+"""`cleandift evaluate TASK --model NAME ... --data PATH`: the paper's tasks."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
-
-from cleandift_command import guard
 
 from ..data.images import check_folder
 from ..data.listing import left_out_report
@@ -32,8 +30,10 @@ from ..features.extractor import Extractor, ModelError, resolve_device
 from ..features.options import check_ranges, load_model
 from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.errors import needs, resource_errors
+from ..utils.guard import command_line, guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
+from .arguments import MODELS_HELP, Formatter, also, command_parser, option
 
 TASKS = {
     "correspondence": "keypoints of SPair-71k, PF-PASCAL or a JSON file of pairs: PCK",
@@ -60,12 +60,17 @@ cached features; predictions upsampled bilinearly. Measures are means over pictu
 }
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults where there are any."""
-
-    def _get_help_string(self, action):
-        nothing = action.default is None or action.default is False or action.default == []
-        return action.help if nothing else super()._get_help_string(action)
+EXAMPLES = [
+    ("correspondence --model cleandift_sd21 dift_sd21 --data SPair-71k", "keypoints: clean against noisy features"),
+    ("knn --model cleandift_sd21 --map mid us3 us6 us9 --data imagenet --k 10", "classes, by several maps"),
+    ("knn --help", "the options of a task"),
+    ("--suite emoji --data data/emoji --out results", "the emoji benchmark"),
+    ("--suite photos --data eval --out results/photos", "keypoints of photographs, settings chosen on other data sets"),
+]
+ABOUT_SUITES = """
+A suite in place of a TASK compares many settings: --suite emoji (images of tools/tiny/make_pictures.py) or
+--suite photos; --suite NAME --help lists the options.
+"""
 
 
 class Flat(argparse.Action):
@@ -85,6 +90,15 @@ def numbers(kind: type):
     return parse
 
 
+def _suite(given: Sequence[str]) -> str | None:
+    """The suite that is asked for; each has a file with a parser of its own."""
+    if given and given[0] in TASKS:
+        return None
+    found = argparse.ArgumentParser(prog=program(), add_help=False, allow_abbrev=False)
+    found.add_argument("--suite", choices=("emoji", "photos"), help="emoji: held-out emoji; photos: keypoints")
+    return found.parse_known_args(given)[0].suite
+
+
 class _TaskParser(argparse.ArgumentParser):
     """Asks for the TASK where options come first: argparse would take the value of one for it."""
 
@@ -93,14 +107,14 @@ class _TaskParser(argparse.ArgumentParser):
         if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
             self.error(
                 f"no TASK was given: the first argument must be one of {', '.join(TASKS)}; the emoji benchmark is "
-                "tools/evaluate.py --suite emoji, the photograph benchmark --suite photos"
+                "--suite emoji, the photograph benchmark --suite photos"
             )
         return super().parse_args(args, namespace)
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """All tasks as sub-commands."""
-    result = _TaskParser(prog=prog, description="Measure feature maps of any timm model.")
+    result = command_parser("evaluate", EXAMPLES, ABOUT_SUITES, kind=_TaskParser)
     kind = argparse.ArgumentParser
     commands = result.add_subparsers(dest="task", required=True, metavar="TASK", parser_class=kind)
     for task, about in TASKS.items():
@@ -111,20 +125,19 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def _common(one: argparse.ArgumentParser, task: str) -> None:
-    one.add_argument(
-        "--model", "--models", nargs="+", required=True, metavar="NAME",
-        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights",
-    )  # fmt: skip
-    one.add_argument("--data", required=True, metavar="PATH", help="the data set")
-    one.add_argument(
-        "--map", "--maps", nargs="+", default=[], metavar="MAP",
-        help="maps by name or index, for all models; MODEL=MAP for one of them. Default: "
+    option(one, "--model", MODELS_HELP, nargs="+", required=True)
+    option(one, "--data", "a data set", required=True)
+    option(
+        one, "--map", default=[],
+        about="for all models; MODEL=MAP for one of them. Default: "
         + ("the last" if task in ("knn", "retrieval") else "us6, or else the map of the stride nearest to 16"),
     )  # fmt: skip
-    one.add_argument("--out", default="results", help=f"folder for {task}.json, {task}.md and {task}.png")
+    option(one, "--out", default="results", about=f"a folder for {task}.json, {task}.md and {task}.png")
     if task != "noise":
         one.add_argument("--cache", metavar="DIR", help="folder of cached features; default OUT/features")
-        one.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
+        also(one, one.add_argument(
+            "--store-dtype", dest="dtype", choices=list(DTYPES), default="float16", help="of cached features",
+        ), "--dtype")  # fmt: skip
         one.add_argument(
             "--ensemble", **_list(int), metavar="N", help="noises averaged by dift_* models; default "
             + ("8" if task == "correspondence" else "1"),
@@ -136,13 +149,11 @@ def _common(one: argparse.ArgumentParser, task: str) -> None:
         help="text for the models that have a text encoder; auto: the task's own; none: the model's own, mostly empty",
     )  # fmt: skip
     default = "the model's (261 for Stable Diffusion)"
-    one.add_argument(
-        "--timesteps", **_list(int), metavar="T",
-        help=f"of dift_* models, 0..999, default {TIMESTEPS.get(task, default)}; several are drawn as a curve",
+    option(
+        one, "--timesteps", **_list(int),
+        about=f"for dift_* models, default {TIMESTEPS.get(task, default)}; several are drawn as a curve",
     )  # fmt: skip
-    one.add_argument(
-        "--weights", nargs="+", default=[], metavar="MODEL=FILE", help="safetensors instead of a model's published ones"
-    )
+    option(one, "--weights", nargs="+", default=[], metavar="MODEL=FILE")
     one.add_argument(
         "--limit", type=int, metavar="N", default=32 if task == "noise" else None,
         help="only N " + dict(correspondence="pairs", noise="pictures").get(task, "pictures of each split"),
@@ -151,7 +162,7 @@ def _common(one: argparse.ArgumentParser, task: str) -> None:
         "--no-optimize", dest="optimize", action="store_false",
         help="leave out what makes this package's models faster with the same maps to rounding; docs/performance.md",
     )  # fmt: skip
-    one.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    option(one, "--device")
     one.add_argument("--threads", type=int, help="CPU threads")
     one.add_argument("--seed", type=int, default=0, help="of noises, random weights, probes and the bootstrap")
 
@@ -198,7 +209,10 @@ def _special(one: argparse.ArgumentParser, task: str) -> None:
 
 @guard("cached features and finished rows are kept, the same command continues")
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a task. See `cleandift_command.guard` for exit codes."""
+    """Runs a task or a suite. See `utils.guard.guard` for exit codes."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if suite := _suite(given):
+        return import_module(f".evaluate_{suite}", __package__).main(given)
     commands = parser()
     args = commands.parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
@@ -312,7 +326,7 @@ def run(args: argparse.Namespace, plan: list[Run], task: tasks.Task, device: tor
         row, told[planned.label] = measure(args, planned, task, cache, device)
         rows.append(row)
     metrics = list(dict.fromkeys(key for row in rows for tallies in row.results.values() for key in tallies))
-    info = dict(task=args.task, command=shlex.join(["python", *sys.argv]), pictures=len(task.items), **task.facts)
+    info = dict(task=args.task, command=command_line(), pictures=len(task.items), **task.facts)
     info |= dict(features=args.dtype, device=str(device), threads=torch.get_num_threads(), details=told)
     names, lower = {key: task.heading(key) for key in metrics}, task.lower & set(metrics)
     return Report(rows, names, info, args.seed, task.main(metrics), lower, task.unit)
@@ -386,5 +400,9 @@ def _noise(args: argparse.Namespace, plan: list[Run], device: torch.device) -> l
         found = noise_shares(extractor, pictures, args.noises, args.batch_size, progress=True)
         shares += [(planned.name, name, planned.settings["timestep"], share) for name, share in found.items()]
     print(shares_table(shares))
-    info = dict(task="noise", command=shlex.join(["python", *sys.argv]), pictures=len(pictures), noises=args.noises)
+    info = dict(task="noise", command=command_line(), pictures=len(pictures), noises=args.noises)
     return write_shares(args.out, shares, info | dict(seed=args.seed, device=str(device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""The photograph benchmark: keypoints of PF-WILLOW, Animal-Pose and CUB, `tools/evaluate.py --suite photos`.
+"""The photograph benchmark: keypoints of PF-WILLOW, Animal-Pose and CUB, `cleandift evaluate --suite photos`.
 
-The task is `correspondence` (see `matching`), and its numbers are those of `tools/evaluate.py correspondence` with the
+The task is `correspondence` (see `matching`), and its numbers are those of `cleandift evaluate correspondence` with the
 same model, map and size. What this suite adds is the choice: the map and the input size of every row, and the timestep
 of the swept models, are chosen by the mean PCK of the sets of `--choose-on`; the sets of `--measure` are measured with
 that choice only.
@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from cleandift_command import guard
-
 from ..evaluation import tasks
 from ..evaluation.cache import DTYPES, FeatureCache
 from ..evaluation.items import DataError
@@ -33,9 +31,11 @@ from ..features.model_names import defaults_of
 from ..features.options import pick_maps
 from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.errors import InputError, resource_errors
+from ..utils.guard import guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from . import evaluate, evaluate_suites
+from .arguments import Formatter, also, option
 
 ALPHA = 0.1
 METRIC = f"bbox@{ALPHA:g} per point"
@@ -197,14 +197,15 @@ def about(args: argparse.Namespace, benchmark: Benchmark) -> str:
 def parser() -> argparse.ArgumentParser:
     """The options of `--suite photos`."""
     result = argparse.ArgumentParser(
+        prog=program(),
         usage="%(prog)s --suite photos --data PATH [...]",
         description="Keypoints of photographs: PCK of pixels, random weights, the noisy features of dift_* models over "
         "timesteps and ensembles, their UNets on clean pictures, and cleandift_* models. Maps and sizes are chosen on "
         "some of the data sets, the others are measured with that choice.",
-        formatter_class=evaluate.Formatter,
+        formatter_class=Formatter,
     )
     result.add_argument("--suite", choices=["photos"], required=True, help="this suite")
-    result.add_argument("--data", required=True, help="folder with the folders of the data sets")
+    option(result, "--data", "a folder with the folders of the data sets", required=True)
     result.add_argument(
         "--choose-on", nargs="+", metavar="SET", default=["animal_pose", "cub"],
         help="data sets by which map, size and timestep are chosen: folders in DATA, or paths",
@@ -212,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--measure", nargs="*", metavar="SET", default=["pf_willow"], help="data sets measured with that choice"
     )
-    result.add_argument("--out", default="results/photos", help="folder for results.json, results.md and results.png")
+    option(result, "--out", "a folder for results.json, results.md and results.png", default="results/photos")
     evaluate_suites.add_options(
         result, [PIXELS, "random:cleandift_tiny", "dift_tiny", "cleandift_tiny"], "",
         f"{' '.join(map(str, TIMESTEPS))} unless given", ["us3", "us5", "us6", "us7", "us8"],
@@ -223,7 +224,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--limit", type=int, metavar="N", help="only N pairs of each data set")
     result.add_argument("--prompt", default="auto", help="as in the task correspondence")
-    result.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of cached features")
+    stored = dict(choices=list(DTYPES), default="float16", help="of cached features")
+    also(result, result.add_argument("--store-dtype", dest="dtype", **stored), "--dtype")
     result.add_argument("--skip-outside", action="store_true", help="leave out keypoints outside their images")
     result.add_argument("--batch-size", type=int, default=8, help="images per pass; lower it if memory runs out")
     result.add_argument("--seed", type=int, default=0, help="of noises, random weights and the bootstrap")
@@ -232,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
 
 @guard("finished rows are kept in OUT/runs; the same command continues")
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the suite. See `cleandift_command.guard` for exit codes."""
+    """Runs the suite. See `utils.guard.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     keep_freed_memory()

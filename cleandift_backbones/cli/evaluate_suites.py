@@ -1,12 +1,10 @@
-"""What the suites of tools/evaluate.py have in common: options, checks before any work, and finished rows on disk."""
+"""What the suites of `cleandift evaluate` have in common: options, checks before any work, finished rows on disk."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +17,9 @@ from ..evaluation.report import Row, check_report
 from ..features.options import check_noise, check_ranges
 from ..utils.atomic import DamagedFileError, is_file, set_aside
 from ..utils.errors import FileError, needs
+from ..utils.guard import command_line
 from ..utils.progress import tqdm
+from .arguments import MODELS_HELP, option
 from .evaluate import Flat, numbers
 
 RANGES = (
@@ -41,24 +41,23 @@ def add_options(
         timesteps: the defaults of --timesteps in words.
     """
     several = dict(nargs="+", type=numbers(int), action=Flat)
-    parser.add_argument(
-        "--models", "--model", nargs="+", metavar="NAME", default=list(models),
-        help="timm model names; 'pixels' is the picture itself, 'random:NAME' has random weights; a dift_* model is "
-        f"swept{models_help}",
+    option(
+        parser, "--model", f"{MODELS_HELP}; a dift_* model is swept{models_help}", nargs="+", dest="models",
+        default=list(models),
     )  # fmt: skip
-    parser.add_argument(
-        "--timesteps", **several, metavar="T",
-        help="of the dift_* models (noise added), and of their UNets on clean pictures, 0..999; " + timesteps,
+    option(
+        parser, "--timesteps", "of the dift_* models (noise added), and of their UNets on clean pictures; " + timesteps,
+        **several,
     )  # fmt: skip
     parser.add_argument("--ensemble", **several, metavar="N", help="noises averaged by dift_* models; 1 8 unless given")
-    parser.add_argument("--maps", "--map", nargs="+", metavar="MAP", default=list(maps), help="maps by name, or all")
+    option(parser, "--map", "or all", dest="maps", default=list(maps))
     parser.add_argument(
         "--student-weights", metavar="FILE", help="safetensors for the cleandift_* models, instead of the shipped"
     )
     parser.add_argument(
         "--teacher-weights", metavar="FILE", help="safetensors for the dift_* models, instead of the shipped"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    option(parser, "--device")
     parser.add_argument("--threads", type=int, help="CPU threads")
 
 
@@ -109,7 +108,7 @@ def facts_of(plan: Sequence[Run], rows: Sequence[Row], device: torch.device) -> 
     """What every suite reports of itself beside its results."""
     cuda = device.type == "cuda"
     return dict(
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         weights=digests(plan),
         device=torch.cuda.get_device_name(device) if cuda else f"{device.type}, {torch.get_num_threads()} threads",
         seconds=round(sum(row.seconds for row in rows), 1),  # also of rows that were measured earlier

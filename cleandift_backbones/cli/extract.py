@@ -1,4 +1,4 @@
-"""The command line of the extraction: `tools/extract.py --model NAME --data PATH --out FOLDER`."""
+"""`cleandift extract --model NAME --data PATH --out FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import re
-import shlex
 import sys
 import time
 from collections import Counter
@@ -20,8 +19,6 @@ from functools import partial
 from importlib.metadata import version
 
 import torch
-
-from cleandift_command import guard
 
 from ..data.images import check_folder
 from ..data.listing import left_out_report
@@ -35,17 +32,18 @@ from ..features.store import FAILURES, Store, check_out, list_shards
 from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.atomic import is_file, readable_size
 from ..utils.errors import InputError, MissingFileError, needs, resource_errors
+from ..utils.guard import command_line, guard
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from ..version import __version__
+from .arguments import command_parser, option
 
-ABOUT = """Features of many pictures, once, into a folder of shards.
-
-  python tools/extract.py --model cleandift_sd21 --map us6 --data photos --out features
-  python tools/extract.py --model cleandift_sd21 --map mid --pool mean --data 'shards/{0000..0099}.tar' --out vectors
-  torchrun --nproc-per-node 8 tools/extract.py --model cleandift_sd21 --dtype bfloat16 --data list.txt --out features
-
-Started again, the same command goes on where it stopped, with any number of processes. docs/extract.md tells more."""
+ABOUT = "Started again, the same command goes on where it stopped, with any number of processes."
+EXAMPLES = [
+    ("--model cleandift_sd21 --map us6 --data photos --out features", "the maps of a folder's images"),
+    ("--model cleandift_sd21 --map mid --pool mean --data 'shards/{0000..0099}.tar' --out vectors", "a vector each"),
+    ("--model dift_sd21 --timesteps 100 --data list.txt --out noisy", "the noisy baseline's, of a list of files"),
+]
 
 
 # What `load` gives the model itself.
@@ -72,21 +70,19 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """All options."""
-    result = argparse.ArgumentParser(prog=prog, description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = command_parser("extract", EXAMPLES, ABOUT)
     what = result.add_argument_group("what to compute")
-    what.add_argument("--model", required=True, metavar="NAME", help="any timm model; random:NAME has random weights")
-    what.add_argument("--data", required=True, metavar="PATH", help="a folder, .tar shards (pattern), or a list")
-    what.add_argument("--out", required=True, metavar="FOLDER", help="where the features go")
-    what.add_argument(
-        "--map", nargs="+", metavar="MAP", help="maps by name or index, with spaces or commas; us6, or else the last"
-    )
+    option(what, "--model", "random:NAME has random weights", required=True)
+    option(what, "--data", "a folder, .tar shards (pattern), or a list", required=True)
+    option(what, "--out", "a folder for the features", required=True)
+    option(what, "--map", "us6, or else the last by default")
     what.add_argument("--pool", choices=["none", "mean"], default="none", help="mean: a vector per picture and map")
     what.add_argument("--prompt", metavar="TEXT", help="for models that take text; none: the empty one")
-    what.add_argument("--timestep", type=int, metavar="T", help="of dift_* models, 0..999")
+    option(what, "--timesteps", "one, for dift_* models", type=int, dest="timestep")
     what.add_argument("--ensemble", type=int, metavar="N", help="noises averaged by dift_* models")
-    what.add_argument("--weights", metavar="FILE", help="safetensors instead of the model's published ones")
+    option(what, "--weights")
     what.add_argument(
         "--model-arg", nargs="+", type=_model_arg, action="extend", default=[], metavar="KEY=VALUE",
         help="for timm.create_model",
@@ -96,27 +92,27 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     sizes = result.add_argument_group("sizes")
     sizes.add_argument("--size", type=int, metavar="N", help="side of the model's input; default the model's own")
     sizes.add_argument(
-        "--resize", choices=["squash", "pad", "crop"], default="squash", help="how pictures become squares (squash)"
+        "--resize", choices=["squash", "pad", "crop"], default="squash", help="how pictures become squares"
     )
     sizes.add_argument("--keep-size", action="store_true", help="pictures as they come, batched by size")
     sizes.add_argument("--multiple", type=int, default=1, metavar="N", help="with --keep-size: round sides to it")
     sizes.add_argument("--max-side", type=int, metavar="N", help="with --keep-size: shrink longer sides to N")
     output = result.add_argument_group("output")
-    output.add_argument("--format", choices=list(FORMATS), default="safetensors", help="of the shards (safetensors)")
-    output.add_argument("--store-dtype", choices=list(DTYPES), default="float16", help="of the features (float16)")
-    output.add_argument("--shard-size", type=int, default=256, metavar="MB", help="of a shard (256)")
-    output.add_argument("--shard-items", type=int, default=50_000, metavar="N", help="pictures per shard (50000)")
+    output.add_argument("--format", choices=list(FORMATS), default="safetensors", help="of the shards")
+    output.add_argument("--store-dtype", choices=list(DTYPES), default="float16", help="of the features")
+    output.add_argument("--shard-size", type=int, default=256, metavar="MB", help="of a shard")
+    output.add_argument("--shard-items", type=int, default=50_000, metavar="N", help="pictures per shard")
     output.add_argument("--shard-names", action="store_true", help="keys of .tar shards: SHARD/KEY instead of KEY")
     output.add_argument("--strict", action="store_true", help="stop at a picture that cannot be read")
     machine = result.add_argument_group("machine")
-    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures per pass (8)")
-    machine.add_argument("--dtype", choices=list(DTYPES), default="float32", help="to compute in (float32)")
+    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures per pass")
+    option(machine, "--dtype", choices=list(DTYPES), default="float32")
     machine.add_argument(
         "--no-optimize", dest="optimize", action="store_false",
         help="leave out what makes this package's models faster with the same maps to rounding; docs/performance.md",
     )  # fmt: skip
     machine.add_argument("--compile", action="store_true", help="also torch.compile: minutes at first, then faster")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, ... or auto")
+    option(machine, "--device")
     machine.add_argument("--workers", type=int, metavar="N", help="processes that read pictures; 0: a thread does")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads of the model")
     machine.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="this machine takes part I of N")
@@ -125,7 +121,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 @guard("what was computed is stored, the same command goes on")
 def main(arguments: Sequence[str] | None = None) -> Report | None:
-    """Extracts. See `cleandift_command.guard` for exit codes."""
+    """Extracts. See `utils.guard.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
     if args.optimize:
@@ -228,7 +224,7 @@ def _extract(args: argparse.Namespace) -> Report:
         format=args.format, mean=extractor.mean, std=extractor.std,
     )  # fmt: skip
     info = dict(
-        command=shlex.join(["python", *sys.argv]), data=args.data, pictures=len(entries), device=_named(device),
+        command=command_line(), data=args.data, pictures=len(entries), device=_named(device),
         started=time.strftime("%Y-%m-%d %H:%M:%S"), channels=dict(zip(extractor.maps, extractor.channels)),
         versions=dict(
             cleandift_backbones=__version__, python=platform.python_version(),
@@ -298,3 +294,7 @@ def _finish(args: argparse.Namespace, store: Store, entries: list[Entry], report
         print(f"{len(failed):,} images cannot be read: {store.folder / FAILURES} lists the reasons")
     if missing:
         print(f"{missing:,} are not there yet: other processes have them; if none runs, start this command again")
+
+
+if __name__ == "__main__":
+    main()

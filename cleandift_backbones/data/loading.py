@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cleandift_command import started
-
+from ..utils.guard import started
 from .decoding import ImageError, memory_named
 from .images import to_input
 from .sources import Entry

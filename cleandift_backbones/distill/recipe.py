@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
+from .. import configs
 from ..models.architectures import ARCHITECTURES, find_spec, model_of
 from ..utils.atomic import is_file, is_text, set_aside, write_text
 from ..utils.errors import InputError, MissingFileError, file_errors
@@ -165,19 +166,33 @@ _NOT_NEGATIVE = (
 )
 
 
+def find_recipe(name: str | Path, folder: Path = Path()) -> Path:
+    """A YAML file, relative to a folder, or else a packaged one by its name ("cleandift_tiny").
+
+    Raises:
+        MissingFileError: there is neither.
+    """
+    path, packaged = folder / name, configs.names("finetune")
+    if is_file(path):
+        return path
+    if (known := f"finetune/{str(name).removesuffix('.yaml')}") in packaged:
+        return configs.find(known)
+    listed = ", ".join(one.removeprefix("finetune/") for one in packaged)
+    raise MissingFileError(f"recipe {path} does not exist; give a YAML file, or the name of a packaged one: {listed}")
+
+
 def read_yaml(path: str | Path, above: Sequence[Path] = ()) -> DictConfig:
-    """A YAML file over the one that its `base` field names, relative to it; `above`: the files that led to it."""
-    path = Path(path)
-    if not is_file(path):
-        raise MissingFileError(f"recipe {path} does not exist: see configs/finetune/")
+    """A YAML file over the one that its `base` field names, relative to it or packaged; `above`: the files that led to
+    it."""
+    path = find_recipe(path)
     if path.resolve() in above:
         raise InputError(f"recipe {path}: its base leads back to it; remove one base field")
     with file_errors(path):
         config = OmegaConf.load(path)
     if not isinstance(config, DictConfig):
-        raise InputError(f"recipe {path}: expected fields and values, as in configs/finetune/")
+        raise InputError(f"recipe {path}: expected fields and values, as in {configs.FOLDER / 'finetune'}")
     base = config.pop("base", None)
-    return _merge(read_yaml(path.parent / str(base), [*above, path.resolve()]), config) if base else config
+    return _merge(read_yaml(find_recipe(str(base), path.parent), [*above, path.resolve()]), config) if base else config
 
 
 @contextmanager
@@ -284,7 +299,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        path: a YAML file, as in configs/finetune/.
+        path: a YAML file, or the name of a packaged one, see `find_recipe`.
         overrides: "field=value" or "group.field=value".
 
     Raises:

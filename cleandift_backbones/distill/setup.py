@@ -14,8 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cleandift_command import started
-
 from .. import checkpoints
 from ..checkpoints.hub import fetch_checkpoint
 from ..checkpoints.save import checksum
@@ -33,6 +31,7 @@ from ..models.projection_heads import ProjectionHeads
 from ..models.text import PromptEncoder, encoder_identity
 from ..utils.atomic import exists
 from ..utils.errors import InputError, missing_weights
+from ..utils.guard import started
 from ..utils.locks import hold
 from ..utils.seeding import mix_seed
 from .cache import CachedBatches, LatentCache

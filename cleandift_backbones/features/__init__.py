@@ -1,4 +1,4 @@
-"""Features of many pictures, computed once and kept: `tools/extract.py` writes them, `Features` reads them.
+"""Features of many pictures, computed once and kept: `cleandift extract` writes them, `Features` reads them.
 
 extractor: one interface to the maps of any model. model_names, options: from names and options to a model. engines:
 batches through the model, overlapped with loading and storing. store: the folder of shards that they are written to.

@@ -1,4 +1,4 @@
-"""Features that tools/extract.py wrote, read as a data set."""
+"""Features that `cleandift extract` wrote, read as a data set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Features(Dataset):
     model got; and a tensor by the name of each map, in the dtype that was stored. The order is that of sorted keys.
 
     Args:
-        folder: `--out` of tools/extract.py. It may still be written to: what was whole at the start is seen.
+        folder: `--out` of `cleandift extract`. It may still be written to: what was whole at the start is seen.
         maps: of those stored, the ones wanted. None: all.
 
     Attributes:

@@ -307,7 +307,7 @@ def load_extractor(
     except MissingWeightsError as error:
         raise ModelError(
             f"{model_name} cannot be loaded, because of {'; '.join(error.reasons)}. Where there is a network, run "
-            f"`python tools/convert.py {error.name} --out FOLDER`; then give local-dir:FOLDER as the model here"
+            f"`cleandift convert {error.name} --out FOLDER`; then give local-dir:FOLDER as the model here"
         ) from error
     except Exception as error:
         raise ModelError(f"{model_name}: {_line(error)}") from error

@@ -45,7 +45,7 @@ def read_meta(folder: Path) -> dict:
             raise InputError("no names of maps")
         return found
     except FileNotFoundError:
-        raise StoreError(f"{folder} holds no features ({META} is missing); make some with tools/extract.py") from None
+        raise StoreError(f"{folder} holds no features ({META} is missing); `cleandift extract` makes some") from None
     except ValueError as error:
         raise StoreError(f"{folder / META} is damaged ({error}); extract into another folder") from None
 

@@ -263,7 +263,7 @@ def missing_message(sources: Sources, missing: list[str]) -> str:
         f"{sources.name} cannot be loaded, because of{lines}\n"
         "Without a network: fetch them on a machine that has one (hf download REPOSITORY FILE), place them anywhere "
         f"here, and name them by create_model(..., sources=dict({', '.join(f'{part}=PATH' for part in parts)})). Or "
-        f"make one native folder there, `python tools/convert.py {sources.name} --out FOLDER`, and pass "
+        f"make one native folder there, `cleandift convert {sources.name} --out FOLDER`, and pass "
         "pretrained_cfg_overlay=dict(file=FOLDER)"
     )
 

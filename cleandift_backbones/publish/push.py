@@ -39,14 +39,14 @@ def _check_folder(folder: Path) -> str:
         name = str(read_json(folder / "config.json")["architecture"])
     except (CleanDIFTError, KeyError) as error:
         raise CheckpointError(
-            f"{folder} is no native folder ({error}): make one with tools/convert.py SOURCE --out FOLDER"
+            f"{folder} is no native folder ({error}): make one with `cleandift convert SOURCE --out FOLDER`"
         ) from error
     if not timm.is_model(name) or "cleandift_backbones" not in timm.model_entrypoint(name).__module__:
         raise CheckpointError(f"{folder}/config.json names the architecture {name!r}, which is not one of this package")
     form = checkpoints.open_checkpoint(folder).form
     if form != "native checkpoint":
         raise CheckpointError(
-            f"{folder} holds a {form}: make a native folder with tools/convert.py {folder} --out FOLDER"
+            f"{folder} holds a {form}: make a native folder with `cleandift convert {folder} --out FOLDER`"
         )
     checkpoints.verify(folder)
     return name

@@ -82,7 +82,7 @@ def test_missing_weights_say_how_to_get_them(visitor):
     sentence = "The weights of cleandift_sd21 are not on this machine: choose another model."
     assert visitor.notice().splitlines() == [sentence, "How to get them"]  # the rest is folded away
     visitor.page.locator("#match .notice summary").click()
-    assert "python tools/convert.py cleandift_sd21 --out FOLDER" in visitor.notice()
+    assert "cleandift convert cleandift_sd21 --out FOLDER" in visitor.notice()
     visitor.page.get_by_label("Model", exact=True).click()
     visitor.after("match", visitor.page.get_by_role("option", name="cleandift_tiny", exact=True).click)
 

@@ -288,7 +288,7 @@ def test_page_says_what_cannot_be_had(page, hub, offline):
     _, view = act(page, "w", model="cleandift_sd21")
     told = "The weights of cleandift_sd21 are not on this machine: choose another model."
     assert view["error"] and view["notice"] == told and "recipe" not in view
-    assert "tools/convert.py cleandift_sd21 --out" in view["details"] and "it with --download" in view["details"]
+    assert "cleandift convert cleandift_sd21 --out" in view["details"] and "it with --download" in view["details"]
     _, view = act(page, "w", model="pixels", prompt="cat")
     assert view["error"] and "takes no prompts" in view["notice"] and not view["details"]
     _, view = act(page, "w", dict(kind="tab", tab="compare"), model="dift_tiny")

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import cleandift_command
-from cleandift_backbones.utils import errors
+from cleandift_backbones.utils import errors, guard
 from cleandift_backbones.utils.atomic import write_text
 from tools import demo
 
@@ -93,6 +92,16 @@ def test_ctrl_c_during_imports(tool, tmp_path):
     assert len(said) == 1 + (tool == "finetune") and not list(tmp_path.iterdir())
 
 
+def test_ctrl_c_during_the_imports_of_a_subcommand(tmp_path):
+    words = [sys.executable, "-m", "cleandift_backbones", "extract", *map(str, ARGUMENTS["extract"])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    when_guarded(process)
+    time.sleep(0.3)
+    assert interrupted(process) == "cleandift extract: stopped while starting; nothing was written\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_ctrl_c_at_any_moment(tool, tmp_path):
@@ -117,7 +126,7 @@ def test_ctrl_c_at_any_moment(tool, tmp_path):
 
 def run(body):
     """A script of the guard whose main is `body`, run."""
-    code = "import os, signal, sys, time\nfrom cleandift_command import guard\n"
+    code = "import os, signal, sys, time\nfrom cleandift_backbones.utils.guard import guard\n"
     code += '@guard("finished files are kept")\ndef main(arguments=None):\n'
     code += "".join(f"    {line}\n" for line in body.splitlines())
     return subprocess.run(
@@ -162,7 +171,8 @@ def test_a_reader_that_leaves():
     for body in ("for i in range(100000): print(i)", "time.sleep(0.2); print(1)"):
         read, write = os.pipe()
         os.close(read)
-        code = "import sys, time\nfrom cleandift_command import guard\n@guard('')\ndef main(arguments=None):\n"
+        code = "import sys, time\nfrom cleandift_backbones.utils.guard import guard\n"
+        code += "@guard('')\ndef main(arguments=None):\n"
         process = subprocess.run(
             [sys.executable, "-c", f"{code}    {body}\nsys.exit(main())"],
             env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=write, stderr=subprocess.PIPE, text=True,
@@ -175,7 +185,7 @@ def test_in_another_program_nothing_is_left_behind():
     """Called from Python, a command changes no handler for good, and ends with SystemExit."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook
 
-    @cleandift_command.guard("")
+    @guard.guard("")
     def main(arguments=None):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(9)
@@ -310,6 +320,10 @@ def test_every_command_ends_alike():
     assert len(list(commands())) >= 15
 
 
+LIGHT = {"cleandift_backbones.utils.guard"}
+LIGHT_COMMANDS = {"app", "convert", "demo", "finetune", "push"}  # tests/utils/test_imports.py looks at what they import
+
+
 def test_nothing_heavy_is_imported_before_the_guard():
     for path in SCRIPTS:
         if "__main__" not in path.read_text():
@@ -318,5 +332,5 @@ def test_nothing_heavy_is_imported_before_the_guard():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 for name in names:
-                    root = name.split(".")[0]
-                    assert root in sys.stdlib_module_names or root == "cleandift_command", f"{path}: {name}"
+                    light = name.split(".")[0] in sys.stdlib_module_names or name in LIGHT
+                    assert light or name.removeprefix("cleandift_backbones.cli.") in LIGHT_COMMANDS, f"{path}: {name}"

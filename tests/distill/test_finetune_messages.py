@@ -1,4 +1,4 @@
-"""What tools/finetune.py prints: its fields, a header, warnings, a footer, and its refusals."""
+"""What `cleandift finetune` prints: its fields, a header, warnings, a footer, and its refusals."""
 
 import re
 import shlex
@@ -9,9 +9,10 @@ from finetune_runs import RECIPE, ROOT, arguments, refused
 from PIL import Image
 from safetensors import safe_open
 
+from cleandift_backbones.cli.finetune import main
 from cleandift_backbones.distill import setup
 from cleandift_backbones.distill.recipe import field_names, load_recipe
-from tools.finetune import main
+from cleandift_backbones.utils.errors import MissingFileError
 from tools.tiny.make_scenes import main as make_scenes
 
 SD21 = str(ROOT / "configs/finetune/cleandift_sd21.yaml")
@@ -160,28 +161,56 @@ def test_an_output_folder_that_takes_nothing(pictures, tmp_path, capsys):
 
 
 def documented():
-    """Every command line of tools/finetune.py in the documentation and in its own help."""
-    pages = [ROOT / "README.md", ROOT / "tools/finetune.py", *sorted((ROOT / "docs").glob("*.md"))]
-    for page in pages:
-        for line in re.findall(r"tools/finetune\.py (configs/\S+ .*)", page.read_text()):
-            if "--fields" not in line and "..." not in line:
+    """Every command line of `cleandift finetune` in the documentation."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for line in re.findall(r"^(?:cleandift |.*cleandift_backbones\.cli\.)finetune (.*)$", page.read_text(), re.M):
+            if "--fields" not in line:
                 yield pytest.param(shlex.split(line), id=f"{page.stem}: {line[:60]}")
 
 
 @pytest.mark.parametrize("words", list(documented()))
-def test_documented_commands_are_recipes_that_stand(words):
-    load_recipe(ROOT / words[0], words[1:])
+def test_documented_commands_are_recipes_that_stand(words, monkeypatch):
+    found = []
+    monkeypatch.setattr("cleandift_backbones.distill.train.distill", lambda recipe: found.append(recipe) or 0)
+    assert main(words) == 0 and found[0].output_dir.startswith("runs/")
 
 
 def test_the_first_commands_of_the_page(tmp_path, monkeypatch, capsys):
     """They run as they stand, in a fresh clone; here for two steps."""
     block = re.search(r"```bash\n(.*?)```", (ROOT / "docs/finetune.md").read_text(), re.S)[1]
     install, scenes, train = (shlex.split(line) for line in block.strip().splitlines())
-    assert install[0] == "pip" and [scenes[1], train[1]] == ["tools/tiny/make_scenes.py", "tools/finetune.py"]
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert install[0] == "pip" and scenes[1] == "tools/tiny/make_scenes.py" and train[:2] == ["cleandift", "finetune"]
     monkeypatch.chdir(tmp_path)
     assert make_scenes([*scenes[2:], "--train", "4", "--val", "2"]) == 0
     assert main([*train[2:], "max_steps=2", "batch_size=2", "num_workers=0"]) == 0
     text = capsys.readouterr().out
     assert "data: 4 images, 0 with captions; 2 held out" in text
     assert 'timm.create_model("local-dir:runs/first/native"' in text
+
+
+# --- packaged recipes, and the options that other commands have too ---
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["data.path=x", "output_dir=y"]
+    assert load_recipe("cleandift_tiny", given) == load_recipe(ROOT / "configs/finetune/cleandift_tiny.yaml", given)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/mine.yaml").write_text("base: cleandift_sd21_lora\nlora: {rank: 3}")
+    mine = load_recipe("folder/mine.yaml", given)
+    assert mine.model == "cleandift_sd21" and mine.lora.rank == 3
+    (tmp_path / "cleandift_tiny.yaml").write_text("model: cleandift_sd15")
+    assert load_recipe("cleandift_tiny.yaml", given).model == "cleandift_sd15"  # a file comes first
+    with pytest.raises(MissingFileError, match="recipe tiny does not exist.*packaged one: base, cleandift_sd15"):
+        load_recipe("tiny", given)
+
+
+def test_options_are_fields(monkeypatch):
+    found = []
+    monkeypatch.setattr("cleandift_backbones.distill.train.distill", lambda recipe: found.append(recipe) or 0)
+    words = ["--data", "a: b", "--out", "#x", "--map", "us6,us3", "--dtype", "bfloat16", "--timesteps", "100"]
+    assert main(["cleandift_sd21", *words, "--weights", "w", "--device", "cpu", "max_steps=7"]) == 0
+    (recipe,) = found
+    assert (recipe.data.path, recipe.output_dir, recipe.student_weights) == ("a: b", "#x", "w")
+    assert recipe.maps == {"us6": 1, "us3": 1} and recipe.mixed_precision == "bf16" and recipe.timestep == 100
+    assert recipe.device == "cpu" and recipe.max_steps == 7

@@ -89,7 +89,7 @@ def test_offline_names_all_files(published, offline):
         create()
     for part, source in PARTS.items():
         assert (f"{part}: {source}" in str(error.value)) == (part != "timestep")
-    for remedy in ("hf download", "sources=dict(unet=PATH", "vae=PATH", "tools/convert.py"):
+    for remedy in ("hf download", "sources=dict(unet=PATH", "vae=PATH", "cleandift convert"):
         assert remedy in str(error.value)
 
 

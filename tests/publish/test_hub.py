@@ -194,7 +194,7 @@ def test_refusals(hub, monkeypatch, tmp_path, capsys):
     push_to_hub(make(), "me/model", tag="v1")
     with pytest.raises(ValueError, match="me/model has a tag 'v1' already"):
         push_to_hub(make(), "me/model", tag="v1")
-    with pytest.raises(checkpoints.CheckpointError, match="is no native folder.*tools/convert.py"):
+    with pytest.raises(checkpoints.CheckpointError, match="is no native folder.*cleandift convert"):
         push_to_hub(tmp_path, "me/model")
     for repo_id in ("nope/nope/nope", "me/bad name"):
         with pytest.raises((ValueError, OSError), match=repo_id):

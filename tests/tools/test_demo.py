@@ -1,7 +1,5 @@
 """The demo: what it draws, what it says, and what it refuses."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cleandift_backbones.cli import demo as command
+from cleandift_backbones.visualize import demo as drawing
 from cleandift_backbones.visualize import figures
 from cleandift_backbones.visualize.figures import Mark, Panel
-
-PATH = Path(__file__).resolve().parents[2] / "tools" / "demo.py"
-
-
-@pytest.fixture
-def demo():
-    spec = importlib.util.spec_from_file_location("tool_demo", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def draw(path, size=(120, 90), seed=0):
@@ -34,16 +24,15 @@ def draw(path, size=(120, 90), seed=0):
     return str(path)
 
 
-def run(demo, monkeypatch, *arguments):
+def run(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["tools/demo.py", "--device", "cpu", *map(str, arguments)])
-    demo.main()
+    command.main()
 
 
-def test_own_pictures(demo, monkeypatch, tmp_path, capsys):
+def test_own_pictures(monkeypatch, tmp_path, capsys):
     paths = [draw(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("abc")]
     out = tmp_path / "new" / "figures"
     run(
-        demo,
         monkeypatch,
         "--model",
         "test_cleandift",
@@ -66,32 +55,31 @@ def test_own_pictures(demo, monkeypatch, tmp_path, capsys):
     assert "points matched on us6" in printed and " s in all" in printed
 
 
-def test_it_says_what_the_model_was_trained_on(demo, monkeypatch, tmp_path, capsys):
+def test_it_says_what_the_model_was_trained_on(monkeypatch, tmp_path, capsys):
     paths = [draw(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("ab")]
-    run(demo, monkeypatch, "--model", "cleandift_tiny", "--images", *paths, "--maps", "us6", "--out", tmp_path / "out")
+    run(monkeypatch, "--model", "cleandift_tiny", "--images", *paths, "--maps", "us6", "--out", tmp_path / "out")
     assert "cleandift_tiny is trained on emoji" in capsys.readouterr().out
 
 
-def test_clean_against_noisy(demo, monkeypatch, tmp_path):
+def test_clean_against_noisy(monkeypatch, tmp_path):
     """A clean model with a noisy twin gets the comparison."""
     paths = [draw(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("ab")]
     run(
-        demo, monkeypatch, "--random-weights", "--images", *paths, "--out", tmp_path, "--size", 64,
+        monkeypatch, "--random-weights", "--images", *paths, "--out", tmp_path, "--size", 64,
         "--points", "0.2,0.3", "0.9,1", "--maps", "us3", "mid",
     )  # fmt: skip
     assert (tmp_path / "clean_vs_noisy_a_b.png").is_file()
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit", "pixels"])
-def test_any_model(demo, monkeypatch, tmp_path, model):
+def test_any_model(monkeypatch, tmp_path, model):
     paths = [draw(tmp_path / f"{name}.png", seed=i) for i, name in enumerate("ab")]
-    run(demo, monkeypatch, "--model", model, "--random-weights", "--images", *paths, "--out", tmp_path / "out")
+    run(monkeypatch, "--model", model, "--random-weights", "--images", *paths, "--out", tmp_path / "out")
     assert (tmp_path / "out" / "matches_a_b.png").is_file()
 
 
-def test_samples_are_complete(demo, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["tools/demo.py"])
-    pairs = demo._read_pairs(demo._parser().parse_args())
+def test_samples_are_complete():
+    pairs = drawing.sample_pairs()
     assert len(pairs) >= 6 and any("photo" in pair.name for pair in pairs)
     assert len({pair.name for pair in pairs}) == len(pairs)
     for pair in pairs:
@@ -101,13 +89,13 @@ def test_samples_are_complete(demo, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--images", "one.png"], "--images got only one.png; give two files or more"),
+        (["--images", "one.png"], "--data got only one.png; give two files or more"),
         (["--images", "one.png", "missing.png"], "missing.png: no such file"),
         (["--images", "one.png", "text.png"], "text.png: not an image"),
         (["--images", "one.png", "small.png"], "small.png: 40x40 pixels, but both sides must be at least 64"),
         (["--images", "one.png", "one.png", "--points", "0.5"], "--points '0.5' is no point"),
-        (["--images", "one.png", "one.png", "--points", "0.5,1.5"], "lies outside the picture"),
-        (["--points", "0.5,0.5"], "give --images too"),
+        (["--images", "one.png", "one.png", "--points", "0.5,1.5"], "lies outside the image"),
+        (["--points", "0.5,0.5"], "give --data too"),
         (["--model", "resnet19"], "model 'resnet19' is unknown; did you mean"),
         (["--model", "test_resnet", "--random-weights", "--maps", "us6"], "map 'us6' is not one of act1"),
         (["--match-map", "us12"], "map 'us12' is not one of us10"),
@@ -117,26 +105,26 @@ def test_samples_are_complete(demo, monkeypatch):
         (["--out", "text.png"], "is a file, not a folder; give another folder"),
     ],
 )
-def test_refuses_in_one_line(demo, monkeypatch, tmp_path, capsys, arguments, words):
+def test_refuses_in_one_line(monkeypatch, tmp_path, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     draw("one.png")
     draw("small.png", (40, 40))
     Path("text.png").write_text("not a picture")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        run(demo, monkeypatch, *arguments)
+        run(monkeypatch, *arguments)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1
     assert error[0].startswith("demo.py: error: ") and words in error[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_chosen_points_are_spread_over_detail(demo):
+def test_chosen_points_are_spread_over_detail():
     pixels = np.full((128, 128, 3), 200, np.uint8)
     for x, y in ((20, 20), (100, 24), (24, 100), (100, 100)):
         pixels[y - 6 : y + 6, x - 6 : x + 6] = (250, 0, 0)
     maps = torch.randn(32, 16, 16, generator=torch.Generator().manual_seed(0))
-    points = demo.choose_points(Image.fromarray(pixels), maps, maps, 4)
+    points = drawing.choose_points(Image.fromarray(pixels), maps, maps, 4)
     assert points.shape == (4, 2)
     corners = {(round(float(x)), round(float(y))) for x, y in points}
     assert corners == {(0, 0), (0, 1), (1, 0), (1, 1)}  # one near each of the four squares

@@ -237,7 +237,7 @@ def test_missing_weights_are_told_with_the_remedy(hub, offline):
     with pytest.raises(ModelError) as caught:
         Features().compute(Spec("cleandift_sd21"), [open_picture(PAIR[0])])
     told = extracting.how_to_get(caught.value)
-    assert "not in the cache" in told and "`python tools/convert.py cleandift_sd21 --out FOLDER`" in told
+    assert "not in the cache" in told and "`cleandift convert cleandift_sd21 --out FOLDER`" in told
 
 
 # --- results ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from collections import Counter, defaultdict
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from cleandift_command import blocked, guard, importing
+from cleandift_backbones.utils.guard import blocked, guard, importing
 
 with importing(__name__):
     import numpy as np

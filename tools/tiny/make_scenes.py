@@ -23,7 +23,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     import numpy as np

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cleandift_command import guard, importing
+from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     from PIL import Image

@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from cleandift_command import guard, importing, started
+from cleandift_backbones.utils.guard import guard, importing, started
 
 with importing(__name__):
     import timm

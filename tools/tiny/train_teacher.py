@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     import torch

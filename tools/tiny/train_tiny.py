@@ -27,7 +27,7 @@ import tarfile
 import time
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     from cleandift_backbones.data.listing import counted

@@ -14,7 +14,7 @@ import math
 import sys
 from pathlib import Path
 
-from cleandift_command import guard, importing
+from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     import torch

@@ -1,26 +1,25 @@
 """How every command ends: one sentence for an error, for Ctrl-C and for SIGTERM, from its first import on.
 
-A module beside the package that uses the standard library alone: it is active before `import cleandift_backbones` has
-loaded PyTorch, timm and diffusers, which takes seconds. A tool reads as
-
-    from cleandift_command import guard, importing
-
-    with importing(__name__):
-        import torch
-        ...
+This module imports the standard library alone, and so does `import cleandift_backbones`: the guard is active before
+PyTorch, timm and diffusers are loaded, which takes seconds. A command of the package reads as
 
     @guard("finished images are stored, the same command continues")
-    def main(arguments=None) -> int: ...
+    def main(arguments=None) -> int:
+        options = parser().parse_args(arguments)
+        with importing():
+            import torch
+        ...
 
-    if __name__ == "__main__":
-        sys.exit(main())
+and a script of tools/ puts `with importing(__name__):` around the imports at its top.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -29,15 +28,43 @@ from contextlib import contextmanager, suppress
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as the shell reports other programs
+_subcommand = ""  # of `cleandift`, while it runs
+_from_shell = False  # whether a guarded main of this process took its arguments from sys.argv
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM. It is raised as Ctrl-C is, so that both run the same clean-up."""
 
 
+@contextmanager
+def subcommand(name: str) -> Iterator[None]:
+    """Around a subcommand of `cleandift`: usage and messages name it."""
+    global _subcommand
+    former, _subcommand = _subcommand, name
+    try:
+        yield
+    finally:
+        _subcommand = former
+
+
+def program() -> str:
+    """The name of this command in usage and messages: "cleandift extract", or that of a script, "extract.py"."""
+    return f"cleandift {_subcommand}" if _subcommand else os.path.basename(sys.argv[0])
+
+
+def command_line() -> str:
+    """The command of this process as it is typed, to be recorded beside results."""
+    script, *words = sys.argv
+    if os.path.basename(script) in ("cleandift", "cleandift.exe"):
+        return shlex.join(["cleandift", *words])
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    started = ["-m", module.name.removesuffix(".__main__")] if module and module.origin == script else [script]
+    return shlex.join(["python", *started, *words])
+
+
 def _write(text: str) -> None:
     with suppress(OSError, ValueError):  # a closed stderr
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: {text}\n")
+        sys.stderr.write(f"{program()}: {text}\n")
         sys.stderr.flush()
 
 
@@ -72,14 +99,16 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 @contextmanager
-def importing(name: str, message: str = "") -> Iterator[None]:
-    """Around the imports of a script: Ctrl-C, SIGTERM and errors of this package end it with one sentence.
+def importing(name: str | None = None, message: str = "") -> Iterator[None]:
+    """Around imports: Ctrl-C, SIGTERM and errors of this package end the process with one sentence.
+
+    Where the command is called from Python, in a notebook or a test, nothing is changed.
 
     Args:
-        name: `__name__` of the module. Where that is not the script that was started, nothing is changed.
-        message: printed to stderr at once, for a script whose imports take seconds.
+        name: `__name__` of a script, for the imports at its top; None inside of a guarded main.
+        message: printed to stderr at once, for a command whose imports take seconds.
     """
-    if name != "__main__":
+    if not (_from_shell if name is None else name == "__main__"):
         yield
         return
     if message:
@@ -105,6 +134,10 @@ def guard(stopped: str) -> Callable[[Callable], Callable]:
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
         def run(arguments: list[str] | None = None) -> int | None:
+            global _from_shell
+            started_before, _from_shell = _from_shell, _from_shell or arguments is None
+            if arguments is None:
+                atexit.register(_set_handlers, _leave)  # a process that ends has no handlers but Python's own
             former, hook = _set_handlers(_interrupt), sys.unraisablehook
             for stream in (sys.stdout, sys.stderr):
                 with suppress(AttributeError, ValueError):  # no file (a notebook), or closed
@@ -128,6 +161,7 @@ def guard(stopped: str) -> Callable[[Callable], Callable]:
                 _closed_pipe()  # what is still to be printed
                 sys.unraisablehook = hook
                 _restore(former)
+                _from_shell = started_before
 
         return run
 
@@ -158,8 +192,9 @@ def started(loader: Iterable) -> Iterator:
 
 def _report(error: Exception) -> None:
     """Exits with 2 after an error of this package; raises any other again."""
-    errors = sys.modules.get("cleandift_backbones.utils.errors")  # importing it here would load PyTorch
-    if errors is None or not isinstance(error, errors.CleanDIFTError):
+    from .errors import CleanDIFTError
+
+    if not isinstance(error, CleanDIFTError):
         raise error
     _write(f"error: {error}")
     sys.exit(2)
