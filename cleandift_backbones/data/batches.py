@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,7 +18,8 @@ from ..utils.seeding import batch_indices, step_generator
 from .captioned import Picture, caption_of_json, list_pictures
 from .compositing import Compositor, compose_plain, rgba_tensor
 from .decoding import ImageError, memory_named, opened, read_image
-from .images import HUGE, THIN, cut_resized, to_tensor
+from .images import to_tensor
+from .resize import HUGE, THIN, cut_resized, resize
 
 __all__ = [
     "Batch", "DecodeOptions", "FolderBatches", "OrderedBatches", "Picture", "caption_of_json", "decode",
@@ -67,10 +67,7 @@ def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator)
         if height * width > HUGE or max(new) > THIN * size:
             image = cut_resized(image, new, top, left, (size, size)) * 2 - 1
         else:  # bit-equal in all versions: resumed runs depend on it
-            image = to_tensor(image) * 2 - 1
-            if new != (height, width):
-                image = F.interpolate(image[None], new, mode="bicubic", antialias=True, align_corners=False)[0]
-                image = image.clamp(-1, 1)
+            image = resize(to_tensor(image) * 2 - 1, new, -1, 1)
             image = image[:, top : top + size, left : left + size]
     if options.flip and torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from cleandift_command import started
 
 from .decoding import ImageError, memory_named
-from .images import to_input
+from .images import stack_pixels, to_pixels
 from .sources import Entry
 
 T = TypeVar("T")
@@ -54,15 +54,14 @@ class Resize:
         return counts[0] * self.multiple, counts[1] * self.multiple
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """3 x H x W, float32, in 0..1. Raises ImageError if it would be too small."""
+        """3 x H x W, see `images.to_pixels`. Raises ImageError if it would be too small."""
         target = self.target(*image.size)
         if min(target) < self.least:
             raise ImageError(
                 f"{target[1]}x{target[0]} pixels, but both sides must be at least {self.least}; "
                 "leave it out, or give --size without --keep-size"
             )
-        x = to_input(image, target, "squash" if self.mode == "keep" else self.mode, self.mean, (1, 1, 1))
-        return (x + torch.tensor(tuple(self.mean)).view(3, 1, 1)).clamp(0, 1)  # extractors normalise by themselves
+        return to_pixels(image, target, "squash" if self.mode == "keep" else self.mode, self.mean)
 
 
 class Read(NamedTuple):
@@ -75,7 +74,7 @@ class Read(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures of one size: B x 3 x H x W in 0..1; their entries; their own (width, height)."""
+    """Pictures of one size: B x 3 x H x W, uint8 or in 0..1; their entries; their own (width, height)."""
 
     pictures: Tensor
     entries: list[Entry]
@@ -132,7 +131,7 @@ def batches(
 
     def take(shape: tuple[int, ...]) -> Batch:
         bucket = buckets.pop(shape)
-        pictures = torch.stack([read.picture for read in bucket])
+        pictures = stack_pixels([read.picture for read in bucket])
         return Batch(
             pictures.pin_memory() if pin else pictures, [read.entry for read in bucket], [read.size for read in bucket]
         )
