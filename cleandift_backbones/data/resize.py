@@ -1,7 +1,8 @@
 """Resizing of image tensors: the one bicubic filter of this package, and what is made with it.
 
-`stretch` changes both sides regardless of the aspect ratio, `pad` fits the whole image in, `center_crop` covers the size
-and cuts its centre out. All are antialiased and keep the values' range. Memory is bounded for large and for thin images.
+`stretch` changes both sides regardless of the aspect ratio, `pad` fits the whole image in, `center_crop` covers the
+size and cuts its centre out. All are antialiased and keep the values' range. Memory is bounded for large and for thin
+images.
 """
 
 from __future__ import annotations

@@ -337,8 +337,8 @@ def extract(
 
     Args:
         extractor: from `load_extractor`.
-        pictures: N x 3 x H x W, uint8 or in 0..1, or a sequence of what `images.to_tensor` takes; they need one common size
-            unless the extractor resizes.
+        pictures: N x 3 x H x W, uint8 or in 0..1, or a sequence of what `images.to_tensor` takes; they need one common
+            size unless the extractor resizes.
         batch_size: pictures per pass.
         progress: shows a bar; a string is its label.
         store: device that keeps the maps; None: where they are computed.
