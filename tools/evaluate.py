@@ -35,7 +35,7 @@ with importing(__name__):
     import torch
 
     from cleandift_backbones.cli import evaluate, evaluate_photos, evaluate_suites
-    from cleandift_backbones.evaluation import emoji, emoji_probes, report
+    from cleandift_backbones.evaluation import emoji, emoji_probes, report, runs
     from cleandift_backbones.evaluation.plans import Run, make_suite_plan
     from cleandift_backbones.evaluation.plots import write_report
     from cleandift_backbones.features.extractor import PIXELS, load_extractor, resolve_device
@@ -137,7 +137,7 @@ def _check(args: argparse.Namespace) -> tuple[list[Run], dict[str, str], torch.d
         args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
     device = resolve_device(args.device)
     plan = [replace(run, maps=_chosen(args, run.model)) for run in make_suite_plan(args, twins=True)]
-    weights = evaluate.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
+    weights = runs.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
     return plan, weights, device
 
 

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import cleandift_backbones
-from cleandift_backbones.data.batches import DecodeOptions, Picture, decode
+from cleandift_backbones.data.batches import DecodeOptions, decode
 from cleandift_backbones.data.images import stack_pixels, to_pixels, to_tensor, unit_range
 from cleandift_backbones.data.loading import Resize
 from cleandift_backbones.data.resize import center_crop, pad, resize, stretch
+from cleandift_backbones.data.sources import ImageSource
 from cleandift_backbones.features.extractor import Pixels, load_extractor
 
 
@@ -29,7 +30,7 @@ def test_bicubic_resizing_stands_in_one_file():
 
 def test_training_extraction_and_evaluation_resize_alike(tmp_path):
     image().save(tmp_path / "a.png")
-    picture = Picture("a", tmp_path / "a.png", "")
+    picture = ImageSource("a", str(tmp_path / "a.png"))
     trained = decode(picture, DecodeOptions(48, flip=False), torch.Generator())
     extracted = Resize("crop", (48, 48))(image())
     torch.testing.assert_close(trained, extracted * 2 - 1, atol=1e-5, rtol=0)
