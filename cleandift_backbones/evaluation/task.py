@@ -80,8 +80,9 @@ class Options:
     def __post_init__(self):
         for one in fields(self):
             value, about = getattr(self, one.name), one.metadata
-            if isinstance(value, list):
-                object.__setattr__(self, one.name, value := tuple(value))
+            if isinstance(one.default, tuple) and not isinstance(value, tuple):
+                value = tuple(value) if isinstance(value, list) else (value,)
+                object.__setattr__(self, one.name, value)
             flag = f"--{one.name.replace('_', '-')}"
             if value == ():
                 raise InputError(f"{flag} is empty; give at least one number")

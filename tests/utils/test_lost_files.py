@@ -53,7 +53,7 @@ def test_files_of_others_in_the_evaluations_cache(items, passes, tmp_path):  # n
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / "my_head.safetensors").write_bytes(b"not ours")
     save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
-    before = contents(folder)
+    before = {name: data for name, data in contents(folder).items() if name != "index.jsonl"}
     assert len(stores.features(resnet(), items)["layer2"]) == 5
     assert sum(passes) == 5 and before.items() <= contents(folder).items()
     assert sum("holds other files, which are not read: my_head.safetensors, other" in text for text in messages) == 1
