@@ -46,7 +46,7 @@ class MapFeatures:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.store[self.keys[index]][self.name].float()
+        return self.store.read(self.keys[index], self.name).float()
 
     def part(self, start: int, stop: int | None = None) -> MapFeatures:
         """Those of the images from start to stop."""

@@ -366,3 +366,18 @@ def test_shards_of_one_name_in_two_folders_are_told_with_what_helps(tmp_path):
         list_sources(str(tmp_path / "*" / "0.tar"))
     with pytest.raises(SourceError, match="rename one of the shards"):
         list_sources(str(tmp_path / "*" / "0.tar"), shard_names=True)
+
+
+def test_a_run_trains_on_a_list(tmp_path):
+    """The same list as an extraction takes."""
+    from cleandift_backbones.distill.recipe import load_recipe
+    from cleandift_backbones.distill.setup import list_data
+
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    lines = [json.dumps(dict(path=f"{number}.png", caption=f"image {number}")) for number in (2, 0)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    given = [f"data.path={tmp_path / 'list.jsonl'}", f"data.heldout={tmp_path}", f"output_dir={tmp_path / 'run'}"]
+    data = list_data(load_recipe("configs/finetune/cleandift_tiny.yaml", given), 64)
+    assert [(one.key, one.caption) for one in data.pictures] == [("2.png", "image 2"), ("0.png", "image 0")]
+    assert "2 images, 2 with captions; 3 held out" in data.summary.lines()[0]
