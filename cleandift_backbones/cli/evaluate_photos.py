@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import tasks
-from ..evaluation.cache import DTYPES, FeatureCache
+from ..evaluation import runs, tasks
+from ..evaluation.features import STORED, FeatureStores
 from ..evaluation.items import DataError
 from ..evaluation.plans import Run, make_suite_plan
 from ..evaluation.plots import write_report
@@ -92,12 +92,12 @@ class Benchmark:
             data = tasks.limit_pairs(data, args.limit, args.seed)
             self.tasks[path.name] = tasks.Correspondence(data, [ALPHA])
             told = [(p.source, p.target, p.source_points.tolist(), p.target_points.tolist(), p.box) for p in data.pairs]
-            items = [(item.name, item.stamp, item.prompt) for item in data.items]
+            items = [(item.key, item.stamp, item.caption) for item in data.items]
             self.digests[path.name] = hashlib.sha256(json.dumps([told, items]).encode()).hexdigest()
         self.choice = [Path(text).name for text in args.choose_on]
         self.measured = [name for name in self.tasks if name not in self.choice]
-        self.weights = evaluate.check_models(argparse.Namespace(**vars(args), size=max(args.sizes)), plan, always=True)
-        self.cache = FeatureCache(Path(args.out, "features"), args.batch_size, dtype=args.dtype, seed=args.seed)
+        self.weights = runs.check_models(argparse.Namespace(**vars(args), size=max(args.sizes)), plan, always=True)
+        self.stores = FeatureStores(Path(args.out, "features"), args.batch_size, dtype=args.dtype, seed=args.seed)
 
     def row(self, run: Run, searched: Row | None = None) -> Row:
         """A run on all sets: searched on the sets of the choice, then measured on the others.
@@ -146,7 +146,7 @@ class Benchmark:
         task = self.tasks[part.name]
         # Random weights depend on which layers are built: one network for all parts.
         built = replace(part.run, maps=part.maps) if part.run.pretrained else part.run
-        row, _ = evaluate.measure(args, built, task, self.cache, self.device, self.latents, keep=False)
+        row, _ = runs.measure(args, built, task, self.stores, self.device, self.latents, keep=False)
         row.results = {name: {part.name: row.results[name][METRIC]} for name in part.maps}
         return row
 
@@ -224,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--limit", type=int, metavar="N", help="only N pairs of each data set")
     result.add_argument("--prompt", default="auto", help="as in the task correspondence")
-    stored = dict(choices=list(DTYPES), default="float16", help="of cached features")
+    stored = dict(choices=list(STORED), default="float16", help="of cached features")
     also(result, result.add_argument("--store-dtype", dest="dtype", **stored), "--dtype")
     result.add_argument("--skip-outside", action="store_true", help="leave out keypoints outside their images")
     result.add_argument("--batch-size", type=int, default=8, help="images per pass; lower it if memory runs out")

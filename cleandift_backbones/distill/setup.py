@@ -18,8 +18,9 @@ from .. import checkpoints
 from ..checkpoints.hub import fetch_checkpoint
 from ..checkpoints.save import checksum
 from ..data.batches import Batch, DecodeOptions, FolderBatches, plain_images
-from ..data.captioned import DataSummary, Picture, peek, pictures_of, spread, summarize
+from ..data.captioned import DataSummary, peek, sources_of, spread, summarize
 from ..data.shards import shards_of
+from ..data.sources import ImageSource
 from ..data.streaming import ShardBatches
 from ..models.architectures import spec_of
 from ..models.denoisers.base import Denoiser
@@ -190,8 +191,8 @@ class Prompts:
 class Data:
     """What a run trains and validates on; `summary` says it in numbers."""
 
-    pictures: list[Picture] | list[str]
-    heldout: list[Picture]
+    pictures: list[ImageSource] | list[str]
+    heldout: list[ImageSource]
     options: DecodeOptions
     summary: DataSummary
     cache: LatentCache | None = None
@@ -214,14 +215,14 @@ def list_data(recipe: Recipe, size: int) -> Data:
     options = DecodeOptions(size, data.crop, data.flip, data.background)
     if not exists(data.path) and ".tar" not in data.path:
         raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
-    heldout = pictures_of(data.heldout, VALIDATION_PICTURES) if data.heldout else []
+    heldout = sources_of(data.heldout, VALIDATION_PICTURES) if data.heldout else []
     shards, places = shards_of(data.path), [data.path, *(data.more or ())]
     if shards and not data.more:
         if recipe.cache_dir or not heldout:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout"
             raise InputError(f"{need}: {data.path} holds .tar shards")
         return Data(shards, heldout, options, peek(shards, len(heldout)))
-    pictures = [image for place in places for image in pictures_of(place, None, recipe.output_dir, left_out)]
+    pictures = [image for place in places for image in sources_of(place, None, recipe.output_dir, left_out)]
     if recipe.cache_dir and any(isinstance(picture.source, bytes) for picture in pictures):
         raise InputError(
             f"cache_dir needs folders of pictures: {', '.join(filter(shards_of, places))} holds .tar shards"

@@ -16,9 +16,7 @@ from ..features.model_names import defaults_of, is_noisy, model_spec
 from ..features.options import check_noise, model_arguments, pick_maps
 from ..utils.atomic import is_file
 from ..utils.errors import FileError
-
-#: tasks with a timestep of their own for noisy features (CleanDIFT, section 5); the others take the model's default
-TIMESTEPS = {"depth": 299, "segmentation": 100}
+from .task import task_of
 
 
 @dataclass
@@ -50,14 +48,15 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
     strange = {entry.rpartition("=")[0] for entry in args.map if "=" in entry} - set(args.model)
     if strange:
         raise ModelError(f"--map is given for {', '.join(sorted(strange))}, which is not among --model")
-    plan = []
+    plan, task = [], task_of(args.task)
     for name in dict.fromkeys(args.model):
         random, bare = name.startswith("random:"), name.removeprefix("random:")
         maps = _maps(args, name, bare)
         weights = files.get(name)
         if is_noisy(bare):
-            steps = args.timesteps or [TIMESTEPS.get(args.task, int(defaults_of(bare).timestep))]
-            counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
+            own = int(defaults_of(bare).timestep) if task.timestep is None else task.timestep
+            steps = args.timesteps or [own]
+            counts = getattr(args, "ensemble", None) or [task.ensemble]
             for count in counts:
                 for step in steps:
                     label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
@@ -65,7 +64,7 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
                     kwargs = model_arguments(step, count, weights)
                     settings = dict(timestep=step, ensemble=count)
                     plan.append(Run(name, label, kind, bare, maps, not random, settings, kwargs))
-        elif args.task == "noise":
+        elif task.noisy_only:
             raise ModelError(f"{name} draws no noise; give dift_* models")
         else:
             kind = "control" if random else "clean" if model_spec(bare) else "baseline"
@@ -79,7 +78,7 @@ def _maps(args: argparse.Namespace, name: str, bare: str) -> list[str]:
     own = [entry.rpartition("=")[2] for entry in args.map if entry.rpartition("=")[0] == name]
     wanted = own or [entry for entry in args.map if "=" not in entry]
     if not wanted or bare == PIXELS:
-        wanted = ["-1"] if args.task in ("knn", "retrieval") else []
+        wanted = ["-1"] if task_of(args.task).last_map else []
     nearest = min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]
     try:
         return pick_maps(bare, infos, wanted, nearest)

@@ -1,4 +1,4 @@
-"""Linear probes: a 1x1 convolution trained on features from the cache.
+"""Linear probes: a 1x1 convolution trained on stored features.
 
 The paper leaves the optimiser open. Ours: channels standardised by the training set's mean and deviation (folded into
 the convolution afterwards, so that what comes out is a plain 1x1 convolution), AdamW, learning rate 1e-3 falling to 0
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..utils.progress import tqdm
-from .cache import Features
+from .features import MapFeatures
+from .task import Options, option
 
 
 @dataclass
@@ -30,7 +31,20 @@ class Recipe:
     seed: int = 0
 
 
-def statistics(features: Features | Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class ProbeOptions(Options):
+    """Options of the tasks that train a probe."""
+
+    epochs: int = option(10, "of the probe", low=1)
+    learning_rate: float = option(1e-3, "of the probe", low=1e-9)
+    probe_batch: int = option(16, "pictures per step of the probe", low=1)
+
+    def probe_settings(self, seed: int) -> Recipe:
+        """As `train_probe` takes them."""
+        return Recipe(self.epochs, self.probe_batch, self.learning_rate, seed=seed)
+
+
+def statistics(features: MapFeatures | Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel over all maps C x h x w: two of C."""
     count, total, squares = 0, 0.0, 0.0
     for i in range(len(features)):
@@ -41,7 +55,7 @@ def statistics(features: Features | Sequence[torch.Tensor]) -> tuple[torch.Tenso
 
 
 def train_probe(
-    features: Features | Sequence[torch.Tensor],
+    features: MapFeatures | Sequence[torch.Tensor],
     outputs: int,
     loss: Callable[[torch.Tensor, list[int]], torch.Tensor | None],
     recipe: Recipe | None = None,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from test_training import TINY_TEACHER, TINY_VAE, tool, write_split
 
-from cleandift_backbones.data.captioned import Picture
+from cleandift_backbones.data.sources import ImageSource
 from cleandift_backbones.utils.errors import InputError
 from tools.tiny.captions import Captions, build_tokenizer, caption
 from tools.tiny.picture_sets import Photos, PictureSets
@@ -53,7 +53,7 @@ def sets(emoji, photos, **options):
 
 def picture(array, tmp_path):
     Image.fromarray(array).save(tmp_path / "x.png")
-    return Picture("x", tmp_path / "x.png", "")
+    return ImageSource("x", str(tmp_path / "x.png"))
 
 
 def test_the_middle_of_a_photograph_is_cut_out_to_the_pixel(tmp_path):

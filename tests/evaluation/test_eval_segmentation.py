@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_eval_cache import picture
+from test_eval_features import picture
 from torch import nn
 
-from cleandift_backbones.evaluation import probes, tasks
+from cleandift_backbones.evaluation import items, probes, tasks
 from cleandift_backbones.evaluation.items import DataError
 from cleandift_backbones.evaluation.tasks import segmentation
 
@@ -38,7 +38,7 @@ def voc(tmp_path):
 
 def test_voc_is_read(voc):
     train, val = (segmentation.read_scenes(voc, split) for split in ("train", "val"))
-    assert [item.name for item in train.items] == ["JPEGImages/2007_000032.jpg", "JPEGImages/2007_000039.jpg"]
+    assert [item.key for item in train.items] == ["JPEGImages/2007_000032.jpg", "JPEGImages/2007_000039.jpg"]
     mask = val.masks[0]()
     assert val.classes == 21 and mask.shape == (40, 50) and sorted(np.unique(mask)) == [0, 3, 255]
     root = voc / "VOCdevkit" / "VOC2012"
@@ -64,7 +64,7 @@ def test_voc_is_read(voc):
 def test_masks_are_checked_before_the_work(voc):
     folder = voc / "VOCdevkit" / "VOC2012" / "SegmentationClass"
     for root in (voc, voc / "VOCdevkit", voc / "VOCdevkit" / "VOC2012"):
-        train, val = (tasks.limit_scenes(segmentation.read_scenes(root, s), 1, 0) for s in ("train", "val"))
+        train, val = (items.limit_scenes(segmentation.read_scenes(root, s), 1, 0) for s in ("train", "val"))
         tasks.Segmentation(train, val, probes.Recipe())
     save_palette(folder / "2007_000063.png", np.zeros((40, 60), np.uint8))
     with pytest.raises(DataError, match=r"1 of 2 masks .*000063\.png: 60x40 pixels, but its picture has 50x40"):
@@ -83,7 +83,7 @@ def test_ade20k_is_read(tmp_path):
         mask = np.array([[0, 1, 150]], np.uint8)
         Image.fromarray(mask).save(tmp_path / "annotations" / folder / f"ADE_{split}_00000001.png")
     scenes = segmentation.read_scenes(tmp_path, "val")
-    assert scenes.classes == 150 and scenes.items[0].name == "images/validation/ADE_val_00000001.jpg"
+    assert scenes.classes == 150 and scenes.items[0].key == "images/validation/ADE_val_00000001.jpg"
     assert scenes.masks[0]().tolist() == [[255, 0, 149]]
     Image.fromarray(np.array([[151]], np.uint8)).save(tmp_path / "annotations/validation/ADE_val_00000001.png")
     with pytest.raises(DataError, match="class 151 of 150 does not exist"):

@@ -27,7 +27,8 @@ with importing(__name__):
     from torch import Tensor, nn
 
     import cleandift_backbones  # noqa: F401
-    from cleandift_backbones.data.batches import DecodeOptions, list_pictures, plain_images
+    from cleandift_backbones.data.batches import DecodeOptions, plain_images
+    from cleandift_backbones.data.sources import list_training_sources
     from cleandift_backbones.features.extractor import resolve_device
     from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.utils.errors import file_errors, missing_weights
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     models = [build(name, True).to(device, memory_format=torch.channels_last) for name in options.models]
     models[0].unet.check_maps([options.map])
     size = options.size or models[0].pretrained_cfg["input_size"][-1]
-    pictures = list_pictures(options.data)
+    pictures = list_training_sources(options.data)
     chosen = pictures[:: max(1, len(pictures) // options.limit)][: options.limit]
     images, kept = plain_images(chosen, DecodeOptions(size, background="random"))
     images = images.to(device).contiguous(memory_format=torch.channels_last)

@@ -33,7 +33,7 @@ from cleandift_backbones.utils.guard import guard, importing
 with importing(__name__):
     from PIL import Image
 
-    from cleandift_backbones.data.captioned import pictures_of, spread
+    from cleandift_backbones.data.captioned import sources_of, spread
     from cleandift_backbones.data.decoding import ImageError, opened, read_image
     from cleandift_backbones.data.listing import counted
     from cleandift_backbones.utils.atomic import leftovers, readable_size, replacing
@@ -137,7 +137,7 @@ class Parts:
 
 
 def photographs(place: str, most: int | None) -> list[Item]:
-    return [Item(p.name, p.source, ".txt", p.caption, False) for p in pictures_of(place, most)]
+    return [Item(p.name, p.source, ".txt", p.caption, False) for p in sources_of(place, most)]
 
 
 def emoji(folder: Path, most: int | None) -> list[Item]:

@@ -28,7 +28,8 @@ with importing(__name__):
 
     from cleandift_backbones.checkpoints import DIFFUSERS_NAME
     from cleandift_backbones.checkpoints.save import write_file
-    from cleandift_backbones.data.batches import DecodeOptions, FolderBatches, decode_batch, list_pictures
+    from cleandift_backbones.data.batches import DecodeOptions, FolderBatches, decode_batch
+    from cleandift_backbones.data.sources import list_training_sources
     from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.models.latent_encoders import load_latent_encoder
     from cleandift_backbones.models.latents import TinyLatentEncoder
@@ -122,8 +123,8 @@ def train(options: argparse.Namespace) -> int:
     vae = vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     light = light.to(device, memory_format=torch.channels_last)
 
-    pictures = list_pictures(options.data, without=out)
-    held = list_pictures(options.heldout) if options.heldout else pictures[::20]
+    pictures = list_training_sources(options.data, without=out)
+    held = list_training_sources(options.heldout) if options.heldout else pictures[::20]
     if not options.heldout:
         pictures = [picture for i, picture in enumerate(pictures) if i % 20] or pictures
     held = held[:: max(1, len(held) // HELDOUT)][:HELDOUT]
