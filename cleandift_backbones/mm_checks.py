@@ -25,7 +25,7 @@ PACKAGES = {
 _PIXELS = "mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], bgr_to_rgb=True"
 
 
-class Maps(NamedTuple):
+class MapTable(NamedTuple):
     """Maps that a backbone gives, in the order of its `out_indices`: lists of equal length."""
 
     names: list[str]
@@ -34,7 +34,7 @@ class Maps(NamedTuple):
     strides: list[int]
 
 
-def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> Maps:
+def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> MapTable:
     """What a model gives, read off its architecture: nothing is built or loaded.
 
     Args:
@@ -54,7 +54,7 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
         )
     infos = FeatureInfo.of(model_name)
     taken = infos.take(infos.default() if out_indices is None else out_indices)
-    return Maps(
+    return MapTable(
         [infos.names[i] for i in taken],
         list(taken),
         [infos[i]["num_chs"] for i in taken],

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = "cleandift_backbones"
@@ -82,3 +83,11 @@ def test_files_that_the_page_names_exist():
 def test_files_stay_short():
     long = {p.name: n for p in (ROOT / PACKAGE).rglob("*.py") if (n := p.read_text().count("\n")) > 420}
     assert not long
+
+
+def test_every_name_of_a_class_exists_once():
+    """But for the backbone of mm, which mmengine's configs name like the model."""
+    names = Counter()
+    for path in (ROOT / PACKAGE).rglob("*.py"):
+        names.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    assert {name for name, count in names.items() if count > 1} <= {"CleanDIFT"}

@@ -20,7 +20,7 @@ with needs("demo"):
 from ..features.extractor import ModelError
 from ..features.model_names import default_map, map_names, shown_maps
 from ..visualize.feature_maps import MOST_CLUSTERS, SHOWS
-from ..visualize.features import Features
+from ..visualize.features import FeatureProvider
 from .answers import PROBLEMS, Answers, tell_problem
 from .routes import routes
 from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings, trained_on
@@ -47,7 +47,7 @@ class Page:
     """
 
     def __init__(self, models: Sequence[str] = MODELS, memory: int = 1 << 30, device: str = "cpu"):
-        self.features = Features(memory, device)
+        self.features = FeatureProvider(memory, device)
         self.maps = {model: map_names(model) for model in models}
         for model in models:  # cards are read now, not while a visitor waits
             trained_on(model)

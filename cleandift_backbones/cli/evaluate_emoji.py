@@ -122,7 +122,7 @@ def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
 def _run(
     args: argparse.Namespace, plan: list[Run], weights: dict[str, str], suite: emoji.Suite, device: torch.device
 ) -> report.Report:
-    benchmark = emoji.Benchmark(suite, args.placements, args.seed, not args.shared_noise)
+    benchmark = emoji.EmojiBenchmark(suite, args.placements, args.seed, not args.shared_noise)
     batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
     latents: dict[bytes, torch.Tensor] = {}
     rows = [report.Row("same position", "baseline", {"": benchmark.same_position()})]

@@ -65,7 +65,7 @@ class Part:
     maps: list[str]
 
 
-class Benchmark:
+class PhotoBenchmark:
     """The sets of pairs, and all that is common to the rows of a table.
 
     Args:
@@ -155,7 +155,7 @@ class Benchmark:
         return ", ".join(f"{key} {value}" for key, value in run.settings.items()) or "no settings"
 
 
-def run(args: argparse.Namespace, benchmark: Benchmark) -> Report:
+def run(args: argparse.Namespace, benchmark: PhotoBenchmark) -> Report:
     """All rows of the table, as a report."""
     position = {name: task.same_position()[METRIC] for name, task in benchmark.tasks.items()}
     rows, searched = [Row("same position", "baseline", {"": position})], {}
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, benchmark: Benchmark) -> Report:
     return Report(rows, names, info, args.seed, unit="target images", chosen_on=tuple(benchmark.choice), opponents=most)
 
 
-def about(args: argparse.Namespace, benchmark: Benchmark) -> str:
+def about(args: argparse.Namespace, benchmark: PhotoBenchmark) -> str:
     """The head of the report: what was measured, and how map, size and timestep were chosen."""
     choice, measured = ([NAMES.get(name, name) for name in names] for names in (benchmark.choice, benchmark.measured))
     words = [f"{count} noise{'s' if count > 1 else ''}" for count in args.ensemble]
@@ -245,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         device = resolve_device(args.device)
         plan = [replace(planned, maps=maps_of(args, planned.model)) for planned in make_suite_plan(args)]
         with hold(args.out, "photos"):
-            benchmark = Benchmark(args, plan, device)
+            benchmark = PhotoBenchmark(args, plan, device)
             result = run(args, benchmark)
             paths = write_report(result, args.out, about(args, benchmark))
     print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")

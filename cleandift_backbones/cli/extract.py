@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from ..features.config import POOLS, RESIZES, ExtractConfig
-from ..features.engines.local import Report
+from ..features.engines.local import ExtractionReport
 from ..features.extraction import extract
 from ..features.extractor import load_extractor
 from ..features.formats import DTYPES, FORMATS
@@ -107,7 +107,7 @@ def config_of(args: argparse.Namespace) -> ExtractConfig:
 
 
 @guard("what was computed is stored, the same command goes on")
-def main(arguments: Sequence[str] | None = None) -> Report | None:
+def main(arguments: Sequence[str] | None = None) -> ExtractionReport | None:
     """Extracts. See `utils.guard.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 SPARE = 10  # pictures tried where none of a batch can be read
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """images: B x 3 x size x size in [-1, 1]; captions; names; broken: what could not be read, with the reason."""
 
     images: Tensor
@@ -71,7 +71,7 @@ def decode(picture: ImageSource, options: DecodeOptions, generator: torch.Genera
 
 def decode_batch(
     pictures: Sequence[ImageSource], options: DecodeOptions, *seed: int, spare: Iterable[ImageSource] = ()
-) -> Batch:
+) -> TrainingBatch:
     """Decodes pictures; in the place of a broken one stands another of the batch, and `broken` names it.
 
     Args:
@@ -94,7 +94,7 @@ def decode_batch(
         raise ImageError(f"no picture of a batch can be read: {'; '.join(broken[:3])}")
     good = [good[number % len(good)] for number in range(len(pictures))]
     images, chosen = zip(*good)
-    return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
+    return TrainingBatch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
 
 
 def _composed(pictures: Sequence[ImageSource], options: DecodeOptions, *seed: int) -> dict[int, Tensor]:
@@ -164,7 +164,7 @@ class FolderBatches(OrderedBatches):
         super().__init__(pictures, *args, **kwargs)
         self.options = options
 
-    def batch(self, pictures: Sequence[ImageSource], first: int) -> Batch:
+    def batch(self, pictures: Sequence[ImageSource], first: int) -> TrainingBatch:
         following = (self.pictures[(first + number) % len(self.pictures)] for number in range(SPARE))
         return decode_batch(pictures, self.options, self.seed, 7, first, spare=following)
 

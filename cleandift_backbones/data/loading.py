@@ -71,15 +71,15 @@ class Read(NamedTuple):
     error: str = ""
 
 
-class Batch(NamedTuple):
+class PreparedBatch(NamedTuple):
     """Pictures of one size: B x 3 x H x W, uint8 or in 0..1; their entries; their own (width, height)."""
 
     pictures: Tensor
     entries: list[ImageSource]
     sizes: list[tuple[int, int]]
 
-    def part(self, start: int, stop: int) -> Batch:
-        return Batch(*(field[start:stop] for field in self))
+    def part(self, start: int, stop: int) -> PreparedBatch:
+        return PreparedBatch(*(field[start:stop] for field in self))
 
 
 class Pictures(Dataset):
@@ -119,7 +119,7 @@ def batches(
     failed: Callable[[Read], None],
     pin: bool = False,
     group: Callable[[ImageSource], Hashable] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[PreparedBatch]:
     """Gathers pictures by size. What is batched with what depends on the order of the pictures alone.
 
     Args:
@@ -133,10 +133,10 @@ def batches(
     buckets: dict[tuple, list[Read]] = {}  # in the order of their first pictures
     count = 0
 
-    def take(shape: tuple) -> Batch:
+    def take(shape: tuple) -> PreparedBatch:
         bucket = buckets.pop(shape)
         pictures = stack_pixels([read.picture for read in bucket])
-        return Batch(
+        return PreparedBatch(
             pictures.pin_memory() if pin else pictures, [read.entry for read in bucket], [read.size for read in bucket]
         )
 

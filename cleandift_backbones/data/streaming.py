@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils.errors import InputError
 from ..utils.seeding import mix_seed, step_generator
-from .batches import SPARE, Batch, DecodeOptions, decode_batch
+from .batches import SPARE, DecodeOptions, TrainingBatch, decode_batch
 from .captioned import read_shard
 from .shards import find_shards
 from .sources import ImageSource
@@ -49,7 +49,7 @@ class ShardBatches(IterableDataset):
         self._corrupt: list[str] = []
         self._last: list[ImageSource] = []  # for a batch without any readable picture
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # DataLoader takes batches from its workers in turn, beginning with the first: batch n is of worker n % workers.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from .. import checkpoints
 from ..checkpoints.hub import fetch_checkpoint
 from ..checkpoints.save import checksum
-from ..data.batches import Batch, DecodeOptions, FolderBatches, plain_images
+from ..data.batches import DecodeOptions, FolderBatches, TrainingBatch, plain_images
 from ..data.captioned import DataSummary, peek, sources_of, spread, summarize
 from ..data.shards import shards_of
 from ..data.sources import ImageSource
@@ -306,11 +306,11 @@ def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator
 
 
 def encode_batch(
-    batch: Batch | tuple, encoders: Encoders | None, prompts: Prompts, accelerator: Accelerator
+    batch: TrainingBatch | tuple, encoders: Encoders | None, prompts: Prompts, accelerator: Accelerator
 ) -> tuple[list[Tensor], Tensor, list[str], list[str]]:
     """A batch as (latents of each kind, prompt embeddings, names, broken), on the device; of pictures or the cache."""
     device = accelerator.device
-    if not isinstance(batch, Batch):
+    if not isinstance(batch, TrainingBatch):
         latents, embeds, names = batch
         return [x.to(device).float() for x in latents], embeds.to(device).float(), list(names), []
     images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -331,7 +331,7 @@ def validation_batch(
     parts = []
     for start in range(0, len(kept), batch_size):
         part = slice(start, start + batch_size)
-        batch = Batch(images[part], [p.caption for p in kept[part]], [p.name for p in kept[part]], [])
+        batch = TrainingBatch(images[part], [p.caption for p in kept[part]], [p.name for p in kept[part]], [])
         latents, embeds, *_ = encode_batch(batch, encoders, prompts, accelerator)
         parts.append(([x.cpu() for x in latents], embeds.cpu()))
     latents = [torch.cat(x) for x in zip(*(p[0] for p in parts))]

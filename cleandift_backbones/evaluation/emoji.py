@@ -224,7 +224,7 @@ def place(suite: Suite, indices: Sequence[int], rng: random.Random, mirror: bool
     return Placed(canvases, torch.stack(points), torch.tensor(lengths, dtype=torch.float32))
 
 
-class Benchmark:
+class EmojiBenchmark:
     """The suite made ready: what all rows of a table share.
 
     Args:

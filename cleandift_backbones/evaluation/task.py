@@ -14,7 +14,7 @@ from .bootstrap import Tally
 
 if TYPE_CHECKING:
     from .features import MapFeatures
-    from .runs import Session
+    from .runs import EvaluationSession
 
 Size = tuple[int, int]  # height, width
 #: every task by its name, in the order of the command's help; those of this package register in `evaluation.tasks`
@@ -178,7 +178,7 @@ class Task:
         """A key of `measure` as tables show it."""
         return metric
 
-    def run(self, session: Session):
+    def run(self, session: EvaluationSession):
         """All models measured, as a report; None from a process that only computed features."""
         return session.report(self)
 

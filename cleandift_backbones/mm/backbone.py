@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..mm_checks import Maps, check_launcher, check_model, check_packages, describe
+from ..mm_checks import MapTable, check_launcher, check_model, check_packages, describe
 from ..models.architectures import find_spec, spec_of
 from ..models.inputs import reach
 from ..utils.errors import InputError, StateError
@@ -142,7 +142,7 @@ class CleanDIFT(BaseModule):
         self.train()
 
     @staticmethod
-    def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> Maps:
+    def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> MapTable:
         """Names, indices, out_channels and strides of the maps, without building anything; for writing configs."""
         return describe(model_name, out_indices)
 

@@ -79,14 +79,14 @@ def _create(
     from .dift import DIFT
     from .feature_info import FeatureInfo
     from .last_map import settled_last_map
-    from .pretrained import Sources, load_pretrained
+    from .pretrained import WeightSources, load_pretrained
 
     spec = MODELS[name]
     arch, dtype = spec.arch, check_dtype(dtype, auto=True)
     infos = FeatureInfo(arch, spec.pyramid, latent_encoder)
     stored = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     weights = spec.weights(stored.tag) or spec.weights()
-    parts = Sources(name, weights.parts if weights else {}, sources or {}, latent_encoder)
+    parts = WeightSources(name, weights.parts if weights else {}, sources or {}, latent_encoder)
     text_encoder = kwargs.setdefault("text_encoder", parts.given.get("text_encoder"))
     if text_encoder is None:
         kwargs["text_encoder"] = parts.get("text_encoder")

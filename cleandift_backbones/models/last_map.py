@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .denoisers.base import Denoiser
     from .denoisers.maps import MapInfo
-    from .pretrained import Sources
+    from .pretrained import WeightSources
 
 
 def last_map_of(names: Collection[str], infos: Sequence[MapInfo]) -> str | None:
@@ -108,7 +108,7 @@ def checked_last_map(
 
 def settled_last_map(
     claimed: str,
-    sources: Sources,
+    sources: WeightSources,
     pretrained_cfg: Mapping,
     infos: Sequence[MapInfo],
     cache_dir: str | Path | None = None,

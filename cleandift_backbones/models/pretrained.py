@@ -37,7 +37,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Sources:
+class WeightSources:
     """Where each part of a model's weights comes from. Precedence: argument, published default.
 
     Args:
@@ -91,7 +91,7 @@ class Sources:
 
 def open_parts(
     main: Path | HubFile | Weights,
-    sources: Sources,
+    sources: WeightSources,
     arch: Architecture,
     fixed: set[str] = frozenset(),
     teacher: bool = False,
@@ -172,7 +172,7 @@ def open_parts(
 _ENCODERS = {"default": "the encoder of an AutoencoderKL", "tiny": "a light encoder (AutoencoderTiny's form)"}
 
 
-def _settle_encoder(weights: Weights, sources: Sources) -> None:
+def _settle_encoder(weights: Weights, sources: WeightSources) -> None:
     """Drops the VAE of a checkpoint if it is not of the kind asked for, and another is known.
 
     Raises:
@@ -256,7 +256,7 @@ def _check_text_encoder(source: str | Path, cache_dir: str | Path | None) -> Non
         raise DependencyError(f"{source} needs transformers, once, for the empty prompt: {text.INSTALL}")
 
 
-def missing_message(sources: Sources, missing: list[str]) -> str:
+def missing_message(sources: WeightSources, missing: list[str]) -> str:
     parts = [line.split(":")[0] for line in missing]
     lines = "".join(f"\n  {line}" for line in missing)
     return (
@@ -270,7 +270,7 @@ def missing_message(sources: Sources, missing: list[str]) -> str:
 
 def load_pretrained(
     model: CleanDIFT,
-    sources: Sources,
+    sources: WeightSources,
     cache_dir: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     state: Mapping[str, Tensor] | None = None,

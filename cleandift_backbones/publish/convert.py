@@ -17,7 +17,7 @@ from ..models.last_map import last_map_of, trained_last_map
 from ..models.latent_maps import latent_stride
 from ..models.latents import build_latent_encoder
 from ..models.learned import stored_timestep
-from ..models.pretrained import Sources, fit_model, missing_message, open_encoder, open_header, open_parts
+from ..models.pretrained import WeightSources, fit_model, missing_message, open_encoder, open_header, open_parts
 from ..utils.errors import InputError, MissingWeightsError, StateError
 from ..utils.records import read_json
 from .card import CardInfo, save_folder
@@ -129,7 +129,7 @@ def to_native(
         source: file, folder, OWNER/NAME[@REVISION][/PATH] on the Hub, or a published model's name.
         out: folder or file; a native folder that stands there is replaced.
         model: name of the model that the weights are of (default: `find_model`).
-        parts: sources of what is lacking, see `pretrained.Sources`.
+        parts: sources of what is lacking, see `pretrained.WeightSources`.
         timestep: 0..999, instead of the one found.
         teacher: take the teacher's UNet of a CompVis full file.
         dtype: of all tensors but the timestep (default: that of the UNet).
@@ -156,7 +156,7 @@ def to_native(
     latent_encoder = latent_encoder or found.latent_encoder() or "default"
     arch, noisy = spec_of(name).arch, spec_of(name).noisy
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
-    sources = Sources(name, published(source) or published(name), parts or {}, latent_encoder)
+    sources = WeightSources(name, published(source) or published(name), parts or {}, latent_encoder)
     if noisy and "timestep" in sources.given:
         raise InputError(f"the timestep of {name} is not learned: give a number, not {sources.given['timestep']}")
     weights, constants = open_parts(main, sources, arch, fixed, teacher or noisy)
@@ -295,7 +295,7 @@ def to_ldm(
         raise InputError(f"an LDM checkpoint is one file: give an output NAME.safetensors, not {out}")
     name, weights, like, metadata = _open_whole(source, model, teacher, fill)
     places = published(source) or published(name)
-    arch, sources = spec_of(name).arch, Sources(name, places, {"vae": vae} if vae else {})
+    arch, sources = spec_of(name).arch, WeightSources(name, places, {"vae": vae} if vae else {})
     held = weights.latent_encoder()
     if held == "tiny" and not vae:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from PIL import Image
 from ..features.extractor import ModelError
 from ..features.model_names import default_map, twin
 from . import figures
-from .features import Features, Spec
+from .features import FeatureProvider, Spec
 from .figures import Panel
 from .matches import Match, Point, map_of, match_entries, title
 from .memory import Entry
@@ -86,7 +86,7 @@ def compare(
     ensemble_size: int | None = None,
     prompt: str = "",
     device: str = "cpu",
-    features: Features | None = None,
+    features: FeatureProvider | None = None,
 ) -> Comparison:
     """Runs pictures through a cleandift_* model and through the dift_* model with the same parts.
 
@@ -100,7 +100,7 @@ def compare(
     """
     opened = open_pictures(pictures)
     specs = two_specs(model, prompt, timestep, ensemble_size)
-    features = features or Features(device=device)
+    features = features or FeatureProvider(device=device)
     clean, noisy = (features.compute(spec, opened) for spec in specs)
     return features.stamp(compare_entries(opened, clean, noisy, specs, map or default_map(model), points))
 

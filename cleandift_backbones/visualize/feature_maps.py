@@ -15,7 +15,7 @@ from PIL import Image
 from ..features.model_names import map_names, shown_maps
 from ..utils.errors import InputError, needs
 from . import figures
-from .features import Features, Spec, Watch
+from .features import FeatureProvider, Spec, Watch
 from .figures import Panel
 from .matches import map_of, title
 from .memory import Entry
@@ -92,7 +92,7 @@ def maps(
     timestep: int | None = None,
     ensemble_size: int | None = None,
     device: str = "cpu",
-    features: Features | None = None,
+    features: FeatureProvider | None = None,
 ) -> Maps:
     """Makes maps visible. Vectors are normalised to length 1 first.
 
@@ -110,7 +110,7 @@ def maps(
     """
     opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
-    features = features or Features(device=device)
+    features = features or FeatureProvider(device=device)
     entries = features.compute(spec, opened)
     maps = shown_maps(model, map_names(model)) if maps is None else maps
     return features.stamp(map_entries(opened, entries, spec, maps, show, shared, clusters))
@@ -121,7 +121,7 @@ def map_entries(
     pictures: Sequence[Picture], entries: Sequence[Entry], spec: Spec, maps: Sequence[str], show: str = "pca",
     shared: bool = True, clusters: int = 6, watch: Watch | None = None,
 ) -> Maps:  # fmt: skip
-    """The same from features that are there already; `watch` as of `Features.compute`."""
+    """The same from features that are there already; `watch` as of `FeatureProvider.compute`."""
     if show not in SHOWS:
         raise InputError(f"show {show!r} is unknown; choose one of {', '.join(SHOWS)}")
     if not 2 <= clusters <= MOST_CLUSTERS:

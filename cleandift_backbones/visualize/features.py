@@ -75,7 +75,7 @@ class _Loaded:
     shares: list[float] = field(default_factory=list)
 
 
-class Features:
+class FeatureProvider:
     """Maps of pictures from any timm model, kept in a store.
 
     Args:

@@ -13,7 +13,7 @@ from ..features import correspondence
 from ..features.model_names import default_map
 from ..utils.errors import InputError
 from . import figures
-from .features import Features, Spec
+from .features import FeatureProvider, Spec
 from .figures import Mark, Panel
 from .memory import Entry
 from .pictures import Picture, open_pictures
@@ -114,7 +114,7 @@ def match(
     ensemble_size: int | None = None,
     mutual_only: bool = False,
     device: str = "cpu",
-    features: Features | None = None,
+    features: FeatureProvider | None = None,
 ) -> Match:
     """Finds points of pictures in all the others.
 
@@ -136,7 +136,7 @@ def match(
     """
     opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
-    features = features or Features(device=device)
+    features = features or FeatureProvider(device=device)
     entries = features.compute(spec, opened)
     return features.stamp(match_entries(opened, entries, spec, map or default_map(model), points, mutual_only))
 

@@ -59,13 +59,13 @@ def test_lists_are_read(nyu):
 def test_depth_maps_are_checked_before_the_work(nyu):
     train, test = depth.read_nyu(nyu, "train"), depth.read_nyu(nyu)
     path = nyu / "bathroom/sync_depth_00045.png"
-    tasks.Depth(train, test, probes.Recipe())
+    tasks.Depth(train, test, probes.ProbeSettings())
     save_depth(path, np.ones((48, 32)))
     with pytest.raises(DataError, match=r"1 of 2 depth maps .*00045\.png: 32x48 pixels, but its picture has 64x48"):
-        tasks.Depth(train, test, probes.Recipe())
+        tasks.Depth(train, test, probes.ProbeSettings())
     path.write_bytes((nyu / "kitchen_0028b/sync_depth_00000.png").read_bytes()[:-30])
     with pytest.raises(DataError, match=r"1 of 2 depth maps cannot be used, first .*00045\.png: truncated"):
-        tasks.Depth(train, test, probes.Recipe())
+        tasks.Depth(train, test, probes.ProbeSettings())
 
 
 def test_the_labelled_mat_is_read(tmp_path):
@@ -158,7 +158,7 @@ def test_a_probe_learns_depth():
         truths.append(np.where(near.numpy(), 1.0, 6.0).astype(np.float32).repeat(4, 0).repeat(4, 1))
         maps.append(torch.stack([near.float(), torch.randn(4, 4, generator=generator)]))
     data = depth.DepthSet([None] * 24, [lambda t=t: t for t in truths])
-    probe = depth.train_depth(maps, data, probes.Recipe(epochs=80, learning_rate=0.05), progress=False)
+    probe = depth.train_depth(maps, data, probes.ProbeSettings(epochs=80, learning_rate=0.05), progress=False)
     predicted = probe(torch.stack(maps)).flatten()
     truth = torch.stack([depth.cell_depths(t, (4, 4)) for t in truths]).flatten()
     # the loss hardly minds a common factor; the best constant has a loss of about half log 6, 0.9

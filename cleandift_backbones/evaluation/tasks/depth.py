@@ -28,7 +28,7 @@ from ...utils.errors import needs
 from ...utils.records import split_words
 from ..bootstrap import Tally
 from ..items import DataError, check_answers, limit_scenes, read_lines, read_target, require
-from ..probes import ProbeOptions, Recipe, train_probe
+from ..probes import ProbeOptions, ProbeSettings, train_probe
 from ..task import Task, option, register_task
 
 PROMPT = "A photo of a room"
@@ -199,7 +199,7 @@ def cell_depths(depth: np.ndarray, cells: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy((total / np.maximum(counts, 1)).astype(np.float32)).view(h, w)
 
 
-def train_depth(features, data: DepthSet, recipe: Recipe | None = None, progress=True) -> BinsProbe:
+def train_depth(features, data: DepthSet, settings: ProbeSettings | None = None, progress=True) -> BinsProbe:
     """The bins probe, trained by `sig_loss` over each batch's cells. Raises DataError if no depth is known."""
     cells = tuple(features[0].shape[1:])
     truth = torch.stack([cell_depths(depth(), cells) for depth in data.depths])
@@ -212,7 +212,7 @@ def train_depth(features, data: DepthSet, recipe: Recipe | None = None, progress
         known = target > 0
         return sig_loss(expected_depth(scores, depths)[known], target[known]) if known.sum() > 1 else None
 
-    return BinsProbe(train_probe(features, BINS, loss, recipe, progress))
+    return BinsProbe(train_probe(features, BINS, loss, settings, progress))
 
 
 def measures(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -263,12 +263,12 @@ cached features; predictions upsampled bilinearly. Measures are means over pictu
 
     lower = frozenset({"RMSE (m)", "AbsRel"})
 
-    def __init__(self, train: DepthSet | None, test: DepthSet, recipe: Recipe, probe_file=None, crop=True):
+    def __init__(self, train: DepthSet | None, test: DepthSet, settings: ProbeSettings, probe_file=None, crop=True):
         super().__init__((train.items if train else []) + test.items)
         check_answers((train.files if train else []) + test.files, "depth maps")
-        self.train, self.test, self.recipe, self.probe_file, self.crop = train, test, recipe, probe_file, crop
+        self.train, self.test, self.settings, self.probe_file, self.crop = train, test, settings, probe_file, crop
         self.facts |= dict(train_pictures=len(train.items) if train else 0, test_pictures=len(test.items))
-        self.facts |= dict(probe=str(probe_file or recipe), eigen_crop=crop)
+        self.facts |= dict(probe=str(probe_file or settings), eigen_crop=crop)
 
     @classmethod
     def read(cls, data, options, limit=None, seed=0):
@@ -279,7 +279,7 @@ cached features; predictions upsampled bilinearly. Measures are means over pictu
     def measure(self, features, size, progress=True):
         count = len(self.train.items) if self.train else 0
         if self.train:
-            probe = train_depth(features.part(0, count), self.train, self.recipe, progress)
+            probe = train_depth(features.part(0, count), self.train, self.settings, progress)
         else:
             probe = BinsProbe.load(self.probe_file, features[0].shape[0])
         found = evaluate_depth(probe, features.part(count), self.test, self.crop)

@@ -25,7 +25,7 @@ from ...utils.errors import CleanDIFTError
 from ...utils.records import read_text, split_lines
 from ..bootstrap import Tally
 from ..items import DataError, check_answers, limit_scenes, read_lines, read_target, require, require_folder
-from ..probes import ProbeOptions, Recipe, train_probe
+from ..probes import ProbeOptions, ProbeSettings, train_probe
 from ..task import Size, Task, option, register_task
 
 IGNORED = 255
@@ -198,7 +198,9 @@ def all_labels(scenes: Scenes, cells: tuple[int, int]) -> list[Labels]:
     return labels
 
 
-def train_segmenter(features, labels: Sequence[Labels], classes: int, recipe: Recipe | None = None, progress=True):
+def train_segmenter(
+    features, labels: Sequence[Labels], classes: int, settings: ProbeSettings | None = None, progress=True
+):
     """The probe, C -> classes: cross entropy, mean over the pixels of each batch that have a class."""
 
     def loss(logits: torch.Tensor, indices: list[int]) -> torch.Tensor | None:
@@ -209,7 +211,7 @@ def train_segmenter(features, labels: Sequence[Labels], classes: int, recipe: Re
             total += int(one.counts.sum())
         return -torch.stack(parts).sum() / total if total else None
 
-    return train_probe(features, classes, loss, recipe, progress)
+    return train_probe(features, classes, loss, settings, progress)
 
 
 def overlaps(one: Labels, predicted: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,14 +266,14 @@ neighbour. mIoU over the classes that occur."""
     timestep = 100
     memory_option = "--probe-batch"
 
-    def __init__(self, train: Scenes, val: Scenes, recipe: Recipe):
+    def __init__(self, train: Scenes, val: Scenes, settings: ProbeSettings):
         super().__init__(train.items + val.items)
         check_answers(train.files + val.files, "masks", train.masks + val.masks)
-        self.train, self.val, self.recipe = train, val, recipe
+        self.train, self.val, self.settings = train, val, settings
         self.facts |= dict(classes=train.classes)
         if train.names:
             self.facts |= dict(class_names=f"{', '.join(train.names)} ({train.origin})")
-        self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items), probe=str(recipe))
+        self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items), probe=str(settings))
         self.known: tuple[Size, list, list] | None = None
 
     @classmethod
@@ -290,7 +292,7 @@ neighbour. mIoU over the classes that occur."""
     def measure(self, features, size, progress=True):
         train, val = self._labels(tuple(features[0].shape[1:]))
         count, classes = len(self.train.items), self.train.classes
-        probe = train_segmenter(features.part(0, count), train, classes, self.recipe, progress)
+        probe = train_segmenter(features.part(0, count), train, classes, self.settings, progress)
         iou = miou(probe, features.part(count), val, classes)
         by_class = {f"IoU, {name}": iou.group(number) for number, name in enumerate(self.train.names)}
         occurring = {key: tally for key, tally in by_class.items() if tally.trials.any()}

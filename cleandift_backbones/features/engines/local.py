@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.images import ImageError
-from ...data.loading import Batch, Read, Resize, ahead, batches, reads
+from ...data.loading import PreparedBatch, Read, Resize, ahead, batches, reads
 from ...data.sources import ImageSource
 from ...utils.progress import tqdm
 from ..extractor import Extractor, ModelError, OutOfMemory, memory_told
@@ -54,7 +54,7 @@ def default_workers(device: torch.device) -> int:
 
 
 @dataclass
-class Report:
+class ExtractionReport:
     """What a run did, and where its time went: seconds from the first picture's reading to the last shard's writing.
 
     `computing` is the time that the device spent on the model, pooling and rounding; `reading` and `storing` are the
@@ -101,7 +101,7 @@ class Computer:
         self.most_pixels: int | None = None  # of a batch, known once memory ran out
         self.seconds = 0.0
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, Tensor], Callable[[], None]]]:
+    def __call__(self, batch: PreparedBatch) -> Iterator[tuple[PreparedBatch, dict[str, Tensor], Callable[[], None]]]:
         """Yields (part of the batch, {map: N x ...} on its way to the CPU, a function that waits for it to be there).
 
         All of it at once, unless memory runs out: then halves, and no larger batch is tried again.
@@ -130,7 +130,7 @@ class Computer:
             start += len(part.entries)
 
     @torch.inference_mode()
-    def _features(self, batch: Batch) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    def _features(self, batch: PreparedBatch) -> tuple[dict[str, Tensor], Callable[[], None]]:
         if self.prepare is not None:
             self.prepare(batch.entries)
         if self.cuda:
@@ -159,7 +159,7 @@ class Computer:
 
 
 def _store(
-    store: Store, computer: Computer, advice: str | None, batch: Batch, maps: dict[str, Tensor], wait: Callable
+    store: Store, computer: Computer, advice: str | None, batch: PreparedBatch, maps: dict[str, Tensor], wait: Callable
 ) -> None:
     wait()
     for name, found in maps.items():
@@ -190,7 +190,7 @@ def run(
     log: Callable[[str], None] = tqdm.write,
     group: Callable[[ImageSource], Hashable] | None = None,
     advice: str | None = None,
-) -> Report:
+) -> ExtractionReport:
     """Features of all entries, into the store.
 
     At most 4 pictures per worker, 4 batches that wait for pictures of their size, 2 batches in front of the model, and
@@ -210,7 +210,7 @@ def run(
         ImageError: with `strict`. ModelError: out of memory for one picture, features that are not finite. OSError: the
             disk does not take them. What was computed until then is stored, if it can be.
     """
-    report = Report()
+    report = ExtractionReport()
     computer = Computer(extractor, pool, dtype, prepare, log)
     clock = time.perf_counter()
     with (
