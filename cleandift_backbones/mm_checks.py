@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .models.entrypoints import architecture_of, default_cfgs, model_names
-from .models.last_map import default_indices
+from .models.architectures import MODELS, model_names
 from .utils.errors import DependencyError, InputError, StateError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ PACKAGES = {
 _PIXELS = "mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5], bgr_to_rgb=True"
 
 
-class Maps(NamedTuple):
+class MapTable(NamedTuple):
     """Maps that a backbone gives, in the order of its `out_indices`: lists of equal length."""
 
     names: list[str]
@@ -35,7 +34,7 @@ class Maps(NamedTuple):
     strides: list[int]
 
 
-def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> Maps:
+def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> MapTable:
     """What a model gives, read off its architecture: nothing is built or loaded.
 
     Args:
@@ -46,21 +45,17 @@ def describe(model_name: str, out_indices: int | Sequence[int | str] | None = No
     Raises:
         ValueError: unknown model or map; index out of range.
     """
-    from .models.cleandift import feature_list, take_indices
+    from .models.feature_info import FeatureInfo
 
-    if model_name not in default_cfgs:
+    if model_name.partition(".")[0] not in MODELS:
         raise InputError(
             f"unknown model_name {model_name!r}: it is one of {', '.join(model_names())}. Weights of yours, here or on "
             "the Hub, go to pretrained="
         )
-    cfg, pyramid = architecture_of(model_name), model_name.endswith("_pyramid")
-    infos = feature_list(cfg, pyramid)
-    names = [info["name"] for info in infos]
-    if out_indices is None:
-        out_indices = default_indices(cfg, infos, pyramid)
-    taken = take_indices(infos, out_indices)
-    return Maps(
-        [names[i] for i in taken],
+    infos = FeatureInfo.of(model_name)
+    taken = infos.take(infos.default() if out_indices is None else out_indices)
+    return MapTable(
+        [infos.names[i] for i in taken],
         list(taken),
         [infos[i]["num_chs"] for i in taken],
         [infos[i]["reduction"] for i in taken],

@@ -77,6 +77,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def features():
     """Features that the page keeps, of cleandift_tiny and dift_tiny, shared by the tests that only read them."""
-    from cleandift_backbones.visualize.features import Features
+    from cleandift_backbones.visualize.features import FeatureProvider
 
-    return Features()
+    return FeatureProvider()

@@ -1,7 +1,7 @@
 """One process of a run on a CPU: engine_ranks.py ENGINE FOLDER recipe overrides..., started by torch.distributed.run.
 
-Accelerate lets FSDP and DeepSpeed run on accelerators alone, though both work on a CPU: its state is told so here, with
-the settings that `accelerate launch --use_fsdp` and `--use_deepspeed` leave in it.
+Accelerate lets FSDP run on accelerators alone, though it works on a CPU: its state is set here, with the settings that
+`accelerate launch --use_fsdp` leaves in it.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from cleandift_backbones.distill import distributed
@@ -37,21 +37,7 @@ def with_fsdp(*args, **kwargs):
     return accelerator
 
 
-def with_deepspeed(*args, **kwargs):
-    import deepspeed
-
-    accelerator = plain(*args, **kwargs)
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    plugin = DeepSpeedPlugin(zero_stage=int(os.environ.get("STAGE", 2)), gradient_accumulation_steps=1)
-    plugin.set_mixed_precision("no")
-    plugin.select(_from_accelerator_state=True)
-    announce(DistributedType.DEEPSPEED, deepspeed_plugins=plugin)
-    accelerator.deepspeed_engine_wrapped = None
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    return accelerator
-
-
-distributed.Accelerator = {"ddp": plain, "fsdp": with_fsdp, "deepspeed": with_deepspeed}[kind]
+distributed.Accelerator = {"ddp": plain, "fsdp": with_fsdp}[kind]
 training = Training(load_recipe(arguments[0], arguments[1:]))
 assert training.engine == kind and training.accelerator.num_processes == 2
 sharded = sum(hasattr(p, "full_tensor") for p in training.module.parameters())

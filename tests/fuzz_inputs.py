@@ -303,7 +303,7 @@ def ldm_file() -> bytes:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = standins.write(Path(temporary, "sd"), standins.diffusers_files())
-        convert.to_ldm(str(folder), Path(temporary, "w.safetensors"), "dift_test")
+        convert.to_ldm(str(folder), Path(temporary, "w.safetensors"), "test_dift")
         return Path(temporary, "w.safetensors").read_bytes()
 
 

@@ -40,14 +40,13 @@ from fuzz_inputs import (
 import cleandift_backbones  # noqa: F401  (registers with timm)
 from cleandift_backbones import checkpoints
 from cleandift_backbones.data import streaming
-from cleandift_backbones.data.batches import DecodeOptions, decode_batch, list_pictures, plain_images
-from cleandift_backbones.data.compositing import load_pictures
+from cleandift_backbones.data.batches import DecodeOptions, decode_batch, plain_images
 from cleandift_backbones.data.images import read_image, to_input
 from cleandift_backbones.data.shards import find_shards
-from cleandift_backbones.data.sources import list_entries
+from cleandift_backbones.data.sources import list_sources, list_training_sources
 from cleandift_backbones.distill.checkpoint import Checkpoints
-from cleandift_backbones.distill.log import read_log
 from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.distill.tracking import read_log
 from cleandift_backbones.evaluation import emoji
 from cleandift_backbones.evaluation.items import check_answers
 from cleandift_backbones.evaluation.report import Row
@@ -57,6 +56,7 @@ from cleandift_backbones.features.extractor import load_extractor
 from cleandift_backbones.features.store import Store
 from cleandift_backbones.publish import convert
 from cleandift_backbones.visualize.pictures import open_picture
+from tools.tiny.emoji_folder import load_pictures
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def open_uploads(folder: Path) -> None:
 
 def train_on_folder(folder: Path) -> None:
     options = DecodeOptions(32, crop="random")
-    found = list_pictures(folder)
+    found = list_training_sources(folder)
     decode_batch(found, options, 0, 7, 0)
     plain_images(found, options)
 
@@ -107,7 +107,7 @@ def train_on_shards(folder: Path) -> None:
 
 
 def list_and_read(data: str, folder: Path) -> None:
-    entries, _ = list_entries(str(folder / data) if data else str(folder))
+    entries, _ = list_sources(str(folder / data) if data else str(folder))
     for entry in entries:
         entry.read()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save
 from torch import Tensor
 
-from cleandift_backbones.models.denoisers.unet import map_infos
-from cleandift_backbones.models.entrypoints import ARCHITECTURES, published
+from cleandift_backbones.models.architectures import ARCHITECTURES, MODELS, Architecture, Published, published
 from cleandift_backbones.models.projection_heads import ProjectionHeads
 
 CFG = ARCHITECTURES["test"]
@@ -21,18 +21,40 @@ TIMESTEP = 247.5
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
+def put(patch, arch: Architecture) -> None:
+    """An architecture, and its models, in the place of those of its name."""
+    patch.setitem(ARCHITECTURES, arch.name, arch)
+    for spec in list(MODELS.values()):
+        if spec.arch.name == arch.name:
+            patch.setitem(MODELS, spec.name, replace(spec, arch=arch))
+
+
+def use_parts(patch, name: str, arch: Architecture) -> None:
+    """The models of architecture `name` have the parts of `arch`; their size and published weights stay."""
+    kept = ("name", "published", "base_model", "listed", "image_size")
+    put(patch, replace(arch, **{field: getattr(ARCHITECTURES[name], field) for field in kept}))
+
+
+def publish(patch, model: str, **parts: str) -> None:
+    """Only these parts are published of a model's weights."""
+    spec = MODELS[model]
+    tag = spec.published[0].tag if spec.published else "test"
+    published = {**spec.arch.published, spec.kind: (Published(tag, parts, "mit"),)}
+    put(patch, replace(spec.arch, published=published))
+
+
 @cache
 def unet(seed: int = 0) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    return UNet2DConditionModel(**CFG["unet"]).eval()
+    return UNet2DConditionModel(**CFG.denoiser.config).eval()
 
 
 @cache
 def vae() -> AutoencoderKL:
     torch.manual_seed(10)
-    levels = len(CFG["vae"]["block_out_channels"])
+    levels = len(CFG.vae["block_out_channels"])
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
-    return AutoencoderKL(**CFG["vae"], **blocks).eval()
+    return AutoencoderKL(**CFG.vae, **blocks).eval()
 
 
 @cache
@@ -42,14 +64,14 @@ def text_encoder():
 
     torch.manual_seed(20)
     words = f"{published('dift_tiny')['text_encoder']}/tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(words, model_max_length=CFG["prompt_length"])
+    tokenizer = AutoTokenizer.from_pretrained(words, model_max_length=CFG.conditions.length)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=CFG["unet"]["cross_attention_dim"],
+        hidden_size=CFG.denoiser.config["cross_attention_dim"],
         intermediate_size=8,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=CFG["prompt_length"],
+        max_position_embeddings=CFG.conditions.length,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -59,7 +81,7 @@ def text_encoder():
 
 def empty_prompt() -> Tensor:
     tokenizer, encoder = text_encoder()
-    ids = tokenizer([""], padding="max_length", max_length=CFG["prompt_length"], return_tensors="pt").input_ids
+    ids = tokenizer([""], padding="max_length", max_length=CFG.conditions.length, return_tensors="pt").input_ids
     with torch.no_grad():
         return encoder(ids)[0]
 
@@ -67,7 +89,7 @@ def empty_prompt() -> Tensor:
 @cache
 def heads() -> ProjectionHeads:
     torch.manual_seed(30)
-    made = ProjectionHeads({m.name: m.channels for m in map_infos(CFG["unet"])}, conditioning="adarms")
+    made = ProjectionHeads({m.name: m.channels for m in CFG.denoiser.maps()}, conditioning="adarms")
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -118,11 +140,11 @@ def diffusers_files() -> dict[str, bytes]:
         vae().save_pretrained(folder / "vae")
         encoder.save_pretrained(folder / "text_encoder")
         tokenizer.save_pretrained(folder / "tokenizer")
-        DDIMScheduler(**CFG["scheduler"]).save_pretrained(folder / "scheduler")
+        DDIMScheduler(**CFG.schedule.config).save_pretrained(folder / "scheduler")
         files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     config = json.loads(files["tokenizer/tokenizer_config.json"])
     files["tokenizer/tokenizer_config.json"] = json.dumps(
-        {**config, "model_max_length": CFG["prompt_length"], "tokenizer_class": "PreTrainedTokenizerFast"}
+        {**config, "model_max_length": CFG.conditions.length, "tokenizer_class": "PreTrainedTokenizerFast"}
     ).encode()
     return files
 
@@ -142,7 +164,7 @@ def expected_maps(x: Tensor, seed: int = 0, timestep: float = TIMESTEP, dtype: t
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     found = {}
-    for info in map_infos(CFG["unet"]):
+    for info in CFG.denoiser.maps():
         module = model.get_submodule(info.module)
         module.register_forward_hook(
             lambda module, inputs, output, name=info.name: found.update(

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import cleandift_backbones.publish.card as publishing
 from cleandift_backbones.cli.main import main as command
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,7 +38,7 @@ def test_pages_are_found():
 def stand_ins(hub, tmp_path, monkeypatch):
     """The names in the documentation lead somewhere: the Hub's repositories to small stand-ins, OWNER/REPO to here."""
     for arch in ("sd15", "sd21"):
-        monkeypatch.setitem(ARCHITECTURES, arch, ARCHITECTURES["test"])
+        standins.use_parts(monkeypatch, arch, ARCHITECTURES["test"])
         names = (f"cleandift_{arch}_{which}.safetensors" for which in ("unet", "full"))
         hub.place("CompVis/cleandift", dict(zip(names, (standins.compvis_unet(), standins.compvis_full()))))
     hub.place("stabilityai/sd-vae-ft-mse", {"diffusion_pytorch_model.safetensors": standins.sd_vae()})

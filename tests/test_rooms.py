@@ -1,6 +1,8 @@
 """Nothing imports upwards, and no two rooms import each other: the rule of imports between folders."""
 
 import ast
+import re
+from collections import Counter
 from pathlib import Path
 
 PACKAGE = "cleandift_backbones"
@@ -64,3 +66,28 @@ def test_imports_lead_down():
 def test_no_two_rooms_import_each_other():
     pairs = rooms()
     assert not [pair for pair in pairs if pair[::-1] in pairs]
+
+
+def test_the_page_lists_the_rooms_with_their_floors():
+    rows = re.findall(r"^\| (\d) \| `(\w+)` \|", (ROOT / "docs/architecture.md").read_text(), re.M)
+    assert {room: int(floor) for floor, room in rows} == FLOORS
+
+
+def test_files_that_the_page_names_exist():
+    table = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py)`", table))
+    assert len(named) > 12
+    assert not [name for name in named if not ((ROOT / PACKAGE / name).is_file() or (ROOT / name).is_file())]
+
+
+def test_files_stay_short():
+    long = {p.name: n for p in (ROOT / PACKAGE).rglob("*.py") if (n := p.read_text().count("\n")) > 420}
+    assert not long
+
+
+def test_every_name_of_a_class_exists_once():
+    """But for the backbone of mm, which mmengine's configs name like the model."""
+    names = Counter()
+    for path in (ROOT / PACKAGE).rglob("*.py"):
+        names.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    assert {name for name, count in names.items() if count > 1} <= {"CleanDIFT"}

@@ -25,7 +25,7 @@ It tells latency, images/s, peak memory, bytes of weights, GFLOP (torch's counte
 their share of a matrix product's speed at that moment, and how far the map is from the first way's. With --clock cpu a
 busy machine does no harm: seconds are those that one thread of the processor worked (give --threads 1 too). Several
 sizes are measured at the first batch size, further batch sizes at the first size. On a CPU all ways keep freed memory
-for the next pass, as `optimize` does; with --return-memory none does, as torch does otherwise.
+for the next pass, as tools/extract.py does; with --return-memory none does, as torch does otherwise.
 
 `loading` compares, each in a process of its own, cold (the file is dropped from the page cache) and warm:
   safetensors   safetensors.torch.load_file, then every page of every tensor read
@@ -53,8 +53,7 @@ from cleandift_backbones.utils.guard import guard, importing
 
 with importing(__name__):
     from cleandift_backbones.data.images import check_folder
-    from cleandift_backbones.models.cleandift import MIN_SIDE
-    from cleandift_backbones.models.entrypoints import architecture_of
+    from cleandift_backbones.models.architectures import model_of, spec_of
     from cleandift_backbones.utils.atomic import write_text
     from cleandift_backbones.utils.errors import needs, resource_errors
 
@@ -65,12 +64,12 @@ with importing(__name__):
 
 def check_inference(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Finds what `inference` cannot measure, and leaves out what is given twice."""
-    plain = options.model.replace("dift_", "cleandift_") if options.model.startswith("dift_") else options.model
-    plain = plain.removesuffix("_pyramid")
+    arch = spec_of(options.model).arch
+    plain, least = model_of(arch, "clean"), arch.defaults.min_side
     if plain != options.model:
         parser.error(f"--model {options.model}: give {plain}; --ways dift is the noisy baseline, --map takes its maps")
-    if min(options.size) < MIN_SIDE:
-        parser.error(f"--size {min(options.size)}: the models take pictures of {MIN_SIDE} pixels or more")
+    if min(options.size) < least:
+        parser.error(f"--size {min(options.size)}: the models take pictures of {least} pixels or more")
     for name in ("size", "batch_size", "ways"):
         setattr(options, name, list(dict.fromkeys(getattr(options, name) or [])))
 
@@ -119,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
             with needs("eval"):
                 import matplotlib  # noqa: F401
     if options.what != "matching":
-        architecture_of(options.model)
+        spec_of(options.model)
     if options.file and not os.path.isfile(options.file):
         parser.error(f"--file {options.file}: no such file")
     if options.what == "inference":

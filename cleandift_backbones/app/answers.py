@@ -17,7 +17,7 @@ from ..data.images import ImageError
 from ..features.extractor import ModelError
 from ..visualize.comparison import compare_entries, main_directions, two_specs
 from ..visualize.feature_maps import map_entries
-from ..visualize.features import Cancelled, Features, Spec, Watch, how_to_get
+from ..visualize.features import Cancelled, FeatureProvider, Spec, Watch, how_to_get
 from ..visualize.matches import match_entries
 from ..visualize.memory import Entry
 from ..visualize.pictures import Picture
@@ -62,7 +62,7 @@ class Progress:
 class Answers:
     """Makes results for sessions out of features, which are computed in the background, one thread a session."""
 
-    def __init__(self, features: Features):
+    def __init__(self, features: FeatureProvider):
         self.features = features
         self.threads = torch.get_num_threads()
 

@@ -18,9 +18,9 @@ with needs("demo"):
     import gradio as gr
 
 from ..features.extractor import ModelError
-from ..features.model_names import map_names, matched_map, shown_maps
+from ..features.model_names import default_map, map_names, shown_maps
 from ..visualize.feature_maps import MOST_CLUSTERS, SHOWS
-from ..visualize.features import ENSEMBLE, TIMESTEP, Features
+from ..visualize.features import FeatureProvider
 from .answers import PROBLEMS, Answers, tell_problem
 from .routes import routes
 from .sessions import LONGEST_PROMPT, TABS, Session, Sessions, Settings, trained_on
@@ -47,7 +47,7 @@ class Page:
     """
 
     def __init__(self, models: Sequence[str] = MODELS, memory: int = 1 << 30, device: str = "cpu"):
-        self.features = Features(memory, device)
+        self.features = FeatureProvider(memory, device)
         self.maps = {model: map_names(model) for model in models}
         for model in models:  # cards are read now, not while a visitor waits
             trained_on(model)
@@ -93,10 +93,9 @@ class Page:
     def change_model(self, model: str, map: str, maps: list[str]) -> list:
         """Which maps there are to choose from; what was chosen stays, if the new model has it. And what it knows."""
         names = self.maps[model]
-        shown = shown_maps(names)
-        kept = [name for name in maps if name in names]
-        return [gr.Dropdown(names, value=map if map in names else matched_map(shown)),
-                gr.CheckboxGroup(names, value=kept or shown), _knowledge(model)]  # fmt: skip
+        kept = [name for name in maps if name in names] or shown_maps(model, names)
+        return [gr.Dropdown(names, value=map if map in names else default_map(model, names)),
+                gr.CheckboxGroup(names, value=kept), _knowledge(model)]  # fmt: skip
 
     def close(self, request: gr.Request) -> None:
         """The page was closed."""
@@ -115,10 +114,10 @@ class Page:
         if said["tab"] == "maps" and not said["maps"]:
             raise InputError("No map is chosen: tick one or more.")
         names = self.maps[said["model"]]
-        shown = shown_maps(names)
         if said["map"] not in names:  # the model was changed a moment ago
-            said["map"] = matched_map(shown)
-        said["maps"] = tuple(name for name in names[::-1] if name in said["maps"]) or tuple(shown)
+            said["map"] = default_map(said["model"], names)
+        kept = tuple(name for name in names[::-1] if name in said["maps"])
+        said["maps"] = kept or tuple(shown_maps(said["model"], names))
         return Settings(**said | {name: bool(said[name]) for name in ("mutual_only", "shared")})
 
     # --- how it looks -----------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ class Page:
     def _build(self) -> gr.Blocks:
         first = next(iter(self.maps))
         names = self.maps[first]
-        shown = shown_maps(names)
+        shown = shown_maps(first, names)
         with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False, delete_cache=(60, 60)) as blocks:
             gr.HTML(
                 f"<h1>{TITLE}</h1><p>Click a point in any picture: where it is found again in the others lights up. "
@@ -139,7 +138,7 @@ class Page:
                 with gr.Column(scale=2, min_width=320):
                     with gr.Row():
                         model = gr.Dropdown(list(self.maps), value=first, label="Model", scale=3, min_width=160)
-                        map = gr.Dropdown(names, value=matched_map(shown), label="Map", scale=2, min_width=100)
+                        map = gr.Dropdown(names, value=default_map(first, names), label="Map", scale=2, min_width=100)
                     knowledge = gr.HTML(_knowledge(first), elem_id="knowledge", apply_default_css=False)
                     prompt = gr.Textbox(
                         "", label="Prompt", placeholder="none, or what the pictures show: cat face", max_lines=1,
@@ -164,8 +163,9 @@ class Page:
                     maps_stage = _drawn("maps")
                 with gr.Tab("Clean against noisy", id=TABS[2]) as compare_tab:
                     with gr.Row(elem_classes="controls"):
-                        timestep = _slider(0, 999, TIMESTEP, label="Noise: timestep t", elem_id="timestep")
-                        ensemble_size = _slider(1, 16, ENSEMBLE, label="Noises averaged", elem_id="ensemble")
+                        timestep = _slider(0, 999, Settings.timestep, label="Noise: timestep t", elem_id="timestep")
+                        count = Settings.ensemble_size
+                        ensemble_size = _slider(1, 16, count, label="Noises averaged", elem_id="ensemble")
                     compare_stage = _drawn("compare")
             stages = [match_stage, maps_stage, compare_stage]
             controls = [model, map, prompt, mutual_only, maps, show, shared, clusters, timestep, ensemble_size]

@@ -12,16 +12,17 @@ from functools import lru_cache
 from typing import Any
 
 from ..data.images import ImageError
-from ..models.entrypoints import NOT_PHOTOGRAPHS
+from ..models.architectures import NOT_PHOTOGRAPHS, spec_of
 from ..publish.training_data import training_data
 from ..utils.errors import InputError
 from ..visualize.feature_maps import SHOWS
-from ..visualize.features import ENSEMBLE, TIMESTEP
 from ..visualize.pictures import Picture, open_picture, open_sample, sample_names
 from ..visualize.results import Result
 
 MOST_PICTURES, MOST_POINTS, MOST_SESSIONS, LONGEST_PROMPT, LONGEST_NAME = 8, 8, 50, 300, 80
 TABS = ("match", "maps", "compare")
+FIRST_MODEL = "cleandift_tiny"
+_FIRST = spec_of(FIRST_MODEL).arch.defaults
 FIRST_PICTURES = ("cat-face_noto.png", "cat-face_fluentflat.png", "tiger-face_fluent3d.png")
 FIRST_POINT = (0.19, 0.17)  # the first picture's left ear
 
@@ -33,16 +34,16 @@ class Settings:
     """What the page's controls say."""
 
     tab: str = "match"
-    model: str = "cleandift_tiny"
-    map: str = "us6"
+    model: str = FIRST_MODEL
+    map: str = _FIRST.map
     prompt: str = ""
     mutual_only: bool = False
-    maps: tuple[str, ...] = ("us3", "us6", "us9")
+    maps: tuple[str, ...] = _FIRST.shown
     show: str = "pca"
     shared: bool = True
     clusters: int = 6
-    timestep: int = TIMESTEP
-    ensemble_size: int = ENSEMBLE
+    timestep: int = int(_FIRST.timestep)
+    ensemble_size: int = _FIRST.ensemble_size
 
     def __post_init__(self):
         if self.tab not in TABS or self.show not in SHOWS:

@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from ..evaluation import emoji, emoji_probes, report
+from ..evaluation import emoji, emoji_probes, report, runs
 from ..evaluation.plans import Run, make_suite_plan
 from ..evaluation.plots import write_report
 from ..features.extractor import PIXELS, load_extractor, resolve_device
@@ -26,7 +26,7 @@ from ..features.options import map_items
 from ..utils.guard import guard, program
 from ..utils.locks import hold
 from ..utils.progress import tqdm
-from . import evaluate, evaluate_suites
+from . import evaluate_suites
 from .arguments import Formatter, option
 
 ABOUT = """# Held-out emoji: what the features are worth
@@ -109,7 +109,7 @@ def _check(args: argparse.Namespace) -> tuple[list[Run], dict[str, str], torch.d
         args.timesteps = [1, 50, 100, 200, 300, 400] if args.full else [100, 400]
     device = resolve_device(args.device)
     plan = [replace(run, maps=_chosen(args, run.model)) for run in make_suite_plan(args, twins=True)]
-    weights = evaluate.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
+    weights = runs.check_models(argparse.Namespace(**vars(args), prompt="auto"), plan, always=True)
     return plan, weights, device
 
 
@@ -122,7 +122,7 @@ def _chosen(args: argparse.Namespace, model: str) -> list[str] | None:
 def _run(
     args: argparse.Namespace, plan: list[Run], weights: dict[str, str], suite: emoji.Suite, device: torch.device
 ) -> report.Report:
-    benchmark = emoji.Benchmark(suite, args.placements, args.seed, not args.shared_noise)
+    benchmark = emoji.EmojiBenchmark(suite, args.placements, args.seed, not args.shared_noise)
     batch_size = args.batch_size or (32 if device.type == "cpu" else 256)
     latents: dict[bytes, torch.Tensor] = {}
     rows = [report.Row("same position", "baseline", {"": benchmark.same_position()})]

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import tasks
-from ..evaluation.cache import DTYPES, FeatureCache
+from ..evaluation import runs, tasks
+from ..evaluation.features import STORED, FeatureStores
 from ..evaluation.items import DataError
 from ..evaluation.plans import Run, make_suite_plan
 from ..evaluation.plots import write_report
 from ..evaluation.report import Report, Row
 from ..evaluation.tasks import pairs
 from ..features.extractor import PIXELS, list_maps, resolve_device
+from ..features.model_names import defaults_of
 from ..features.options import pick_maps
+from ..optimization.cpu_malloc import keep_freed_memory
 from ..utils.errors import InputError, resource_errors
 from ..utils.guard import guard, program
 from ..utils.locks import hold
@@ -63,7 +65,7 @@ class Part:
     maps: list[str]
 
 
-class Benchmark:
+class PhotoBenchmark:
     """The sets of pairs, and all that is common to the rows of a table.
 
     Args:
@@ -90,12 +92,12 @@ class Benchmark:
             data = tasks.limit_pairs(data, args.limit, args.seed)
             self.tasks[path.name] = tasks.Correspondence(data, [ALPHA])
             told = [(p.source, p.target, p.source_points.tolist(), p.target_points.tolist(), p.box) for p in data.pairs]
-            items = [(item.name, item.stamp, item.prompt) for item in data.items]
+            items = [(item.key, item.stamp, item.caption) for item in data.items]
             self.digests[path.name] = hashlib.sha256(json.dumps([told, items]).encode()).hexdigest()
         self.choice = [Path(text).name for text in args.choose_on]
         self.measured = [name for name in self.tasks if name not in self.choice]
-        self.weights = evaluate.check_models(argparse.Namespace(**vars(args), size=max(args.sizes)), plan, always=True)
-        self.cache = FeatureCache(Path(args.out, "features"), args.batch_size, dtype=args.dtype, seed=args.seed)
+        self.weights = runs.check_models(argparse.Namespace(**vars(args), size=max(args.sizes)), plan, always=True)
+        self.stores = FeatureStores(Path(args.out, "features"), args.batch_size, dtype=args.dtype, seed=args.seed)
 
     def row(self, run: Run, searched: Row | None = None) -> Row:
         """A run on all sets: searched on the sets of the choice, then measured on the others.
@@ -144,7 +146,7 @@ class Benchmark:
         task = self.tasks[part.name]
         # Random weights depend on which layers are built: one network for all parts.
         built = replace(part.run, maps=part.maps) if part.run.pretrained else part.run
-        row, _ = evaluate.measure(args, built, task, self.cache, self.device, self.latents, keep=False)
+        row, _ = runs.measure(args, built, task, self.stores, self.device, self.latents, keep=False)
         row.results = {name: {part.name: row.results[name][METRIC]} for name in part.maps}
         return row
 
@@ -153,7 +155,7 @@ class Benchmark:
         return ", ".join(f"{key} {value}" for key, value in run.settings.items()) or "no settings"
 
 
-def run(args: argparse.Namespace, benchmark: Benchmark) -> Report:
+def run(args: argparse.Namespace, benchmark: PhotoBenchmark) -> Report:
     """All rows of the table, as a report."""
     position = {name: task.same_position()[METRIC] for name, task in benchmark.tasks.items()}
     rows, searched = [Row("same position", "baseline", {"": position})], {}
@@ -178,7 +180,7 @@ def run(args: argparse.Namespace, benchmark: Benchmark) -> Report:
     return Report(rows, names, info, args.seed, unit="target images", chosen_on=tuple(benchmark.choice), opponents=most)
 
 
-def about(args: argparse.Namespace, benchmark: Benchmark) -> str:
+def about(args: argparse.Namespace, benchmark: PhotoBenchmark) -> str:
     """The head of the report: what was measured, and how map, size and timestep were chosen."""
     choice, measured = ([NAMES.get(name, name) for name in names] for names in (benchmark.choice, benchmark.measured))
     words = [f"{count} noise{'s' if count > 1 else ''}" for count in args.ensemble]
@@ -222,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--limit", type=int, metavar="N", help="only N pairs of each data set")
     result.add_argument("--prompt", default="auto", help="as in the task correspondence")
-    stored = dict(choices=list(DTYPES), default="float16", help="of cached features")
+    stored = dict(choices=list(STORED), default="float16", help="of cached features")
     also(result, result.add_argument("--store-dtype", dest="dtype", **stored), "--dtype")
     result.add_argument("--skip-outside", action="store_true", help="leave out keypoints outside their images")
     result.add_argument("--batch-size", type=int, default=8, help="images per pass; lower it if memory runs out")
@@ -235,6 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the suite. See `utils.guard.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    keep_freed_memory()
     evaluate_suites.check_options(args, (("sizes", 64, 4096), ("limit", 2, None)))
     args.timesteps = args.timesteps or TIMESTEPS
     args.ensemble, args.sizes = sorted(set(args.ensemble)), list(dict.fromkeys(args.sizes))
@@ -242,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         device = resolve_device(args.device)
         plan = [replace(planned, maps=maps_of(args, planned.model)) for planned in make_suite_plan(args)]
         with hold(args.out, "photos"):
-            benchmark = Benchmark(args, plan, device)
+            benchmark = PhotoBenchmark(args, plan, device)
             result = run(args, benchmark)
             paths = write_report(result, args.out, about(args, benchmark))
     print(result.legend(), "", result.table(), *result.verdicts(), sep="\n")
@@ -250,11 +253,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def maps_of(args: argparse.Namespace, model: str) -> list[str]:
-    """The maps to choose from: those of `--maps`, and all of a model without a us6, which has names of its own.
+    """The maps to choose from: those of `--maps`, and all of a model of another package, whose maps have other names.
 
     Raises:
         ModelError: a map that the model does not have.
     """
     infos = list_maps(model)
     names = [info["name"] for info in infos]
-    return names if args.maps == ["all"] or "us6" not in names else pick_maps(infos, args.maps, names[-1])
+    if args.maps == ["all"] or defaults_of(model) is None:
+        return names
+    return pick_maps(model, infos, args.maps, names[-1])

@@ -57,24 +57,24 @@ def describe(name: str) -> dict:
     import timm
     import torch
 
-    from ..features.extractor import list_maps
-    from ..features.options import pick_maps
-    from ..models import ARCHITECTURES, architecture_of, published
+    from ..models.architectures import published, spec_of
+    from ..models.feature_info import FeatureInfo
     from ..publish.training_data import training_data
 
-    infos, config, weights = list_maps(name), timm.get_pretrained_cfg(name), published(name)
-    (default,) = pick_maps(infos, [], infos[-1]["name"])
+    spec, infos, weights = spec_of(name), FeatureInfo.of(name), dict(published(name))
+    wanted = spec.arch.defaults.map
+    default = wanted if wanted in infos.names else infos.names[-1]
     with torch.device("meta"):
         model = timm.create_model(name, features_only=True, out_indices=[default])
     return dict(
         name=name,
-        architecture=next(key for key, one in ARCHITECTURES.items() if one is architecture_of(name)),
-        kind="noisy" if name.startswith("dift_") else "clean",
+        architecture=spec.arch.name,
+        kind=spec.kind,
         maps=[dict(name=info["name"], channels=info["num_chs"], stride=info["reduction"]) for info in infos],
         default_map=default,
-        input_size=config.input_size[-1],
+        input_size=spec.arch.image_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        license=config.license,
+        license=timm.get_pretrained_cfg(name).license,
         trained_on=training_data(name),
         weights=weights,
         included=bool(weights) and all(Path(place).exists() for place in weights.values()),

@@ -1,4 +1,4 @@
-"""Pictures and captions for the distillation: a folder, or shards (see `shards`), in a seeded order that resumes."""
+"""Images and captions for training, in batches: of a list of sources, in a seeded order that resumes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..utils.seeding import batch_indices, step_generator
-from .captioned import Picture, caption_of_json, list_pictures
 from .compositing import Compositor, compose_plain, rgba_tensor
 from .decoding import ImageError, memory_named, opened, read_image
-from .images import HUGE, THIN, cut_resized, to_tensor
-
-__all__ = [
-    "Batch", "DecodeOptions", "FolderBatches", "OrderedBatches", "Picture", "caption_of_json", "decode",
-    "decode_batch", "is_transparent", "list_pictures", "plain_images", "read_rgba",
-]  # fmt: skip
+from .images import to_tensor
+from .resize import HUGE, THIN, cut_resized, resize
+from .sources import ImageSource
 
 _logger = logging.getLogger(__name__)
 SPARE = 10  # pictures tried where none of a batch can be read
 
 
-class Batch(NamedTuple):
+class TrainingBatch(NamedTuple):
     """images: B x 3 x size x size in [-1, 1]; captions; names; broken: what could not be read, with the reason."""
 
     images: Tensor
@@ -50,7 +45,7 @@ class DecodeOptions:
     background: str = "white"
 
 
-def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator) -> Tensor:
+def decode(picture: ImageSource, options: DecodeOptions, generator: torch.Generator) -> Tensor:
     """A picture as 3 x size x size in [-1, 1]: shorter side resized to the size, never squashed, then cut out.
 
     Raises:
@@ -67,10 +62,7 @@ def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator)
         if height * width > HUGE or max(new) > THIN * size:
             image = cut_resized(image, new, top, left, (size, size)) * 2 - 1
         else:  # bit-equal in all versions: resumed runs depend on it
-            image = to_tensor(image) * 2 - 1
-            if new != (height, width):
-                image = F.interpolate(image[None], new, mode="bicubic", antialias=True, align_corners=False)[0]
-                image = image.clamp(-1, 1)
+            image = resize(to_tensor(image) * 2 - 1, new, -1, 1)
             image = image[:, top : top + size, left : left + size]
     if options.flip and torch.rand((), generator=generator) < 0.5:
         image = image.flip(-1)
@@ -78,8 +70,8 @@ def decode(picture: Picture, options: DecodeOptions, generator: torch.Generator)
 
 
 def decode_batch(
-    pictures: Sequence[Picture], options: DecodeOptions, *seed: int, spare: Iterable[Picture] = ()
-) -> Batch:
+    pictures: Sequence[ImageSource], options: DecodeOptions, *seed: int, spare: Iterable[ImageSource] = ()
+) -> TrainingBatch:
     """Decodes pictures; in the place of a broken one stands another of the batch, and `broken` names it.
 
     Args:
@@ -102,10 +94,10 @@ def decode_batch(
         raise ImageError(f"no picture of a batch can be read: {'; '.join(broken[:3])}")
     good = [good[number % len(good)] for number in range(len(pictures))]
     images, chosen = zip(*good)
-    return Batch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
+    return TrainingBatch(torch.stack(images), [p.caption for p in chosen], [p.name for p in chosen], broken)
 
 
-def _composed(pictures: Sequence[Picture], options: DecodeOptions, *seed: int) -> dict[int, Tensor]:
+def _composed(pictures: Sequence[ImageSource], options: DecodeOptions, *seed: int) -> dict[int, Tensor]:
     """Place in the batch -> training image, of the transparent ones that can be read."""
     rgba = {}
     for number, picture in enumerate(pictures):
@@ -118,7 +110,7 @@ def _composed(pictures: Sequence[Picture], options: DecodeOptions, *seed: int) -
     return dict(zip(rgba, images))
 
 
-def _unless(good: list, spare: Iterable[Picture]) -> Iterator[Picture]:
+def _unless(good: list, spare: Iterable[ImageSource]) -> Iterator[ImageSource]:
     """Spare pictures while none is good; not one is fetched where they are not needed."""
     spare = iter(spare)
     while not good and (picture := next(spare, None)) is not None:
@@ -133,13 +125,13 @@ class OrderedBatches(Dataset):
     it to a DataLoader with batch_size=None. Subclasses say what a `batch` is.
 
     Args:
-        pictures: of `list_pictures`. seed.
+        pictures: of `sources.list_training_sources`. seed.
         batch_size: of one process. batches: length of the run, of which `start` are done. rank, world: of the process.
     """
 
     def __init__(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ImageSource],
         seed: int,
         batch_size: int,
         batches: int,
@@ -160,7 +152,7 @@ class OrderedBatches(Dataset):
         chosen = batch_indices(place, joint, len(self.pictures), self.seed)[mine:][: self.batch_size]
         return self.batch([self.pictures[i] for i in chosen.tolist()], place * joint + mine)
 
-    def batch(self, pictures: Sequence[Picture], first: int):
+    def batch(self, pictures: Sequence[ImageSource], first: int):
         """What the model gets; `first` numbers the first picture among all draws of the run, for its random choices."""
         raise NotImplementedError
 
@@ -168,16 +160,16 @@ class OrderedBatches(Dataset):
 class FolderBatches(OrderedBatches):
     """Batches decoded from pictures. Args: options: how to decode them; others: see `OrderedBatches`."""
 
-    def __init__(self, pictures: Sequence[Picture], options: DecodeOptions, *args, **kwargs):
+    def __init__(self, pictures: Sequence[ImageSource], options: DecodeOptions, *args, **kwargs):
         super().__init__(pictures, *args, **kwargs)
         self.options = options
 
-    def batch(self, pictures: Sequence[Picture], first: int) -> Batch:
+    def batch(self, pictures: Sequence[ImageSource], first: int) -> TrainingBatch:
         following = (self.pictures[(first + number) % len(self.pictures)] for number in range(SPARE))
         return decode_batch(pictures, self.options, self.seed, 7, first, spare=following)
 
 
-def is_transparent(picture: Picture) -> bool:
+def is_transparent(picture: ImageSource) -> bool:
     """Whether an image has an alpha channel, from its header; False for what cannot be opened."""
     try:
         with opened(picture.source, picture.name, load=False) as image:
@@ -186,7 +178,7 @@ def is_transparent(picture: Picture) -> bool:
         return False
 
 
-def read_rgba(picture: Picture, size: int) -> Tensor:
+def read_rgba(picture: ImageSource, size: int) -> Tensor:
     """A transparent image, uint8 4 x size x size; one that is not square is padded with transparent pixels.
 
     Raises:
@@ -201,7 +193,7 @@ def read_rgba(picture: Picture, size: int) -> Tensor:
     return rgba_tensor(image, size)
 
 
-def plain_images(pictures: Sequence[Picture], options: DecodeOptions) -> tuple[Tensor, list[Picture]]:
+def plain_images(pictures: Sequence[ImageSource], options: DecodeOptions) -> tuple[Tensor, list[ImageSource]]:
     """Pictures without any chance in them (validation): centre crops, transparent ones on white; broken ones left out.
 
     Raises:

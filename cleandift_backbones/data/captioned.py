@@ -1,106 +1,25 @@
-"""Images with their captions: of a folder, by its metadata files or side-cars; and what there is, in numbers."""
+"""Images with their captions, for training: of shards as they are read, in memory, and what there is, in numbers."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from ..utils.atomic import is_folder
 from ..utils.errors import InputError
-from ..utils.records import decode_text, parse_json, read_bytes, read_records
-from .decoding import endings
-from .listing import Listing, counted, left_out_report, list_folder
+from .captions import read_caption
+from .listing import counted, left_out_report
 from .shards import open_shard, read_member, scan, shards_of
+from .sources import ImageSource, list_training_sources
 
 _logger = logging.getLogger(__name__)
-CAPTION_KEYS = ("caption", "text", "prompt")  # of a JSON side-car or a line of metadata, the first that is there
 PEEK = 10_000  # files in shards that are looked at before a run
-NOT_NAMED = "not in the metadata file"
 
 
-class Picture(NamedTuple):
-    """An image that is not decoded yet: its name for messages, a path or the file's bytes, its caption."""
-
-    name: str
-    source: Path | bytes
-    caption: str
-
-
-def caption_of_json(told: object) -> str:
-    """The caption in a JSON side-car: its "caption" (img2dataset), "text" or "prompt"; a bare string is one itself.
-
-    Raises:
-        InputError: there is none that is a string.
-    """
-    if isinstance(told, str):
-        return told.strip()
-    found = next((told[key] for key in CAPTION_KEYS if told.get(key)), "") if isinstance(told, dict) else 0
-    if not isinstance(found, str):
-        raise InputError(f"a caption must be a string under caption, text or prompt, got {str(told)[:80]!r}")
-    return found.strip()
-
-
-def read_caption(name: str, data: bytes) -> str:
-    """The caption in a side-car file .txt, .caption or .json, in a folder or in a shard.
-
-    Raises:
-        InputError: no UTF-8, no JSON, or no caption in it that is a string; `name` is in the message.
-    """
-    text = decode_text(name, data)
-    if not name.lower().endswith(".json"):
-        return text.strip()
-    told = parse_json(name, text)
-    try:
-        return caption_of_json(told)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-
-
-def list_pictures(
-    folder: str | Path, without: str | Path | Iterable[str | Path] | None = None, left_out: Counter[str] | None = None
-) -> list[Picture]:
-    """The images of a folder with their captions.
-
-    Every image below it (`listing.list_folder`), sorted, with the caption of its side-car: .txt, else .caption, else
-    .json; without one the caption is "". Folders with a metadata file (Hugging Face's imagefolder: metadata.jsonl, .csv
-    or .parquet with file_name, and text or caption) come after these, and hold just what it names, in its order.
-
-    Args:
-        without: folders that are not looked into, such as a run's own.
-        left_out: counts files that are no images, see `listing.Listing`, and images that metadata leave out.
-
-    Raises:
-        InputError: no images there, a line of metadata without file_name, a caption that is no string.
-    """
-    folder, found = Path(folder), Listing()
-    skip = [without] if isinstance(without, (str, os.PathLike)) else list(without or ())
-    if is_folder(folder):
-        found = list_folder(folder, without=skip)
-    images, tables = [], {place: _read_metadata(files) for place, files in sorted(found.metadata.items())}
-    named = {image.source for table in tables.values() for image in table}
-    for path in found.images:
-        if any(place in tables for place in path.parents):
-            found.left_out[NOT_NAMED] += path not in named
-            continue
-        beside = found.captions.get(path)
-        caption = read_caption(str(beside[0]), read_bytes(beside[0])) if beside else ""
-        images.append(Picture(str(path), path, caption))
-    images += [image for table in tables.values() for image in table]
-    if left_out is not None:
-        left_out.update(+found.left_out)
-    if not images:
-        suffixes, report = ", ".join(endings()), left_out_report(+found.left_out)
-        raise InputError(f"no pictures in {folder}: give a folder of {suffixes} files, or .tar shards {report}".strip())
-    return images
-
-
-def read_shard(path: str, notes: list[str], chosen: Iterable[int] | None = None) -> Iterator[Picture]:
+def read_shard(path: str, notes: list[str], chosen: Iterable[int] | None = None) -> Iterator[ImageSource]:
     """The images of a shard with their captions, in its order, as bytes; what cannot be read is reported in `notes`.
 
     Args:
@@ -112,7 +31,7 @@ def read_shard(path: str, notes: list[str], chosen: Iterable[int] | None = None)
     try:
         with open_shard(path) as file:
             for sample in shard.samples if chosen is None else [shard.samples[number] for number in chosen]:
-                name, data, caption = f"{path}:{sample.key}", b"", ""
+                data, caption = b"", ""
                 try:
                     data = read_member(file, sample.image)
                     if sample.captions:
@@ -120,26 +39,26 @@ def read_shard(path: str, notes: list[str], chosen: Iterable[int] | None = None)
                         caption = read_caption(f"{path}:{beside.name}", read_member(file, beside))
                 except InputError as error:
                     notes.append(str(error))
-                yield Picture(name, data, caption)
+                yield ImageSource(sample.key, path, caption=caption, data=data)
     except (OSError, EOFError) as error:
         notes.append(f"{path}: cannot be read ({error})")
 
 
-def pictures_of(
+def sources_of(
     place: str | Path, most: int | None = None, without: str | Path | None = None, left_out: Counter[str] | None = None
-) -> list[Picture]:
+) -> list[ImageSource]:
     """The images of a folder, or of shards (`shards.shards_of`), with their captions; those of shards in memory.
 
     Args:
         most: at most so many, evenly spread.
-        without, left_out: see `list_pictures`; of folders.
+        without, left_out: see `list_training_sources`; of folders.
 
     Raises:
-        InputError: no images there, see also `list_pictures`.
+        InputError: no images there, see also `list_training_sources`.
     """
     shards = shards_of(place)
     if not shards:
-        return spread(list_pictures(place, without, left_out), most)
+        return spread(list_training_sources(place, without, left_out), most)
     places = [(path, number) for path in shards for number in range(len(scan(path).samples))]
     by_shard: dict[str, list[int]] = {}
     for path, number in spread(places, most):
@@ -156,23 +75,6 @@ def pictures_of(
 def spread(items: list, most: int | None) -> list:
     """At most `most` of a list, evenly spread; all of it if that is None."""
     return items if most is None else items[:: max(1, len(items) // most)][:most]
-
-
-def _read_metadata(files: list[Path]) -> list[Picture]:
-    if len(files) > 1:
-        raise InputError(f"{files[0].parent} has both {files[0].name} and {files[1].name}: keep one of them")
-    (path,) = files
-    images = []
-    for number, line in read_records(path):
-        name = line.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise InputError(f"{path}: every line needs a file_name, a string; line {number} has none")
-        try:
-            source = path.parent / name
-            images.append(Picture(str(source), source, caption_of_json(line)))
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-    return images
 
 
 @dataclass
@@ -219,7 +121,7 @@ class DataSummary:
         )
 
 
-def summarize(images: list[Picture], heldout: int, left_out: Counter[str]) -> DataSummary:
+def summarize(images: list[ImageSource], heldout: int, left_out: Counter[str]) -> DataSummary:
     """Of a folder."""
     return DataSummary(len(images), heldout, sum(bool(p.caption) for p in images), len(images), left_out=left_out)
 

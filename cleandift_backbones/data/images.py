@@ -1,6 +1,7 @@
-"""Images as tensors: preprocessing for models. `decoding` reads the files.
+"""Images as tensors: preprocessing for models. `decoding` reads the files, `resize` changes their size.
 
-`to_input` turns an image into a normalised tensor; `cut_resized` resizes only the region that is needed.
+An image tensor is RGB, 3 x H x W, uint8 in 0..255 or float32 in 0..1. Only two things hold normalised pixels: a model's
+input, which `Extractor` makes on the device (`to_input` for one image), and the batches of training, in [-1, 1].
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ..utils.atomic import exists, is_folder, is_text
 from ..utils.errors import FileError, InputError
 from .decoding import LARGE, MIN_SIDE, ImageError, read_image, to_rgb
+from .resize import MODES, Size, cut_resized, is_large, size_of
 
 __all__ = [
     "LARGE",
@@ -26,14 +27,12 @@ __all__ = [
     "check_folder",
     "cut_resized",
     "read_image",
+    "stack_pixels",
     "to_input",
+    "to_pixels",
     "to_tensor",
+    "unit_range",
 ]
-
-STRIP = 128  # rows
-HUGE = 2**26  # pixels; larger images are resized in strips in training too
-THIN = 16  # images whose resized side exceeds this many crop sides are cropped before they are resized
-MODES = ("squash", "pad", "crop", "keep")
 
 
 def check_folder(path: str | os.PathLike) -> None:
@@ -81,6 +80,47 @@ def to_tensor(image: Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
     return image.float()
 
 
+def to_pixels(
+    image: Image.Image | np.ndarray | torch.Tensor,
+    size: Size | None = None,
+    mode: str = "squash",
+    fill: Sequence[float] = (0.5, 0.5, 0.5),
+) -> torch.Tensor:
+    """An image at a size, 3 x height x width: uint8 as it is where nothing is resized, else float32 in 0..1.
+
+    Both stand for the same pixels, see `unit_range`; models' own normalisation comes on their device.
+
+    Args:
+        image: what `to_tensor` takes.
+        size: height and width; None with mode "keep".
+        mode: see `to_input`.
+        fill: colour that "pad" puts around an image, 0..1 per channel.
+
+    Raises:
+        ImageError: see `to_tensor`.
+        InputError: an unknown mode.
+    """
+    if mode not in (*MODES, "keep"):
+        raise InputError(f"mode {mode!r} is unknown; choose one of {', '.join((*MODES, 'keep'))}")
+    same = mode == "keep" or (size is not None and _size(image) == tuple(size))
+    if same and isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    pixels = image if is_large(image) else to_tensor(image)
+    return pixels if same else MODES[mode](pixels, tuple(size), fill)
+
+
+def unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels as float32 in 0..1: of uint8 a 255th, the very numbers on every device; floats are in 0..1 already."""
+    if pixels.dtype != torch.uint8:
+        return pixels.float()
+    return pixels.float() / torch.tensor(255.0, device=pixels.device)  # CUDA multiplies by a rounded 1/255 otherwise
+
+
+def stack_pixels(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A batch of one size: uint8 if all images are, else float32 in 0..1."""
+    return torch.stack(images if all(x.dtype == torch.uint8 for x in images) else [unit_range(x) for x in images])
+
+
 def to_input(
     image: Image.Image | np.ndarray | torch.Tensor,
     size: int | tuple[int, int] | None = None,
@@ -88,117 +128,32 @@ def to_input(
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> torch.Tensor:
-    """A picture as a model's input: float32, 3 x H x W, (pixel - mean) / std with pixels in 0..1.
+    """An image as a model's input: float32, 3 x H x W, (pixel - mean) / std with pixels in 0..1.
 
     Args:
         image: what `to_tensor` takes.
         size: height and width of the result in pixels, or one number for a square. Unused, and may be None, with mode
             "keep".
-        mode: "squash" resizes both sides regardless of aspect; "pad" fits the whole picture in, centred, and fills the
+        mode: "squash" resizes both sides regardless of aspect; "pad" fits the whole image in, centred, and fills the
             rest with `mean` (zeros after normalisation); "crop" covers the size and cuts the centre out; "keep" does
             not resize.
+        mean: of each channel, 0..1.
+        std: of each channel.
 
     Raises:
         ImageError: see `to_tensor`.
-        ValueError: an unknown mode, or a size that is missing or not positive.
+        InputError: an unknown mode, or a size that is missing or not positive.
     """
-    if mode not in MODES:
-        raise InputError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
-    large = isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height > LARGE
-    pixels = None if large and mode != "keep" else to_tensor(image)
+    if mode in MODES:
+        size = (size, size) if isinstance(size, int) else (size or (0, 0))
+        if min(size) < 1:
+            raise InputError(f"size {size!r} must be one or two positive numbers of pixels with mode {mode!r}")
+    pixels = unit_range(to_pixels(image, size, mode, mean))
     shift, scale = (torch.tensor(tuple(values), dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
-    if mode == "keep":
-        return (pixels - shift) / scale
-    height, width = (size, size) if isinstance(size, int) else (size or (0, 0))
-    if min(height, width) < 1:
-        raise InputError(f"size {size!r} must be one or two positive numbers of pixels with mode {mode!r}")
-    h, w = (image.height, image.width) if pixels is None else pixels.shape[-2:]
-    if mode == "squash":
-        new = (height, width)
-    else:
-        ratio = (min if mode == "pad" else max)(height / h, width / w)
-        new = (max(1, round(h * ratio)), max(1, round(w * ratio)))
-    top, left = (height - new[0]) // 2, (width - new[1]) // 2
-    if mode == "crop":
-        pixels = cut_resized(image if pixels is None else pixels, new, -top, -left, (height, width))
-        return (pixels - shift) / scale
-    if pixels is None:
-        pixels = _resize_large(image, new)
-    elif new != (h, w):
-        pixels = _resize(pixels, new).clamp(0, 1)
-    pixels = (pixels - shift) / scale
-    return F.pad(pixels, (left, width - new[1] - left, top, height - new[0] - top)) if mode == "pad" else pixels
+    return (pixels - shift) / scale
 
 
-def cut_resized(
-    image: Image.Image | torch.Tensor, size: tuple[int, int], top: int, left: int, cut: tuple[int, int]
-) -> torch.Tensor:
-    """A crop of a resized image: 3 x h x w in 0..1.
-
-    Memory is bounded for any aspect ratio: if the resized image would be much longer than the crop (an image of
-    2000 x 1 pixels), only the region that the crop needs is resized. The result equals the crop of the whole resized
-    image to 1e-4, the rounding of torch's sampling positions.
-
-    Args:
-        image: RGB, or 3 x H x W in 0..1.
-        size: height and width of the whole resized image.
-        top, left: position of the crop in the resized image.
-        cut: height and width of the crop.
-    """
-    height, width = cut
-    if max(size) > THIN * max(cut):
-        return _cut_thin(image, size, top, left, cut)
-    if isinstance(image, Image.Image):
-        pixels = _resize_large(image, size)
-    else:
-        pixels = image if tuple(size) == tuple(image.shape[-2:]) else _resize(image, size).clamp(0, 1)
-    return pixels[:, top : top + height, left : left + width]
-
-
-def _cut_thin(image, size, top: int, left: int, cut: tuple[int, int]) -> torch.Tensor:
-    whole = (image.height, image.width) if isinstance(image, Image.Image) else tuple(image.shape[-2:])
-    (y, rows), (x, columns) = (_taps(*side) for side in zip(whole, size, (top, left), cut))
-    if isinstance(image, Image.Image):
-        pixels = to_tensor(image.crop((x, y, x + columns.shape[1], y + rows.shape[1])))
-    else:
-        pixels = image[:, y : y + rows.shape[1], x : x + columns.shape[1]]
-    return (rows @ (pixels @ columns.T)).clamp(0, 1)
-
-
-def _taps(whole: int, size: int, start: int, count: int) -> tuple[int, torch.Tensor]:
-    """Weights of `_resize` along one side, from `whole` to `size` pixels, for outputs start..start+count.
-
-    The filter is torch's antialiased bicubic one: Keys' cubic with a = -0.5, widened when downsampling.
-
-    Returns:
-        The first input pixel that is used, and weights, count x pixels.
-    """
-    step = whole / size
-    reach = max(step, 1.0)
-    centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * step
-    low = (centres - 2 * reach + 0.5).long().clamp(min=0)
-    high = (centres + 2 * reach + 0.5).long().clamp(max=whole)
-    first = int(low.min())
-    place = torch.arange(first, int(high.max()))
-    x = ((place + 0.5 - centres[:, None]) / reach).abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    weights = weights * ((place >= low[:, None]) & (place < high[:, None]))
-    return first, (weights / weights.sum(1, keepdim=True)).float()
-
-
-def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
-
-
-def _resize_large(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """`_resize` of an RGB picture, in strips of rows and scaled to 0..1 at the end.
-
-    torch resizes rows, then columns; so do the strips: the same numbers up to rounding (1e-6), without ever holding the
-    whole picture as floats.
-    """
-    narrow = []
-    for top in range(0, image.height, STRIP):  # cut by Pillow: NumPy would copy the whole picture, twice
-        strip = np.array(image.crop((0, top, image.width, min(top + STRIP, image.height))))
-        narrow.append(_resize(torch.from_numpy(strip).permute(2, 0, 1).float(), (len(strip), size[1])))
-    return (_resize(torch.cat(narrow, dim=1), size) / 255).clamp(0, 1)
+def _size(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, ...]:
+    if isinstance(image, np.ndarray):
+        return image.shape[:2]
+    return size_of(image)

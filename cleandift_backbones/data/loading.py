@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..utils.guard import started
 from .decoding import ImageError, memory_named
-from .images import to_input
-from .sources import Entry
+from .images import stack_pixels, to_pixels
+from .sources import ImageSource
 
 T = TypeVar("T")
 PREFETCH = 4  # pictures that wait at each worker
@@ -53,35 +52,34 @@ class Resize:
         return counts[0] * self.multiple, counts[1] * self.multiple
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """3 x H x W, float32, in 0..1. Raises ImageError if it would be too small."""
+        """3 x H x W, see `images.to_pixels`. Raises ImageError if it would be too small."""
         target = self.target(*image.size)
         if min(target) < self.least:
             raise ImageError(
                 f"{target[1]}x{target[0]} pixels, but both sides must be at least {self.least}; "
                 "leave it out, or give --size without --keep-size"
             )
-        x = to_input(image, target, "squash" if self.mode == "keep" else self.mode, self.mean, (1, 1, 1))
-        return (x + torch.tensor(tuple(self.mean)).view(3, 1, 1)).clamp(0, 1)  # extractors normalise by themselves
+        return to_pixels(image, target, "squash" if self.mode == "keep" else self.mode, self.mean)
 
 
 class Read(NamedTuple):
     """A picture that was read: 3 x H x W, and its own (width, height); or None, and the reason."""
 
-    entry: Entry
+    entry: ImageSource
     picture: Tensor | None
     size: tuple[int, int] = (0, 0)
     error: str = ""
 
 
-class Batch(NamedTuple):
-    """Pictures of one size: B x 3 x H x W in 0..1; their entries; their own (width, height)."""
+class PreparedBatch(NamedTuple):
+    """Pictures of one size: B x 3 x H x W, uint8 or in 0..1; their entries; their own (width, height)."""
 
     pictures: Tensor
-    entries: list[Entry]
+    entries: list[ImageSource]
     sizes: list[tuple[int, int]]
 
-    def part(self, start: int, stop: int) -> Batch:
-        return Batch(*(field[start:stop] for field in self))
+    def part(self, start: int, stop: int) -> PreparedBatch:
+        return PreparedBatch(*(field[start:stop] for field in self))
 
 
 class Pictures(Dataset):
@@ -90,7 +88,7 @@ class Pictures(Dataset):
     def __init__(self, resize: Resize):
         self.resize = resize
 
-    def __getitem__(self, entry: Entry) -> Read:
+    def __getitem__(self, entry: ImageSource) -> Read:
         try:
             image = entry.read()
             with memory_named(entry.path):
@@ -104,7 +102,7 @@ def _itself(read: Read) -> Read:
     return read
 
 
-def reads(entries: Sequence[Entry], resize: Resize, workers: int) -> Iterator[Read]:
+def reads(entries: Sequence[ImageSource], resize: Resize, workers: int) -> Iterator[Read]:
     """All entries read, in their order, by `workers` processes (0: by the thread that asks)."""
     kwargs = dict(prefetch_factor=PREFETCH) if workers else {}
     return started(
@@ -115,8 +113,13 @@ def reads(entries: Sequence[Entry], resize: Resize, workers: int) -> Iterator[Re
 
 
 def batches(
-    found: Iterable[Read], batch_size: int, waiting: int, failed: Callable[[Read], None], pin: bool = False
-) -> Iterator[Batch]:
+    found: Iterable[Read],
+    batch_size: int,
+    waiting: int,
+    failed: Callable[[Read], None],
+    pin: bool = False,
+    group: Callable[[ImageSource], Hashable] | None = None,
+) -> Iterator[PreparedBatch]:
     """Gathers pictures by size. What is batched with what depends on the order of the pictures alone.
 
     Args:
@@ -125,14 +128,15 @@ def batches(
         waiting: pictures that may wait for others of their size; then those that wait longest go in a smaller batch.
         failed: is told what could not be read.
         pin: into memory from which a GPU fetches faster.
+        group: batches hold images of one group only.
     """
-    buckets: dict[tuple[int, ...], list[Read]] = {}  # in the order of their first pictures
+    buckets: dict[tuple, list[Read]] = {}  # in the order of their first pictures
     count = 0
 
-    def take(shape: tuple[int, ...]) -> Batch:
+    def take(shape: tuple) -> PreparedBatch:
         bucket = buckets.pop(shape)
-        pictures = torch.stack([read.picture for read in bucket])
-        return Batch(
+        pictures = stack_pixels([read.picture for read in bucket])
+        return PreparedBatch(
             pictures.pin_memory() if pin else pictures, [read.entry for read in bucket], [read.size for read in bucket]
         )
 
@@ -140,7 +144,7 @@ def batches(
         if read.picture is None:
             failed(read)
             continue
-        shape = tuple(read.picture.shape)
+        shape = (tuple(read.picture.shape), group(read.entry) if group else None)
         # A copy: what comes from a worker holds a file handle open.
         buckets.setdefault(shape, []).append(read._replace(picture=read.picture.clone()))
         count += 1

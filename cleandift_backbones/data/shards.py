@@ -21,11 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
-
 from ..utils.atomic import check_plain
 from ..utils.errors import InputError
-from .decoding import ImageError, endings, read_image
+from .decoding import endings
 from .listing import CAPTION_ENDINGS, HIDDEN, METADATA, counted, expand, is_hidden, list_names, suffix_of
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -136,19 +134,8 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
     return data
 
 
-def read_image_at(path: str | Path, member: Member) -> Image.Image:
-    """An image in a shard that is not compressed, 8-bit RGB. Raises ImageError, which names both."""
-    name = f"{path}:{member.name}"
-    try:
-        with open(path, "rb") as file:
-            data = read_member(file, member)
-    except (OSError, InputError) as error:
-        raise ImageError(f"{name}: cannot be read ({error}); check the shard") from None
-    return read_image(data, min_side=1, name=name)
-
-
 def check_places(shard: Shard) -> None:
-    """Raises InputError for a shard whose images `read_image_at` cannot read."""
+    """Raises InputError for a shard whose images cannot be read at their places."""
     if shard.compressed and shard.samples:
         raise InputError(f"{shard.path} is compressed, and images are read at their places: unpack it (gunzip)")
 

@@ -11,9 +11,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..utils.errors import InputError
 from ..utils.seeding import mix_seed, step_generator
-from .batches import SPARE, Batch, DecodeOptions, decode_batch
-from .captioned import Picture, read_shard
+from .batches import SPARE, DecodeOptions, TrainingBatch, decode_batch
+from .captioned import read_shard
 from .shards import find_shards
+from .sources import ImageSource
 
 __all__ = ["ShardBatches", "find_shards"]
 
@@ -46,9 +47,9 @@ class ShardBatches(IterableDataset):
         self.shards, self.options, self.seed, self.batch_size = shards, options, seed, batch_size
         self.start, self.rank, self.world, self.buffer = start, rank, world, buffer
         self._corrupt: list[str] = []
-        self._last: list[Picture] = []  # for a batch without any readable picture
+        self._last: list[ImageSource] = []  # for a batch without any readable picture
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[TrainingBatch]:
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # DataLoader takes batches from its workers in turn, beginning with the first: batch n is of worker n % workers.
@@ -67,11 +68,11 @@ class ShardBatches(IterableDataset):
             yield batch
             done += self.batch_size
 
-    def _spare(self) -> Iterator[Picture]:
+    def _spare(self) -> Iterator[ImageSource]:
         """For a batch of which nothing can be read: the last good ones; before there are any, the first of all."""
         yield from self._last or itertools.islice(self._stream(0, 1), SPARE)
 
-    def _shuffled(self, part: int, parts: int) -> Iterator[Picture]:
+    def _shuffled(self, part: int, parts: int) -> Iterator[ImageSource]:
         draw, held = random.Random(mix_seed(self.seed, part, 17)), []
         for sample in self._stream(part, parts):
             held.append(sample)
@@ -80,7 +81,7 @@ class ShardBatches(IterableDataset):
                 held[index], held[-1] = held[-1], held[index]
                 yield held.pop()
 
-    def _stream(self, part: int, parts: int) -> Iterator[Picture]:
+    def _stream(self, part: int, parts: int) -> Iterator[ImageSource]:
         for epoch in itertools.count():
             order = torch.randperm(len(self.shards), generator=step_generator(torch.device("cpu"), self.seed, epoch, 1))
             shards = [self.shards[index] for index in order]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..checkpoints import CheckpointError, open_weights
 from ..checkpoints.save import write_file
-from ..data.batches import DecodeOptions, OrderedBatches, Picture, decode
+from ..data.batches import DecodeOptions, OrderedBatches, decode
 from ..data.images import ImageError
+from ..data.sources import ImageSource
 from ..utils.atomic import is_file, open_tensors, replacing, set_aside, write_text
 from ..utils.progress import tqdm
 from ..utils.seeding import step_generator
@@ -37,7 +38,7 @@ class LatentCache:
         self.folder, self.kinds = Path(folder), tuple(kinds)
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    def path(self, picture: Picture) -> Path:
+    def path(self, picture: ImageSource) -> Path:
         file = Path(picture.source)
         stat = file.stat() if os.path.exists(file) else None  # a missing one is an error when it is read
         told = f"{self.identity} {file.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {picture.caption}"
@@ -56,7 +57,7 @@ class LatentCache:
         _logger.warning(f"{error}; kept as {set_aside(path).name}, computed again")
         return False
 
-    def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
+    def missing(self, pictures: Sequence[ImageSource]) -> list[ImageSource]:
         """The pictures without a whole file; damaged ones are kept under another name.
 
         Raises:
@@ -66,7 +67,7 @@ class LatentCache:
 
     def fill(
         self,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ImageSource],
         options: DecodeOptions,
         encode: Callable[[Tensor], Sequence[Tensor]],
         embed: Callable[[list[str]], Tensor],
@@ -114,11 +115,11 @@ class CachedBatches(OrderedBatches):
         flip: take the mirrored latents for half of them. Others: see `batches.OrderedBatches`.
     """
 
-    def __init__(self, cache: LatentCache, pictures: Sequence[Picture], flip: bool, *args, **kwargs):
+    def __init__(self, cache: LatentCache, pictures: Sequence[ImageSource], flip: bool, *args, **kwargs):
         super().__init__(pictures, *args, **kwargs)
         self.cache, self.flip = cache, flip
 
-    def batch(self, pictures: Sequence[Picture], first: int) -> tuple[list[Tensor], Tensor, list[str]]:
+    def batch(self, pictures: Sequence[ImageSource], first: int) -> tuple[list[Tensor], Tensor, list[str]]:
         latents, prompts = [], []
         for offset, picture in enumerate(pictures):
             held = open_tensors(self.cache.path(picture))

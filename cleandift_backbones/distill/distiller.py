@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from ..models.architectures import Defaults
 from ..models.denoisers.unet import FeatureUNet
 from ..models.projection_heads import ProjectionHeads
 from ..utils.errors import InputError
@@ -43,7 +44,7 @@ class Distiller(nn.Module):
         maps: map name -> weight in the loss.
         loss: "cosine", "l1" or "l2".
         heads: None compares features directly.
-        timestep: start of the student's learned timestep (paper: 261).
+        timestep: start of the student's learned timestep.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Distiller(nn.Module):
         maps: Mapping[str, float],
         heads: ProjectionHeads | None,
         loss: str = "cosine",
-        timestep: float = 261.0,
+        timestep: float = Defaults.timestep,
     ):
         super().__init__()
         self.teacher = teacher.requires_grad_(False).eval()

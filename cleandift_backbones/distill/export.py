@@ -8,19 +8,19 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checkpoints
 from ..data.listing import counted
+from ..models.dift import DIFT
 from ..publish import card as card_module
 from ..publish import push
 from ..utils.errors import DivergedError
 from .distiller import Distiller
 from .distributed import whole
-from .log import read_log
 from .lora import merged_state
 from .recipe import Recipe
-from .setup import load_student_encoder, load_teacher
+from .tracking import read_log
 
 
 def student_state(module: Distiller) -> dict[str, Tensor]:
@@ -34,12 +34,24 @@ def student_state(module: Distiller) -> dict[str, Tensor]:
     return state
 
 
+def untrained_state(teacher: DIFT, student_encoder: nn.Module | None) -> dict[str, Tensor]:
+    """What the student has of its teacher, under native names: image encoder (or the light one) and empty prompt.
+
+    The tensors stay as they are now, in float32 on the CPU, when the models move to another device or precision.
+    """
+    kept = {name: t for name, t in teacher.state_dict().items() if not name.startswith("unet.")}
+    if student_encoder is None:
+        return kept
+    kept = {name: t for name, t in kept.items() if not name.startswith("vae.")}
+    return kept | {f"vae.{name}": tensor for name, tensor in student_encoder.state_dict().items()}
+
+
 def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[str, Tensor] | None, data: str) -> None:
     """Writes output_dir/native, and lora.safetensors beside it; pushes the folder if the recipe says so.
 
     Args:
-        state: of `student_state`. The rest (VAE, empty prompt) is the teacher's, but for a light encoder of the
-            recipe's. The UNet ends at the student's last map: layers of the teacher would not fit behind it.
+        state: of `untrained_state`, and over it that of `student_state`. The UNet ends at the student's last map:
+            layers of the teacher would not fit behind it.
         adapters: of `lora_state`, if there are any. data: for the card, e.g. "3000 pictures, 768 px".
 
     Raises:
@@ -55,13 +67,6 @@ def write_native(recipe: Recipe, state: Mapping[str, Tensor], adapters: Mapping[
     if adapters is not None:
         checkpoints.save.keep_other(out / "lora.safetensors")
         checkpoints.save_native(adapters, out / "lora.safetensors")
-    # A fresh teacher: the VAE may be gone, and the one in training may be in half precision.
-    base, encoder = load_teacher(recipe).state_dict(), load_student_encoder(recipe)
-    replaced = ("unet.",) if encoder is None else ("unet.", "vae.")
-    base = {name: tensor for name, tensor in base.items() if not name.startswith(replaced)}
-    if encoder is not None:
-        base |= {f"vae.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    state = base | dict(state)
     card = card_module.CardInfo(data=data, recipe=json.loads(method(recipe)), results=final_losses(out / "log.jsonl"))
     with torch.device("meta"):
         model = timm.create_model(recipe.model, latent_encoder=recipe.latent_encoder)
@@ -83,7 +88,7 @@ def final_losses(log: Path) -> dict[str, str]:
 def method(recipe: Recipe) -> str:
     """The recipe as JSON without what concerns one machine only: paths, device, workers."""
     fields = json.loads(json.dumps(vars(recipe), default=vars))
-    here = ("output_dir", "cache_dir", "device", "num_workers", "resume", "push_to_hub")
+    here = ("output_dir", "cache_dir", "device", "num_workers", "resume", "push_to_hub", "report_to")
     for name in (*here, "teacher_weights", "student_weights", "latent_encoder_weights"):
         fields.pop(name)
     fields["data"] = {name: value for name, value in fields["data"].items() if name not in ("path", "heldout")}

@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from .. import configs
-from ..models.entrypoints import ARCHITECTURES, default_cfgs
+from ..models.architectures import ARCHITECTURES, find_spec, model_of
 from ..utils.atomic import is_file, is_text, set_aside, write_text
 from ..utils.errors import InputError, MissingFileError, file_errors
 
@@ -103,7 +103,7 @@ class Recipe:
     weight_decay: float = _field(0.0, "of AdamW")
     ema: float = _field(0.0, "decay of the weights' average that is exported; 0: the weights themselves")
     clip: float = _field(1.0, "largest norm of the gradient; 0: any")
-    timestep: float = _field(261.0, "start of the student's learned timestep")
+    timestep: float | None = _field(None, "start of the student's learned timestep; default: the model's (SD: 261)")
     seed: int = _field(0, "of initial heads, order, crops, noise and timesteps")
     num_workers: int = _field(2, "processes that read images")
     deterministic: bool = _field(False, "torch's deterministic algorithms")
@@ -114,6 +114,9 @@ class Recipe:
     sample_every: int = _field(100, "steps between figures of features; 0: none")
     log_every: int = _field(10, "steps between lines of log.jsonl")
     tensorboard: bool = _field(True, "also write tensorboard/")
+    report_to: list[str] | None = _field(  # noqa: RUF009
+        None, "further trackers of Accelerate, such as wandb, mlflow or trackio: [wandb,mlflow]"
+    )
     resume: str = _field(
         "auto", "auto continues from output_dir's newest whole checkpoint; never refuses a folder that has one"
     )  # fmt: skip
@@ -122,6 +125,7 @@ class Recipe:
     push_to_hub: str | None = _field(None, "USER/REPO to publish the result in (also --push-to-hub)")
 
 
+_LATER = {"report_to"}  # fields that the recipe.yaml of earlier versions has not
 _CHOICES = {
     "loss": ("cosine", "l1", "l2"),
     "text": ("caption", "empty", "distilled"),
@@ -202,6 +206,8 @@ def _errors_of(path: str | Path) -> Iterator[None]:
             unknown.rpartition(".")[2], [name.rpartition(".")[2] for name in field_names()], 1
         )
         hint = f"did you mean {near[0]}? " if near else ""
+        if unknown.lower().startswith("deepspeed"):
+            hint = "DeepSpeed is not supported: launch with FSDP 2 (docs/finetune.md); "
         raise InputError(f"recipe {path}: there is no field {unknown}; {hint}--fields lists all") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         field_name = getattr(error, "full_key", None)
@@ -215,7 +221,7 @@ def _errors_of(path: str | Path) -> Iterator[None]:
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
     """`above` over `below`. Maps are replaced, not joined, and "us6,us3" or a list gives equal weights. The teacher
-    follows the model."""
+    follows the model; report_to=wandb is a list of one."""
     if "maps" in above:
         names = above.maps
         if isinstance(names, str):
@@ -223,6 +229,8 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
         if names is not None and not isinstance(names, DictConfig):
             above.maps = dict.fromkeys(names, 1.0)
         below.maps = None
+    if isinstance(above.get("report_to"), str):
+        above.report_to = above.report_to.replace(",", " ").split()
     if "model" in above and "teacher" not in above and "teacher" in below:
         below.teacher = None
     return OmegaConf.merge(below, above)
@@ -258,6 +266,12 @@ def _dotted(settings: Mapping, prefix: str = "") -> dict[str, object]:
     for name, value in settings.items():
         flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def plain_fields(recipe: Recipe) -> dict[str, int | float | str]:
+    """Dotted name -> number or text of every field that has a value, as trackers show them."""
+    values = {name: value for name, value, *_ in _flat(OmegaConf.structured(recipe)) if value is not None}
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in values.items()}
 
 
 def field_names() -> list[str]:
@@ -314,8 +328,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if merged.mixed_precision == "False":  # YAML reads a bare `no` so
             merged.mixed_precision = "no"
         if merged.teacher is None:
-            student, _, rest = merged.model.partition("_")
-            merged.teacher = f"dift_{rest}" if student == "cleandift" else "no teacher"
+            merged.teacher = _teacher_of(merged.model)
+        spec = find_spec(merged.model)
+        if merged.timestep is None and spec is not None:
+            merged.timestep = float(spec.arch.defaults.timestep)
         if merged.data.more:
             merged.data.more = [os.path.expanduser(place) for place in merged.data.more]
         for name in ("output_dir", "cache_dir", "data.path", "data.heldout", "heads.weights"):
@@ -323,6 +339,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 OmegaConf.update(merged, name, os.path.expanduser(OmegaConf.select(merged, name)))
         _check(merged)
         return OmegaConf.to_object(merged)
+
+
+def _teacher_of(model: str) -> str:
+    """The noisy model of the same architecture, with the same tag."""
+    spec = find_spec(model)
+    teacher, dot, tag = spec and model_of(spec.arch, "noisy"), *model.partition(".")[1:]
+    return f"{teacher}{dot}{tag}" if teacher else "no teacher"
 
 
 def _check(merged: DictConfig) -> None:
@@ -338,7 +361,7 @@ def _check(merged: DictConfig) -> None:
         for name, value in part.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} must be a finite number, got {value}")
-    if not 0 <= merged.timestep <= 999:
+    if merged.timestep is not None and not 0 <= merged.timestep <= 999:
         raise InputError(f"timestep must be in 0..999, got {merged.timestep}")
     span = list(merged.timestep_range)
     if len(span) != 2 or not 0 <= span[0] < span[1] <= 999 or span[1] - span[0] + 1 < merged.timestep_levels:
@@ -353,11 +376,12 @@ def _check(merged: DictConfig) -> None:
         raise InputError(f"heads.weights={merged.heads.weights} needs heads: heads.depth is 0")
     if merged.latent_encoder_weights and merged.latent_encoder == "default":
         raise InputError(f"latent_encoder_weights={merged.latent_encoder_weights} needs latent_encoder=tiny")
-    student, _, architecture = merged.model.partition("_")
-    teacher, dot, tag = merged.teacher.partition(".")
-    known = architecture in ARCHITECTURES and (not dot or tag in default_cfgs[teacher].tags)
-    if student != "cleandift" or teacher != f"dift_{architecture}" or not known:
-        names = ", ".join(f"cleandift_{a} with dift_{a}" for a in ARCHITECTURES if a != "test")
+    student, teacher = find_spec(merged.model), find_spec(merged.teacher)
+    tag = merged.teacher.partition(".")[2]
+    known = student and teacher and (not tag or teacher.weights(tag) is not None)
+    if not known or student.noisy or student.pyramid or not teacher.noisy or teacher.arch is not student.arch:
+        pairs = ((model_of(arch, "clean"), model_of(arch, "noisy")) for arch in ARCHITECTURES.values() if arch.listed)
+        names = ", ".join(" with ".join(pair) for pair in pairs)
         raise InputError(f"model and teacher must be one of {names}; got {merged.model} with {merged.teacher}")
     several = dict(crop="center", background="white")  # with other values an image has another view in each epoch
     found = [(name, merged.data[name], one) for name, one in several.items() if merged.data[name] != one]
@@ -384,4 +408,4 @@ def _is_resolved(path: Path) -> bool:
         found = OmegaConf.create(text)
     except Exception:  # OmegaConf passes on whatever its parser raises
         return False
-    return "#" not in text and set(found) == {field.name for field in fields(Recipe)}
+    return "#" not in text and {field.name for field in fields(Recipe)} ^ set(found) <= _LATER

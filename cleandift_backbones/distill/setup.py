@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import timm
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .. import checkpoints
 from ..checkpoints.hub import fetch_checkpoint
 from ..checkpoints.save import checksum
-from ..data.batches import Batch, DecodeOptions, FolderBatches, plain_images
-from ..data.captioned import DataSummary, Picture, peek, pictures_of, spread, summarize
+from ..data.batches import DecodeOptions, FolderBatches, TrainingBatch, plain_images
+from ..data.captioned import DataSummary, peek, sources_of, spread, summarize
 from ..data.shards import shards_of
+from ..data.sources import ImageSource
 from ..data.streaming import ShardBatches
-from ..models.denoisers.unet import FeatureUNet
+from ..models.architectures import spec_of
+from ..models.denoisers.base import Denoiser
 from ..models.dift import DIFT
-from ..models.entrypoints import architecture_of
 from ..models.last_map import check_reaches
 from ..models.latent_encoders import load_latent_encoder
 from ..models.learned import stored_timestep
@@ -52,8 +52,9 @@ def load_teacher(recipe: Recipe) -> DIFT:
         "Give teacher_weights=FOLDER, a folder of Stable Diffusion in diffusers' form with unet, vae and text_encoder "
         "(hf download REPOSITORY --local-dir FOLDER, where there is a network)"
     )
+    deepest = spec_of(recipe.teacher).arch.denoiser.maps()[-1].name
     with missing_weights(remedy):
-        source = timm.create_model(recipe.teacher, pretrained=True, final_map="us10", sources=sources)
+        source = timm.create_model(recipe.teacher, pretrained=True, final_map=deepest, sources=sources)
     return source.requires_grad_(False).eval()
 
 
@@ -93,13 +94,13 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
         ValueError: unknown maps. CheckpointError: unfit weights of the student or the heads.
     """
     torch.manual_seed(mix_seed(recipe.seed, 0))  # of heads and adapters
-    arch = architecture_of(recipe.teacher)
-    maps = dict(recipe.maps) if recipe.maps else dict.fromkeys(source.unet.map_names, 1.0)
-    source.unet.check_maps(maps)
-    last = max(maps, key=source.unet.map_names.index)
+    arch = spec_of(recipe.teacher).arch
+    maps = dict(recipe.maps) if recipe.maps else dict.fromkeys(source.denoiser.map_names, 1.0)
+    source.denoiser.check_maps(maps)
+    last = max(maps, key=source.denoiser.map_names.index)
     with torch.device("meta"):
-        student = FeatureUNet.build(arch["unet"], last)
-    teacher = source.unet.state_dict()
+        student = arch.denoiser.build(last)
+    teacher = source.denoiser.state_dict()
     student.load_state_dict({name: teacher[name].clone() for name in student.state_dict()}, assign=True)
     timestep = recipe.timestep
     if recipe.student_weights:
@@ -119,10 +120,10 @@ def build_module(recipe: Recipe, source: DIFT) -> Distiller:
             raise checkpoints.CheckpointError(
                 f"{options.weights} ({weights.describe()}) does not fit: {error}"
             ) from error
-    return Distiller(source.unet, student, DDPMScheduler(**arch["scheduler"]), maps, heads, recipe.loss, timestep)
+    return Distiller(source.denoiser, student, arch.schedule.scheduler(), maps, heads, recipe.loss, timestep)
 
 
-def _load_student(student: FeatureUNet, source: str, timestep: float, latent_encoder: str) -> float:
+def _load_student(student: Denoiser, source: str, timestep: float, latent_encoder: str) -> float:
     """Gives a student the UNet of a checkpoint; returns its learned timestep, or the one given if it holds none.
 
     Raises:
@@ -190,8 +191,8 @@ class Prompts:
 class Data:
     """What a run trains and validates on; `summary` says it in numbers."""
 
-    pictures: list[Picture] | list[str]
-    heldout: list[Picture]
+    pictures: list[ImageSource] | list[str]
+    heldout: list[ImageSource]
     options: DecodeOptions
     summary: DataSummary
     cache: LatentCache | None = None
@@ -214,14 +215,14 @@ def list_data(recipe: Recipe, size: int) -> Data:
     options = DecodeOptions(size, data.crop, data.flip, data.background)
     if not exists(data.path) and ".tar" not in data.path:
         raise InputError(f"no pictures in {data.path}: give data.path a folder of pictures, or of .tar shards")
-    heldout = pictures_of(data.heldout, VALIDATION_PICTURES) if data.heldout else []
+    heldout = sources_of(data.heldout, VALIDATION_PICTURES) if data.heldout else []
     shards, places = shards_of(data.path), [data.path, *(data.more or ())]
     if shards and not data.more:
         if recipe.cache_dir or not heldout:
             need = "cache_dir needs a folder of pictures" if recipe.cache_dir else "shards need data.heldout"
             raise InputError(f"{need}: {data.path} holds .tar shards")
         return Data(shards, heldout, options, peek(shards, len(heldout)))
-    pictures = [image for place in places for image in pictures_of(place, None, recipe.output_dir, left_out)]
+    pictures = [image for place in places for image in sources_of(place, None, recipe.output_dir, left_out)]
     if recipe.cache_dir and any(isinstance(picture.source, bytes) for picture in pictures):
         raise InputError(
             f"cache_dir needs folders of pictures: {', '.join(filter(shards_of, places))} holds .tar shards"
@@ -305,11 +306,11 @@ def make_loader(recipe: Recipe, data: Data, start: int, accelerator: Accelerator
 
 
 def encode_batch(
-    batch: Batch | tuple, encoders: Encoders | None, prompts: Prompts, accelerator: Accelerator
+    batch: TrainingBatch | tuple, encoders: Encoders | None, prompts: Prompts, accelerator: Accelerator
 ) -> tuple[list[Tensor], Tensor, list[str], list[str]]:
     """A batch as (latents of each kind, prompt embeddings, names, broken), on the device; of pictures or the cache."""
     device = accelerator.device
-    if not isinstance(batch, Batch):
+    if not isinstance(batch, TrainingBatch):
         latents, embeds, names = batch
         return [x.to(device).float() for x in latents], embeds.to(device).float(), list(names), []
     images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -330,7 +331,7 @@ def validation_batch(
     parts = []
     for start in range(0, len(kept), batch_size):
         part = slice(start, start + batch_size)
-        batch = Batch(images[part], [p.caption for p in kept[part]], [p.name for p in kept[part]], [])
+        batch = TrainingBatch(images[part], [p.caption for p in kept[part]], [p.name for p in kept[part]], [])
         latents, embeds, *_ = encode_batch(batch, encoders, prompts, accelerator)
         parts.append(([x.cpu() for x in latents], embeds.cpu()))
     latents = [torch.cat(x) for x in zip(*(p[0] for p in parts))]

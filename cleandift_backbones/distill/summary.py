@@ -43,7 +43,8 @@ def header(training: Training) -> list[str]:
         if number > 1
     )
     begin = f"from step {training.step:,} " if training.step else ""
-    folders = ["log.jsonl", *["samples/"] * bool(recipe.sample_every), *["tensorboard/"] * recipe.tensorboard]
+    folders = ["log.jsonl", *["samples/"] * bool(recipe.sample_every)]
+    folders += ["tensorboard/"] * ("tensorboard" in training.trackers)
     cached = f", latents from {recipe.cache_dir}" if recipe.cache_dir else ""
     return [
         f"model: {recipe.model}, a student of {recipe.teacher}",

@@ -6,12 +6,10 @@ import json
 import logging
 import math
 import os
-import signal
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import timm
 import torch
 from accelerate.utils import get_int_from_env, set_seed
 from torch import Tensor
@@ -19,20 +17,21 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..checkpoints import check_replaceable
 from ..data.images import check_folder
+from ..models.architectures import spec_of
 from ..models.dift import DIFT
-from ..models.entrypoints import architecture_of
-from ..models.latents import latent_stride
+from ..models.latent_maps import latent_stride
 from ..publish.training_data import training_data
 from ..utils.errors import DivergedError, FileTakenError, InputError, file_errors, resource_errors
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from ..utils.seeding import mix_seed, step_generator
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, check_same_run
 from .distiller import Distiller, stratified_timesteps
-from .distributed import autocast, engine_of, half_of, like, make_accelerator, pack_optimizer, unpack_optimizer, whole
-from .export import student_state, write_native
+from .distributed import autocast, engine_of, half_of, make_accelerator, pack_optimizer, unpack_optimizer, whole
+from .export import student_state, untrained_state, write_native
+from .loop import EMA, Signals, lr_factor
 from .lora import lora_state
-from .recipe import Recipe, changed_settings, save_recipe
+from .recipe import Recipe, plain_fields, save_recipe
 from .setup import (
     Encoders,
     Prompts,
@@ -50,31 +49,9 @@ from .setup import (
     validation_batch,
 )
 from .summary import data_warnings, footer, header
-from .tracking import Monitor, feature_sheet
-from .trainer import EMA, lr_factor
+from .tracking import Monitor, choose_trackers, feature_sheet
 
 _logger = logging.getLogger(__name__)
-
-
-class Signals:
-    """Remembers SIGINT and SIGTERM, so that the loop ends after the current step; a second one is obeyed at once."""
-
-    def __init__(self):
-        self.number = 0
-
-    def __enter__(self) -> Signals:
-        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in self.handlers:
-            signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, _frame: object) -> None:
-        self.number = number
-        signal.signal(number, self.handlers[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
 
 class Training:
@@ -83,6 +60,7 @@ class Training:
     def __init__(self, recipe: Recipe):
         self.recipe, self.out, self.started = recipe, Path(recipe.output_dir), time.monotonic()
         check_replaceable(self.out / "native")  # not only when the training is over
+        self.trackers = choose_trackers(recipe.tensorboard, recipe.report_to)
         self.accelerator = accelerator = make_accelerator(recipe)
         self._print([f"loading {recipe.teacher} and the list of images ..."])
         if accelerator.device.type == "cuda":  # TF32 in what stays float32; a setting of the whole process
@@ -91,8 +69,8 @@ class Training:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         set_seed(mix_seed(recipe.seed, 1) % 2**32)
-        side = timm.get_pretrained_cfg(recipe.model).input_size[-1]
-        stride = latent_stride(architecture_of(recipe.model)["vae"])
+        side = spec_of(recipe.model).arch.image_size
+        stride = latent_stride(spec_of(recipe.model).arch.vae)
         self.size = recipe.data.size or side
         if self.size % stride:
             raise InputError(f"data.size={self.size} is no multiple of the latents' stride {stride}")
@@ -100,6 +78,7 @@ class Training:
         self.source: DIFT = load_teacher(recipe)
         self.module: Distiller = build_module(recipe, self.source)
         self.encoders = Encoders(self.source.vae, load_student_encoder(recipe))
+        self.untrained = untrained_state(self.source, self.encoders.student)  # before a GPU, half precision, a cache
         device = accelerator.device
         self.prompts = Prompts(recipe.text, self.source.prompt_embeds.to(device), self.source.text_encoder)
         if recipe.cache_dir:
@@ -110,8 +89,7 @@ class Training:
         self.source.to(device, memory_format=torch.channels_last)
         if self.encoders is not None:
             self.encoders.to(device, memory_format=torch.channels_last)
-        # Sharding engines cut weights into flat pieces.
-        flat = self.engine in ("fsdp", "deepspeed")
+        flat = self.engine == "fsdp"  # it cuts weights into flat pieces
         self.module.to(device, memory_format=torch.contiguous_format if flat else torch.channels_last)
         half = half_of(accelerator)
         if half is not None:  # frozen: half of it is enough
@@ -130,7 +108,8 @@ class Training:
         if self.engine == "fsdp":
             register_fsdp_forward_method(self.module, "compare")
         self.parameters = trained_parameters(self.module)
-        self.ema = EMA({"distiller": self.module}, recipe.ema) if recipe.ema else None
+        named = {f"distiller/{name}": parameter for name, parameter in self.parameters.items()}
+        self.ema = EMA(named, recipe.ema) if recipe.ema else None
         if found is not None:
             self._resume(found)
 
@@ -152,7 +131,7 @@ class Training:
             for sentence in data_warnings(self.data, recipe):
                 _logger.warning(sentence)
         accelerator.wait_for_everyone()
-        self.monitor = Monitor(self.out, self.step, recipe.tensorboard, main)
+        self.monitor = Monitor(accelerator, self.out, self.step, self.trackers, plain_fields(recipe))
         batches = make_loader(recipe, self.data, self.step * recipe.gradient_accumulation, accelerator)
         self.module.train()
         if self.step == 0:
@@ -183,7 +162,7 @@ class Training:
             self.export()
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        return 128 + signals.number if signals.number else 0
+        return signals.exit_code
 
     def train_step(self, batches) -> None:
         """Gradients of `gradient_accumulation` batches and a step of the optimizer, or none if they are not finite."""
@@ -202,8 +181,8 @@ class Training:
                 loss, each = self.wrapped(latents, *self._draw(latents, micro), *self.prompts.split(embeds), *own)
                 finite = finite and not self._any(not torch.isfinite(loss))
                 if finite:
-                    accelerator.backward(loss)  # divides it by their number; DeepSpeed takes its step here
-            self.monitor.track(len(latents), loss=loss, **{f"loss_map_{name}": value for name, value in each.items()})
+                    accelerator.backward(loss)  # divides it by their number
+            self.monitor.track(len(latents), loss=loss, **{f"loss/{name}": value for name, value in each.items()})
         if finite:
             norm = torch.as_tensor(accelerator.clip_grad_norm_(self.parameters.values(), recipe.clip or math.inf))
             if accelerator.scaler is None:
@@ -257,8 +236,7 @@ class Training:
         _logger.warning(f"step {self.step} is skipped: its loss or gradient is not finite")
         # A float16 scaler may need 16 steps to find its first scale.
         limit = max(self.recipe.max_skipped_steps, 20 * (self.accelerator.scaler is not None))
-        # DeepSpeed has taken a part of the step already, and cannot skip the rest.
-        if self.skipped >= limit or self.engine == "deepspeed":
+        if self.skipped >= limit:
             raise DivergedError(
                 f"the loss was not finite in {self.skipped} steps in a row, up to step {self.step}. The last batch was "
                 f"{', '.join(names)}. Look at these pictures, or lower learning_rate in a new output_dir; the last "
@@ -289,20 +267,24 @@ class Training:
                 noise = torch.randn((len(x), levels, *x.shape[1:]), generator=generator).to(device)
                 given = [*self.prompts.split(embeds[part].to(device)), *(y[part].to(device) for y in own)]
                 loss, each = self.module(x, timesteps, noise, *given)
-                totals.append({"validation": loss} | {f"validation_map_{k}": v for k, v in each.items()})
+                totals.append({"validation": loss} | {f"validation/{k}": v for k, v in each.items()})
         means = {key: float(torch.stack([t[key] for t in totals]).mean()) for key in totals[0]}
-        self.monitor.write(self.step, timestep=float(whole(self.module.timestep.detach())), **means)
+        self.monitor.write(self.step, means | {"timestep": float(whole(self.module.timestep.detach()))})
 
     def sample(self) -> None:
         """A picture of features: the student on clean pictures, the teacher on clean and on noised ones."""
         images, latents, embeds = self.validation
         images, (latents, *own), embeds = images[:6], [x[:6] for x in latents], embeds[:6]
-        name = "us6" if "us6" in self.module.maps else next(iter(self.module.maps))
+        defaults = spec_of(self.recipe.model).arch.defaults
+        name = defaults.map if defaults.map in self.module.maps else next(iter(self.module.maps))
         latents, prompts = latents.to(device := self.accelerator.device), self.prompts.split(embeds.to(device))
         noise = torch.randn(latents.shape, generator=step_generator(torch.device("cpu"), self.recipe.seed, 3))
         with self.averaged(), autocast(self.accelerator):
-            maps = self.module.compare(latents, noise.to(device), 261, *prompts, name, *(x.to(device) for x in own))
-        titles = f"student, {name}, step {self.step}", "teacher on clean pictures", "teacher, t = 261"
+            maps = self.module.compare(
+                latents, noise.to(device), int(defaults.timestep), *prompts, name, *(x.to(device) for x in own)
+            )
+        noisy = f"teacher, t = {defaults.timestep:.0f}"
+        titles = f"student, {name}, step {self.step}", "teacher on clean pictures", noisy
         if self.accelerator.is_main_process:
             rows = {title: list(x) for title, x in zip(titles, maps)}
             self.monitor.picture(self.step, feature_sheet(images, rows))
@@ -311,7 +293,7 @@ class Training:
 
     def settings(self) -> dict:
         """What a resumed run must agree in."""
-        free = {"output_dir", "device", "resume", "stop_after", "push_to_hub", "cache_dir", "tensorboard"}
+        free = {"output_dir", "device", "resume", "stop_after", "push_to_hub", "cache_dir", "tensorboard", "report_to"}
         free |= {"checkpoint_every", "validate_every", "log_every", "sample_every", "keep_checkpoints", "save_dtype"}
         free |= {"gradient_checkpointing", "max_skipped_steps"}
         if not self.data.streamed:  # the order of shards depends on the workers
@@ -326,7 +308,7 @@ class Training:
         """A checkpoint of whole tensors, written by the first process; a full disk is survived."""
         tensors = {f"model/{name}": tensor for name, tensor in trained_state(self.module).items()}
         if self.ema is not None:
-            tensors |= {f"ema/{name}": whole(tensor) for name, tensor in self.ema.shadow.items()}
+            tensors |= self.ema.pack()
         tensors |= pack_optimizer(self.optimizer.optimizer, self.parameters)
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
@@ -345,10 +327,7 @@ class Training:
                 f"{self.checkpoints.folder} holds a run: use resume=auto to go on, or another output_dir"
             )
         tensors, state = found
-        changed = changed_settings(state["settings"], self.settings())
-        if changed:
-            told = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
-            raise InputError(f"{self.out} holds another run: {told}. Give the same recipe, or another output_dir")
+        check_same_run(self.out, state["settings"], self.settings())
         model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
         self.module.load_state_dict(model, strict=False)
         return found
@@ -356,8 +335,7 @@ class Training:
     def _resume(self, found: tuple[dict[str, Tensor], dict]) -> None:
         tensors, state = found
         if self.ema is not None:
-            for name, shadow in self.ema.shadow.items():
-                shadow.copy_(like(shadow, tensors[f"ema/{name}"]))
+            self.ema.unpack(tensors)
         unpack_optimizer(self.optimizer.optimizer, self.parameters, tensors)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -373,7 +351,7 @@ class Training:
             state = student_state(self.module)
             if self.accelerator.is_main_process:
                 adapters = lora_state(self.module.student) if self.recipe.lora.rank else None
-                write_native(self.recipe, state, adapters, data)
+                write_native(self.recipe, self.untrained | state, adapters, data)
                 kept = sum(path.stat().st_size for path in map(self.checkpoints.path, self.checkpoints.steps()))
                 self._print(footer(self.recipe, state, time.monotonic() - self.started, kept))
 

@@ -1,6 +1,7 @@
-"""Measuring feature maps, for any timm model name.
+"""Measuring feature maps, for any timm model name: `api.evaluate`.
 
-items, cache: images of data sets, and their features on disk. tasks: what is measured, one module each. probes: linear
-probes. plans: which models with which settings. emoji, emoji_probes, cross_style: the benchmark on held-out emoji.
+task: what a task is, and the list of tasks. tasks: one file each. items, labelled: data sets. features: the stored
+features of their images. plans, runs: which models with which settings, and their measuring. neighbours, probes: what
+tasks have in common. emoji, emoji_probes, cross_style: the benchmark on held-out emoji.
 bootstrap: confidence intervals. report, plots: results for people to look at.
 """

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from ..data.decoding import opened, read_image
 from ..data.images import to_tensor
+from ..data.resize import resize
 from ..features import correspondence
 from ..features.extractor import Extractor, extract
 from ..utils.atomic import is_file
@@ -123,10 +123,7 @@ def load_suite(
         raise SuiteError(f"{root}: {len(missing)} of {len(lines)} pictures are missing, first {missing[0]}; {_MAKE}")
     pictures, alphas = torch.empty(len(lines), 3, size, size), torch.ones(len(lines), size, size)
     for i, line in enumerate(tqdm(lines, desc="pictures", unit="img", disable=not progress, leave=False)):
-        image = to_tensor(read_image(root / line["file_name"], BACKGROUND))[None]
-        if image.shape[-2:] != (size, size):
-            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        pictures[i] = image[0]
+        pictures[i] = resize(to_tensor(read_image(root / line["file_name"], BACKGROUND)), (size, size))
         alphas[i] = _alpha(root / line["file_name"], size)
     marks = {}
     for i, line in enumerate(lines):
@@ -216,7 +213,7 @@ def place(suite: Suite, indices: Sequence[int], rng: random.Random, mirror: bool
     for canvas, i in zip(canvases, indices, strict=True):
         length = round(side * rng.uniform(*SCALES))
         left, top = rng.randint(0, side - length), rng.randint(0, side - length)
-        small = F.interpolate(suite.pictures[i][None], (length, length), mode="bicubic", antialias=True).clamp(0, 1)[0]
+        small = resize(suite.pictures[i], (length, length))
         eyes = suite.eyes[i]
         if mirror and rng.random() < 0.5:
             small = small.flip(-1)
@@ -227,7 +224,7 @@ def place(suite: Suite, indices: Sequence[int], rng: random.Random, mirror: bool
     return Placed(canvases, torch.stack(points), torch.tensor(lengths, dtype=torch.float32))
 
 
-class Benchmark:
+class EmojiBenchmark:
     """The suite made ready: what all rows of a table share.
 
     Args:

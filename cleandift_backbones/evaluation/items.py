@@ -1,25 +1,26 @@
-"""Pictures of a data set before they are read: what every reader of a layout gives, and what the cache takes."""
+"""Images, masks and depth maps of data sets: what the readers of layouts have in common."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..data import decoding
-from ..data.decoding import ImageError, opened, read_image
-from ..data.listing import expand, is_hidden, list_folder, list_names
-from ..data.shards import TAR_ENDINGS, Shard, check_places, find_shards, read_image_at, scan
+from ..data.decoding import ImageError, opened
+from ..data.listing import expand, is_hidden, list_names
+from ..data.shards import TAR_ENDINGS, Shard, check_places, find_shards, scan
+from ..data.sources import ImageSource, file_source, list_sources, shard_sources
 from ..utils.atomic import is_file, is_folder
 from ..utils.errors import CleanDIFTError, InputError, file_errors
 from ..utils.progress import tqdm
 from ..utils.records import read_records, read_text, split_lines
+from .task import limited
 
 
 class DataError(InputError):
@@ -27,35 +28,24 @@ class DataError(InputError):
 
 
 @dataclass(frozen=True)
-class Item:
-    """A picture to be read.
+class SizedSource(ImageSource):
+    """An image whose annotation says its (height, width), which is checked when it is read."""
 
-    Attributes:
-        name: unlike that of any other item of the data set; its path below the data set's folder, or all of its path.
-        read: gives the picture, 8-bit RGB.
-        stamp: changes when the picture does (size and time of its file).
-        prompt: text for the models that take one; "" for none.
-    """
+    annotated: tuple[int, int] = (0, 0)
 
-    name: str
-    read: Callable[[], Image.Image]
-    stamp: str = ""
-    prompt: str = ""
-
-
-def file_item(path: Path, root: Path, prompt: str = "", size: tuple[int, int] | None = None) -> Item:
-    """An item of a picture file; `size` is the (height, width) that its annotation says, checked when it is read."""
-
-    def read() -> Image.Image:
-        image = read_image(path, min_side=1)
-        if size and (image.height, image.width) != size:
-            found = f"{image.width}x{image.height} pixels, but its annotation says {size[1]}x{size[0]}"
-            raise ImageError(f"{path}: {found}; use the data set's own files")
+    def read(self) -> Image.Image:
+        image = super().read()
+        if (image.height, image.width) != self.annotated:
+            height, width = self.annotated
+            found = f"{image.width}x{image.height} pixels, but its annotation says {width}x{height}"
+            raise ImageError(f"{self.path}: {found}; use the data set's own files")
         return image
 
-    facts = path.stat()
-    name = path.relative_to(root) if path.is_relative_to(root) else path
-    return Item(name.as_posix(), read, f"{facts.st_size} {facts.st_mtime_ns}", prompt)
+
+def sized_source(path: Path, root: Path, caption: str, size: tuple[int, int]) -> SizedSource:
+    """`sources.file_source` with the size that its annotation says."""
+    found = file_source(path, root, caption)
+    return SizedSource(found.key, found.path, caption=caption, annotated=tuple(size))
 
 
 def folders_in(folder: str | os.PathLike) -> list[str]:
@@ -76,46 +66,53 @@ def holds_shards(place: str | os.PathLike) -> bool:
     return text.lower().endswith(TAR_ENDINGS) or expand(text) != [text]
 
 
-def shard_items(place: str | os.PathLike, root: Path | None = None) -> Iterator[tuple[Shard, list[Item]]]:
-    """The images of WebDataset shards (`shards.find_shards`): each shard with the items of its samples.
+def shard_images(
+    place: str | os.PathLike, root: Path | None = None, labels: bool = True
+) -> Iterator[tuple[Shard, list[ImageSource]]]:
+    """The images of WebDataset shards (`shards.find_shards`): each shard with its images.
 
     Args:
         place: a shard, a folder of shards, or a pattern.
-        root: items are named SHARD:KEY, with the shard's path below this folder; None: below what the shards share.
+        root: keys are SHARD:KEY, with the shard's path below this folder; None: below what the shards share.
+        labels: read them too.
 
     Raises:
-        InputError: no shards there, or a compressed one.
+        InputError: no shards there, a compressed one, a label that is neither text nor a whole number.
         DataError: a damaged shard, because numbers of a part of a data set are no numbers of it; two images of one key.
     """
     shards = find_shards(place)
     root = root or Path(os.path.commonpath([os.path.dirname(path) for path in shards]))
     for path in tqdm(shards, desc="listing", unit="shard", disable=len(shards) < 50):
-        shard = scan(path)
+        shard, name = scan(path), Path(path)
         if shard.damage:
             raise DataError(shard.damage)
         check_places(shard)
-        facts, name, items = os.stat(path), Path(path), {}
+        twice = [key for key, count in Counter(sample.key for sample in shard.samples).items() if count > 1]
+        if twice:
+            raise DataError(f"{path}: two images have the key {twice[0]!r}; give each file in it a name of its own")
         name = name.relative_to(root) if name.is_relative_to(root) else name
-        for key, image, *_ in shard.samples:
-            if key in items:
-                raise DataError(f"{path}: two images have the key {key!r}; give each file in it a name of its own")
-            stamp = f"{facts.st_size} {facts.st_mtime_ns} {image.offset}"
-            items[key] = Item(f"{name.as_posix()}:{key}", partial(read_image_at, path, image), stamp)
-        yield shard, list(items.values())
+        yield shard, shard_sources(shard, f"{name.as_posix()}:", labels=labels)
 
 
-def image_items(place: str | os.PathLike) -> tuple[list[Item], Counter[str]]:
-    """The images of a folder at any depth, or of shards; and a count of the files that are left out.
+def list_images(place: str | os.PathLike, left_out: Counter[str]) -> list[ImageSource]:
+    """All images of a folder, of shards or of a list (`sources.list_sources`), without labels.
+
+    Args:
+        place: where they are.
+        left_out: counts the files that are no images.
 
     Raises:
-        FileError: no such folder. InputError: see `shard_items`.
+        DataError: a damaged shard, or a folder that cannot be read: numbers of a part of a data set are no numbers of
+            it. SourceError: see `list_sources`.
     """
     if holds_shards(place):
-        found = list(shard_items(place))
-        left_out = sum((shard.left_out for shard, _ in found), Counter())
-        return [item for _, items in found for item in items], left_out
-    listed = list_folder(place)
-    return [file_item(path, Path(place)) for path in listed.images], listed.left_out
+        found = list(shard_images(place, labels=False))
+        left_out.update(sum((shard.left_out for shard, _ in found), Counter()))
+        return [image for _, images in found for image in images]
+    images, notes = list_sources(place, left_out=left_out)
+    if notes:
+        raise DataError(notes[0])
+    return images
 
 
 def require(files: Iterable[tuple[Path, object]], what: str, layout: str) -> None:
@@ -183,7 +180,7 @@ def read_table(path: Path, columns: Sequence[str], layout: str) -> list[dict[str
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(height, width) that `file_item` reads, from the file's header. Raises DataError for what is no picture."""
+    """(height, width) that `read_image` gives, from the file's header. Raises DataError for what is no picture."""
     try:
         return decoding.image_size(path)
     except ImageError as error:
@@ -231,3 +228,11 @@ def check_answers(
                 bad.append(str(error))
     if bad:
         raise DataError(f"{len(bad)} of {len(files)} {what} cannot be used, first {bad[0]}")
+
+
+def limit_scenes(data, limit: int | None, seed: int):
+    """Fewer pictures of `segmentation.Scenes` or `depth.DepthSet`."""
+    chosen, answers = limited(data.items, limit, seed), "masks" if hasattr(data, "masks") else "depths"
+    kept = [getattr(data, answers)[i] for i in chosen]
+    files = [data.files[i] for i in chosen] if data.files else []
+    return replace(data, items=[data.items[i] for i in chosen], files=files, **{answers: kept})

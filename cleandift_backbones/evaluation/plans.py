@@ -12,14 +12,11 @@ from pathlib import Path
 import timm
 
 from ..features.extractor import PIXELS, ModelError, list_maps
-from ..features.model_names import is_noisy
+from ..features.model_names import defaults_of, is_noisy, model_spec
 from ..features.options import check_noise, model_arguments, pick_maps
 from ..utils.atomic import is_file
 from ..utils.errors import FileError
-
-#: the paper's timestep of the noisy features; kNN's was tuned map by map
-TIMESTEPS = {"correspondence": 261, "depth": 299, "segmentation": 100}
-DEFAULT_TIMESTEP = 261
+from .task import task_of
 
 
 @dataclass
@@ -51,14 +48,15 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
     strange = {entry.rpartition("=")[0] for entry in args.map if "=" in entry} - set(args.model)
     if strange:
         raise ModelError(f"--map is given for {', '.join(sorted(strange))}, which is not among --model")
-    plan = []
+    plan, task = [], task_of(args.task)
     for name in dict.fromkeys(args.model):
         random, bare = name.startswith("random:"), name.removeprefix("random:")
         maps = _maps(args, name, bare)
         weights = files.get(name)
         if is_noisy(bare):
-            steps = args.timesteps or [TIMESTEPS.get(args.task, DEFAULT_TIMESTEP)]
-            counts = [1] if args.task == "noise" else args.ensemble or [8 if args.task == "correspondence" else 1]
+            own = int(defaults_of(bare).timestep) if task.timestep is None else task.timestep
+            steps = args.timesteps or [own]
+            counts = getattr(args, "ensemble", None) or [task.ensemble]
             for count in counts:
                 for step in steps:
                     label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
@@ -66,10 +64,10 @@ def make_plan(args: argparse.Namespace) -> list[Run]:
                     kwargs = model_arguments(step, count, weights)
                     settings = dict(timestep=step, ensemble=count)
                     plan.append(Run(name, label, kind, bare, maps, not random, settings, kwargs))
-        elif args.task == "noise":
+        elif task.noisy_only:
             raise ModelError(f"{name} draws no noise; give dift_* models")
         else:
-            kind = "control" if random else "clean" if bare.startswith("cleandift_") else "baseline"
+            kind = "control" if random else "clean" if model_spec(bare) else "baseline"
             label = f"{bare}, random weights" if random else name
             plan.append(Run(name, label, kind, bare, maps, not random, {}, model_arguments(weights=weights)))
     return plan
@@ -80,10 +78,10 @@ def _maps(args: argparse.Namespace, name: str, bare: str) -> list[str]:
     own = [entry.rpartition("=")[2] for entry in args.map if entry.rpartition("=")[0] == name]
     wanted = own or [entry for entry in args.map if "=" not in entry]
     if not wanted or bare == PIXELS:
-        wanted = ["-1"] if args.task in ("knn", "retrieval") else []
+        wanted = ["-1"] if task_of(args.task).last_map else []
     nearest = min(reversed(infos), key=lambda info: abs(info["reduction"] - 16))["name"]
     try:
-        return pick_maps(infos, wanted, nearest)
+        return pick_maps(bare, infos, wanted, nearest)
     except ModelError as error:
         raise ModelError(f"{name}: {error}; --map {name}=MAP is for this model alone") from None
 
@@ -100,7 +98,7 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
         if name.startswith("random:"):
             bare = name.removeprefix("random:")
             plan.append(Run(name, f"{bare}, random weights", "control", bare, pretrained=False))
-        elif name.startswith("dift_"):
+        elif is_noisy(name):
             weights = model_arguments(weights=args.teacher_weights)
             for count in args.ensemble:
                 for step in args.timesteps:
@@ -114,7 +112,7 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
                 plan.append(
                     Run(twin, f"{twin}, best t", "teacher", f"clean{name}", None, True, dict(timestep=step), kwargs)
                 )
-        elif name.startswith("cleandift_"):
+        elif model_spec(name):
             plan.append(Run(name, name, "clean", name, kwargs=model_arguments(weights=args.student_weights)))
             if twins:
                 plan.append(Run(f"random:{name}", f"{name}, random weights", "control", name, pretrained=False))

@@ -1,4 +1,4 @@
-"""Linear probes: a 1x1 convolution trained on features from the cache.
+"""Linear probes: a 1x1 convolution trained on stored features.
 
 The paper leaves the optimiser open. Ours: channels standardised by the training set's mean and deviation (folded into
 the convolution afterwards, so that what comes out is a plain 1x1 convolution), AdamW, learning rate 1e-3 falling to 0
@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ..utils.progress import tqdm
-from .cache import Features
+from .features import MapFeatures
+from .task import Options, option
 
 
 @dataclass
-class Recipe:
+class ProbeSettings:
     """How a probe is trained."""
 
     epochs: int = 10
@@ -30,7 +31,20 @@ class Recipe:
     seed: int = 0
 
 
-def statistics(features: Features | Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class ProbeOptions(Options):
+    """Options of the tasks that train a probe."""
+
+    epochs: int = option(10, "of the probe", low=1)
+    learning_rate: float = option(1e-3, "of the probe", low=1e-9)
+    probe_batch: int = option(16, "pictures per step of the probe", low=1)
+
+    def probe_settings(self, seed: int) -> ProbeSettings:
+        """As `train_probe` takes them."""
+        return ProbeSettings(self.epochs, self.probe_batch, self.learning_rate, seed=seed)
+
+
+def statistics(features: MapFeatures | Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each channel over all maps C x h x w: two of C."""
     count, total, squares = 0, 0.0, 0.0
     for i in range(len(features)):
@@ -41,10 +55,10 @@ def statistics(features: Features | Sequence[torch.Tensor]) -> tuple[torch.Tenso
 
 
 def train_probe(
-    features: Features | Sequence[torch.Tensor],
+    features: MapFeatures | Sequence[torch.Tensor],
     outputs: int,
     loss: Callable[[torch.Tensor, list[int]], torch.Tensor | None],
-    recipe: Recipe | None = None,
+    settings: ProbeSettings | None = None,
     progress: bool | str = True,
 ) -> nn.Conv2d:
     """Trains a 1x1 convolution C -> outputs.
@@ -55,20 +69,20 @@ def train_probe(
             learn from.
         progress: shows a bar; a string is its label.
     """
-    recipe = recipe or Recipe()
+    settings = settings or ProbeSettings()
     mean, deviation = statistics(features)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     conv = nn.Conv2d(len(mean), outputs, 1)
     with torch.no_grad():
         conv.weight.normal_(0, 0.01, generator=generator)
         conv.bias.zero_()
-    optimiser = torch.optim.AdamW(conv.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    steps = recipe.epochs * math.ceil(len(features) / recipe.batch_size)
+    optimiser = torch.optim.AdamW(conv.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    steps = settings.epochs * math.ceil(len(features) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: (1 + math.cos(math.pi * n / steps)) / 2)
     label = progress if isinstance(progress, str) else "probe"
     with tqdm(total=steps, desc=label, unit="step", disable=not progress, leave=False) as bar:
-        for _ in range(recipe.epochs):
-            for part in torch.randperm(len(features), generator=generator).split(recipe.batch_size):
+        for _ in range(settings.epochs):
+            for part in torch.randperm(len(features), generator=generator).split(settings.batch_size):
                 # in the order of the files: neighbours lie together
                 indices = sorted(part.tolist())
                 x = torch.stack([features[i].float() for i in indices])

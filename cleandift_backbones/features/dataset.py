@@ -76,16 +76,29 @@ class Features(Dataset):
     def __iter__(self) -> Iterator[dict]:
         return (self[number] for number in range(len(self)))
 
-    def __getitem__(self, key: str | int) -> dict:
+    def _row(self, key: str | int) -> dict:
         if isinstance(key, str) and key not in self.numbers:
             raise UnknownKeyError(
                 f"no features of {key!r} in {self.folder}, e.g. {', '.join(map(repr, self.keys[:3]))}"
             )
-        row = self.rows[self.numbers[key] if isinstance(key, str) else key]
+        return self.rows[self.numbers[key] if isinstance(key, str) else key]
+
+    def __getitem__(self, key: str | int) -> dict:
+        row = self._row(key)
         shard = self._shard(row["shard"])
         found = Element({name: row[name] for name in ("key", "width", "height", "input")})
         found.update({name: shard.get(row, name) for name in self.maps})
         return found
+
+    def read(self, key: str | int, name: str) -> Tensor:
+        """One map of one image, C x h x w, or C if the run pooled, without reading its other maps.
+
+        Raises:
+            UnknownKeyError: there is no such image, or no such map.
+        """
+        self._check(name)
+        row = self._row(key)
+        return self._shard(row["shard"]).get(row, name)
 
     def __repr__(self) -> str:
         settings = self.meta["settings"]

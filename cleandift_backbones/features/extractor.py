@@ -21,7 +21,8 @@ from torch import nn
 
 import cleandift_backbones
 
-from ..data.images import to_tensor
+from ..data.images import stack_pixels, to_tensor, unit_range
+from ..data.resize import resize
 from ..models.inputs import map_index
 from ..utils.errors import InputError, MissingWeightsError, is_out_of_memory
 from ..utils.progress import tqdm
@@ -50,7 +51,7 @@ class Pixels(nn.Module):
 
 @dataclass
 class Extractor:
-    """A model with all it needs to be fed plain pictures; call it with B x 3 x H x W in 0..1.
+    """A model with all it needs to be fed plain pictures; call it with B x 3 x H x W, uint8 or float in 0..1.
 
     Attributes:
         name: the model's name.
@@ -75,11 +76,11 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures B x 3 x H x W in 0..1 -> {map name: B x C x h x w} on the model's device."""
+        """Pictures B x 3 x H x W, uint8 or in 0..1 -> {map name: B x C x h x w} on the model's device."""
         with memory_told(self.name, len(pictures)):
-            x = pictures.to(self.device, torch.float32, non_blocking=True)
-            if self.size and x.shape[-2:] != self.size:
-                x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            x = unit_range(pictures.to(self.device, non_blocking=True))
+            if self.size:
+                x = resize(x, self.size)
             mean, std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
             x = ((x - mean) / std).to(self.dtype, memory_format=torch.channels_last)
             try:
@@ -336,8 +337,8 @@ def extract(
 
     Args:
         extractor: from `load_extractor`.
-        pictures: N x 3 x H x W in 0..1, or a sequence of what `images.to_tensor` takes; they need one common size
-            unless the extractor resizes.
+        pictures: N x 3 x H x W, uint8 or in 0..1, or a sequence of what `images.to_tensor` takes; they need one common
+            size unless the extractor resizes.
         batch_size: pictures per pass.
         progress: shows a bar; a string is its label.
         store: device that keeps the maps; None: where they are computed.
@@ -366,12 +367,9 @@ def extract(
 
 def _stack(tensors: list[torch.Tensor], size: tuple[int, int] | None) -> torch.Tensor:
     if size:
-        tensors = [
-            t if t.shape[-2:] == size else F.interpolate(t[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-            for t in tensors
-        ]
+        tensors = [resize(t, size) for t in tensors]
     shapes = {tuple(t.shape[-2:]) for t in tensors}
     if len(shapes) > 1:
         found = f"{sorted(shapes)[:3]}, ..."
         raise InputError(f"pictures of different sizes ({found}) in one batch; load the extractor with size=")
-    return torch.stack(tensors)
+    return stack_pixels(tensors)

@@ -10,18 +10,19 @@ import timm
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from ..checkpoints.hub import parse_source
-from ..models.denoisers.unet import map_infos
-from ..models.entrypoints import architecture_of
-from ..models.last_map import checked_last_map, offered_maps
+from ..models.architectures import Defaults, ModelSpec, find_spec, model_of
+from ..models.feature_info import FeatureInfo
+from ..models.last_map import checked_last_map
 from .extractor import PIXELS, ModelError, list_maps
 
 DEFAULT_SIDE = 224  # of models that do not say
 
 
 class _Known(NamedTuple):
-    """Of a model: its architecture, the side in pixels of its pictures, and the finest map of a shortened UNet."""
+    """Of a model: its entry if it is one of this package, the side in pixels of its images, and the finest map of a
+    truncated denoiser."""
 
-    architecture: str
+    spec: ModelSpec | None
     side: int
     held: str | None = None
 
@@ -30,54 +31,85 @@ class _Known(NamedTuple):
 def _known(model: str) -> _Known:
     source, colon, place = model.partition(":")
     if not colon:
-        config = None if model == PIXELS else timm.get_pretrained_cfg(model)
-        return _Known(model, config.input_size[-1] if config and config.input_size else DEFAULT_SIDE)
+        try:
+            config = None if model == PIXELS else timm.get_pretrained_cfg(model)
+        except RuntimeError as error:
+            raise ModelError(f"{model}: {error}") from error
+        return _Known(find_spec(model), config.input_size[-1] if config and config.input_size else DEFAULT_SIDE)
     try:  # what the config.json says beside the weights, and their header where it says that they are truncated
         read = load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
         config, architecture, arguments = read(place)
     except Exception as error:
         raise ModelError(f"{model} cannot be built: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     side = (config.get("input_size") or [DEFAULT_SIDE])[-1]
-    last = (arguments or {}).get("held")
-    if last is not None:
-        last = checked_last_map(last, parse_source(place), map_infos(architecture_of(architecture)["unet"]))
-    return _Known(architecture, side, last)
+    spec, last = find_spec(architecture), (arguments or {}).get("held")
+    if last is not None and spec is not None:
+        last = checked_last_map(last, parse_source(place), spec.arch.denoiser.maps())
+    return _Known(spec, side, last)
+
+
+def model_spec(model: str) -> ModelSpec | None:
+    """The entry of a model of this package, by its name, or a folder or repository of its weights; None of others.
+
+    Raises:
+        ModelError: a folder or repository that is unavailable.
+    """
+    return _known(model).spec
+
+
+def defaults_of(model: str) -> Defaults | None:
+    """Default maps and noise of a model of this package; None of others."""
+    spec = model_spec(model)
+    return spec.arch.defaults if spec else None
 
 
 def map_names(model: str) -> list[str]:
     """Names of the maps that a model and its weights have, fine to coarse. Raises ModelError if it does not exist."""
-    names = [info["name"] for info in list_maps(model)]
     known = _known(model)
-    return [name for name in names if known.held is None or name in offered_maps(known.architecture, known.held)[0]]
+    if known.spec is None or known.held is None:
+        return [info["name"] for info in list_maps(model)]
+    infos = FeatureInfo.of(known.spec)
+    return [infos.names[i] for i in infos.held(known.held)]
 
 
 def is_noisy(model: str) -> bool:
     """Whether a model takes a timestep and noise. Raises ModelError for a folder or repository that is not there."""
-    return _known(model).architecture.startswith("dift_")
+    spec = model_spec(model)
+    return spec is not None and spec.noisy
 
 
 def own_size(model: str) -> int:
-    """The side in pixels that a model wants its pictures in."""
+    """The side in pixels that a model wants its images in."""
     return _known(model).side
 
 
 def twin(model: str) -> str | None:
     """The noisy model with the same architecture, and tag, as a clean one, with its published weights, or None."""
-    architecture = _known(model).architecture
-    name = architecture.replace("cleandift_", "dift_", 1)
-    if not architecture.startswith("cleandift_") or not timm.is_model(name):
+    spec = model_spec(model)
+    name = model_of(spec.arch, "noisy") if spec and not spec.noisy else None
+    if name is None:
         return None
     tagged = f"{name}.{model.partition('.')[2]}" if timm.is_model(model) else name
     return tagged if timm.is_model_pretrained(tagged) else name
 
 
-def shown_maps(names: Sequence[str]) -> list[str]:
-    """Up to three of a model's maps, coarse to fine where the paper's block outputs are among them."""
-    if {"us3", "us6", "us9"} <= set(names):
-        return ["us3", "us6", "us9"]
+def shown_maps(model: str, names: Sequence[str]) -> list[str]:
+    """Up to three of a model's maps, coarse to fine: the architecture's where these are among them."""
+    defaults = defaults_of(model)
+    if defaults and set(defaults.shown) <= set(names):
+        return list(defaults.shown)
     return list(names[:: -max(1, len(names) // 3)][:3][::-1])
 
 
-def matched_map(shown: Sequence[str]) -> str:
-    """The map to match points on: us6, or the middle one."""
-    return "us6" if "us6" in shown else shown[len(shown) // 2]
+def default_map(model: str, names: Sequence[str] | None = None) -> str:
+    """The map to take where none is named: the architecture's, or the middle one of those shown.
+
+    Args:
+        names: to choose from (default: those of the model).
+    """
+    names = map_names(model) if names is None else names
+    defaults = defaults_of(model)
+    if defaults and defaults.map in names:
+        return defaults.map
+    shown = shown_maps(model, names)
+    return shown[len(shown) // 2]

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from .extractor import PIXELS, Extractor, ModelError, check_model_name, load_extractor, map_indices
-from .model_names import is_noisy
+from .model_names import defaults_of, is_noisy
 
 PIXELS_SIZE = (128, 128)  # of the pictures that "pixels" gets unless a size is given
 
@@ -40,17 +40,18 @@ def map_items(texts: Iterable[str]) -> list[str | int]:
     return [int(part) if part.lstrip("-").isdigit() else part for part in parts if part]
 
 
-def pick_maps(infos: Sequence[dict], texts: Sequence[str], default: str) -> list[str]:
-    """Names of the maps asked for, see `map_items`; if none is: us6, or `default` of models without it.
+def pick_maps(model: str, infos: Sequence[dict], texts: Sequence[str], default: str) -> list[str]:
+    """Names of the maps asked for, see `map_items`; if none is: the model's default map, or else `default`.
 
     Args:
-        infos: of `extractor.list_maps`.
+        model: its name. infos: of `extractor.list_maps`. default: for models of other packages.
 
     Raises:
         ModelError: a map that the model does not have.
     """
     names = [info["name"] for info in infos]
-    items = map_items(texts) or ["us6" if "us6" in names else default]
+    defaults = defaults_of(model)
+    items = map_items(texts) or [defaults.map if defaults and defaults.map in names else default]
     return list(dict.fromkeys(names[i] for i in map_indices(infos, items)))
 
 

@@ -115,6 +115,16 @@ def _write_lines(path: Path, lines: Sequence[dict]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+def remove_store(folder: Path) -> None:
+    """Removes the files that a store wrote, and the folder if it is empty then; files of others stay."""
+    shards = list_shards(folder, read_meta(folder)["settings"]["format"])[0]
+    for path in (*shards, *_failure_files(folder), *(folder / name for name in (INDEX, FAILURES, META))):
+        path.unlink(missing_ok=True)
+    tidy(folder)
+    with suppress(OSError):  # others' files
+        folder.rmdir()
+
+
 def check_out(folder: str | Path) -> None:
     """Raises StoreError for a folder of other files, in which nothing must be made, not even a lock."""
     folder = Path(folder)

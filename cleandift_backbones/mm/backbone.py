@@ -19,7 +19,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..mm_checks import Maps, check_launcher, check_model, check_packages, describe
+from ..mm_checks import MapTable, check_launcher, check_model, check_packages, describe
+from ..models.architectures import find_spec, spec_of
 from ..models.inputs import reach
 from ..utils.errors import InputError, StateError
 
@@ -141,7 +142,7 @@ class CleanDIFT(BaseModule):
         self.train()
 
     @staticmethod
-    def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> Maps:
+    def describe(model_name: str, out_indices: int | Sequence[int | str] | None = None) -> MapTable:
         """Names, indices, out_channels and strides of the maps, without building anything; for writing configs."""
         return describe(model_name, out_indices)
 
@@ -244,7 +245,8 @@ class CleanDIFT(BaseModule):
         wrong = [f"{name} is {tuple(given[name].shape)}, here {tuple(own[name].shape)}" for name in differing]
         wrong += [f"{name} is missing" for name in own if name not in given and name not in left_out]
         kind = record["model_name"] if record else self.model_name
-        if kind.removesuffix("_pyramid") != self.model_name.removesuffix("_pyramid"):
+        there, here = find_spec(kind), spec_of(self.model_name)
+        if there is None or (there.arch, there.kind) != (here.arch, here.kind):
             wrong = [f"it is of {kind}"]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

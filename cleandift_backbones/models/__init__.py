@@ -1,43 +1,52 @@
 """What a model is, under timm's contract.
 
-entrypoints: the one list of models, with their architectures. cleandift, dift: the two kinds of models. denoisers: the
-UNet. latents: from images to latents. text: from prompts to embeddings. projection_heads: CleanDIFT's heads.
-pretrained, latent_encoders, learned, last_map: weights of a model, found and loaded. inputs: checks of arguments.
-precise_numbers: buffers that stay in float32.
+architectures: the one list of architectures and models; specs: their classes. entrypoints: timm's registry of them.
+cleandift, dift: the two kinds of models. feature_info: their maps. denoisers: the UNet. latents: from images to
+latents; latent_maps: what a config says of it. schedule: noise at a timestep. conditions, text: from prompts to the
+constants of a denoiser. projection_heads: CleanDIFT's heads. pretrained, latent_encoders, learned, last_map: weights of
+a model, found and loaded. inputs: checks of arguments. precise_numbers: buffers that stay in float32.
 """
 
-from .entrypoints import (
+import timm
+
+from .architectures import (
     ARCHITECTURES,
-    SOURCES,
-    architecture_of,
-    cleandift_sd15,
-    cleandift_sd15_pyramid,
-    cleandift_sd21,
-    cleandift_sd21_pyramid,
-    cleandift_tiny,
-    cleandift_tiny_pyramid,
-    default_cfgs,
-    dift_sd15,
-    dift_sd21,
-    dift_tiny,
+    MODELS,
+    Architecture,
+    Defaults,
+    DenoiserSpec,
+    ModelSpec,
+    Published,
     model_names,
     published,
+    spec_of,
+    unet_config,
 )
+from .conditions import TextConditions
+from .entrypoints import default_cfgs, register_architecture
+from .schedule import Schedule
 
 __all__ = [
     "ARCHITECTURES",
-    "SOURCES",
-    "architecture_of",
-    "cleandift_sd15",
-    "cleandift_sd15_pyramid",
-    "cleandift_sd21",
-    "cleandift_sd21_pyramid",
-    "cleandift_tiny",
-    "cleandift_tiny_pyramid",
+    "MODELS",
+    "Architecture",
+    "Defaults",
+    "DenoiserSpec",
+    "ModelSpec",
+    "Published",
+    "Schedule",
+    "TextConditions",
     "default_cfgs",
-    "dift_sd15",
-    "dift_sd21",
-    "dift_tiny",
     "model_names",
     "published",
+    "register_architecture",
+    "spec_of",
+    "unet_config",
 ]
+
+
+def __getattr__(name: str):
+    """The entrypoint of a model: `models.cleandift_tiny`."""
+    if name in MODELS:
+        return timm.model_entrypoint(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,97 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from timm.layers import ClassifierHead
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..utils.errors import InputError, InputTypeError, StateError
-from .denoisers.unet import FeatureUNet, map_infos
-from .inputs import CHECKED_CALLS, can_look, map_index, number_in_range, warn_of_range
-from .latents import build_latent_encoder, latent_maps, latent_stride
+from .architectures import Architecture
+from .denoisers.base import Denoiser
+from .feature_info import FeatureInfo
+from .inputs import CHECKED_CALLS, can_look, number_in_range, warn_of_range
+from .latents import build_latent_encoder
 from .precise_numbers import KeepsNumbers
 from .projection_heads import ProjectionHeads
 from .text import embed
 
 PUBLISHED_HEADS = dict(depth=3, conditioning="adarms", gated=True)  # METHOD: the published weights and public config
-MIN_SIDE = 64  # shorter images would leave less than one cell in the coarsest map of an SD UNet
-
-
-def feature_list(cfg: dict, pyramid: bool = False) -> list[dict]:
-    """timm's feature_info of an architecture, fine to coarse: dicts of name, num_chs, reduction, module.
-
-    Args:
-        cfg: an entry of `models.ARCHITECTURES`.
-        pyramid: instead of all UNet maps, one map per stride from 2 on (VAE stages, then the block outputs), as
-            segmentation_models_pytorch and detectors expect.
-    """
-    stride = latent_stride(cfg["vae"])
-    maps = [
-        dict(name=m.name, num_chs=m.channels, reduction=m.stride * stride, module=f"unet.{m.module}")
-        for m in reversed(map_infos(cfg["unet"]))
-    ]
-    if not pyramid:
-        return maps
-    stages = [{**info, "module": f"vae.{info['module']}"} for info in latent_maps(cfg["vae"])]
-    return stages + [m for m in maps if m["module"].endswith(("upsamplers.0", "mid_block"))]
-
-
-def take_indices(infos: Sequence[dict], indices: int | str | Sequence[int | str]) -> list[int]:
-    """Absolute indices into a feature_info: an int means the n coarsest, a sequence keeps its order.
-
-    Args:
-        infos: dicts with `name`.
-        indices: n, a map's name, or a sequence of indices and names, mixed as you like.
-
-    Raises:
-        ValueError: out of range or unknown, with the list of what there is.
-    """
-    names = [info["name"] for info in infos]
-    try:
-        if isinstance(indices, (int, np.integer)):
-            plain = operator.index(indices)
-        else:
-            items = [indices] if isinstance(indices, str) else list(indices)
-            plain = [map_index(names, item) for item in items]
-            if not items:
-                raise ValueError("no map is asked for")
-            if None in plain:
-                raise ValueError(f"there is no map {items[plain.index(None)]!r}")
-        return feature_take_indices(len(infos), plain)[0]
-    except (AssertionError, ValueError, TypeError) as error:  # out of range, none at all, not numbers
-        listed = ", ".join(f"{i} = {info['name']}" for i, info in enumerate(infos))
-        raise InputError(f"out_indices {indices!r}: {error}. This model has {listed}") from None
-
-
-def held_features(cfg: dict, infos: Sequence[dict], held: str | None) -> list[int]:
-    """Indices of the features of weights that hold the UNet only as deep as the map `held` (None: all of it).
-
-    Raises:
-        ValueError: unknown map.
-    """
-    order = [info.name for info in map_infos(cfg["unet"])]
-    if held is not None and held not in order:
-        raise InputError(f"unknown map held={held!r}: this UNet has {', '.join(order)}")
-    last = order.index(held) if held else len(order)
-    return [i for i, info in enumerate(infos) if info["name"] not in order or order.index(info["name"]) <= last]
-
-
-def finest_map(infos: Sequence[dict], indices: Sequence[int]) -> str:
-    """Name of the UNet map among these features that runs last: the finest.
-
-    Raises:
-        ValueError: there is none, only maps of the VAE.
-    """
-    names = [infos[i]["name"] for i in sorted(indices) if infos[i]["module"].startswith("unet.")]
-    if not names:
-        raise InputError(f"features {list(indices)} are only maps of the VAE: ask for at least one map of the UNet")
-    return names[0]
 
 
 def lacks_bfloat16(device: torch.device) -> bool:
@@ -108,15 +35,16 @@ class CleanDIFT(KeepsNumbers):
     `feature_info` runs fine to coarse (index 0 = us10 ... 10 = mid): the reverse of the order of execution.
 
     Args:
-        cfg: an entry of `models.ARCHITECTURES`: configs of the UNet, the VAE (or of a light encoder in its place, see
-            `models.with_encoder`), the schedule and the prompt.
+        arch: the parts to build, and their defaults.
+        latent_encoder: "default" for the VAE's encoder, "tiny" for the light one.
         in_chans: channels of the images; pretrained first convolutions are adapted.
         num_classes: 0 gives pooled features, otherwise a linear classifier stands on them.
         global_pool: timm's pooling type for the classifier ("avg", "max", ...; "" returns the 4-D map).
         drop_rate: dropout in front of the classifier.
-        final_map: the model ends at this map, and holds nothing that runs after it.
-        pyramid: offer strides 2, 4, 8, ... (see `feature_list`) instead of all maps of the UNet.
-        timestep: overrides the timestep stored with the weights (learned; 261 before training), 0..999.
+        final_map: the model ends at this map, and holds nothing that runs after it; default: the architecture's.
+        pyramid: offer strides 2, 4, 8, ... (see `FeatureInfo`) instead of all maps of the denoiser.
+        timestep: overrides the timestep stored with the weights (learned; before training the architecture's default),
+            0..999.
         prompt: text to condition on, one or one per image, instead of the stored empty prompt.
         text_encoder: folder or Hub repository with `tokenizer/` and `text_encoder/`, for `prompt`.
         projected_timestep: give the maps as the projection heads map them to this timestep of the teacher, 0..999.
@@ -131,12 +59,13 @@ class CleanDIFT(KeepsNumbers):
 
     def __init__(
         self,
-        cfg: dict,
+        arch: Architecture,
+        latent_encoder: str = "default",
         in_chans: int = 3,
         num_classes: int = 0,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        final_map: str = "mid",
+        final_map: str | None = None,
         pyramid: bool = False,
         timestep: float | None = None,
         prompt: str | Sequence[str] | None = None,
@@ -163,20 +92,25 @@ class CleanDIFT(KeepsNumbers):
         self.cache_dir: str | None = None  # of the Hub's files, for set_prompt
         #: what arguments fix, weights loaded later must not replace
         self.fixed: set[str] = {n for n, v in (("timestep", timestep), ("prompt_embeds", prompt)) if v is not None}
-        self.vae = build_latent_encoder(cfg["vae"], in_chans)
-        self.unet = FeatureUNet.build(cfg["unet"], final_map)
-        self.feature_info = feature_list(cfg, pyramid)
+        self.arch = arch
+        final_map = arch.defaults.final_map if final_map is None else final_map
+        self.vae = build_latent_encoder(arch.encoder_config(latent_encoder), in_chans)
+        self.add_module(arch.denoiser.part, arch.denoiser.build(final_map))
+        self.feature_info = FeatureInfo(arch, pyramid, latent_encoder)
         self.projected_timestep, self.heads = projected_timestep, None
         if projected_timestep is not None:
-            channels = {info.name: info.channels for info in self.unet.infos if info.name in self.unet.map_names}
+            held = self.denoiser.map_names
+            channels = {info.name: info.channels for info in self.denoiser.infos if info.name in held}
             self.heads = ProjectionHeads(channels, **(heads or PUBLISHED_HEADS))
-        embed_shape = (1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"])
         # A given timestep is real even while the model is laid out on the meta device.
         device = None if timestep is None else "cpu"
-        number = torch.tensor(261 if timestep is None else timestep, dtype=torch.float32, device=device)
+        number = torch.tensor(
+            arch.defaults.timestep if timestep is None else timestep, dtype=torch.float32, device=device
+        )
         self.register_buffer("timestep", number)
-        self.register_buffer("prompt_embeds", torch.randn(embed_shape))
-        self.num_features = self.head_hidden_size = self.unet.infos[self._position(final_map)].channels
+        for name, shape in arch.conditions.shapes().items():
+            self.register_buffer(name, torch.randn(shape))
+        self.num_features = self.head_hidden_size = self.denoiser.infos[self.feature_info.position(final_map)].channels
         try:
             self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
         except AssertionError as error:
@@ -186,6 +120,16 @@ class CleanDIFT(KeepsNumbers):
             ) from error
         if prompt is not None:
             self.set_prompt(prompt)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network, registered under its part's name, so that tensors have diffusers' names behind it."""
+        return self._modules[self.arch.denoiser.part]
+
+    @property
+    def conditions(self) -> dict[str, Tensor]:
+        """The constants of the prompt by name, 1 or N x ... each."""
+        return {name: getattr(self, name) for name in self.arch.conditions.shapes()}
 
     # --- configuration -------------------------------------------------------------------------------------------
 
@@ -209,16 +153,17 @@ class CleanDIFT(KeepsNumbers):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        weight = self.unet.conv_in.weight
-        if weight.dtype == torch.bfloat16 and lacks_bfloat16(weight.device):
-            raise StateError(f"{weight.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
+        own = self.denoiser
+        if own.dtype == torch.bfloat16 and lacks_bfloat16(own.device):
+            raise StateError(f"{own.device} has no bfloat16: use dtype=torch.float16 or torch.float32")
         return self
 
     @property
     def _keys_to_ignore_on_load_unexpected(self) -> list[str]:
         """For transformers' wrapper: tensors of a file that this model leaves out by its arguments, as patterns."""
-        unet = [rf"(^|\.)unet\.{re.escape(key)}$" for key in sorted(self.unet.dropped_keys)]
-        return unet + ([r"(^|\.)heads\."] if self.heads is None else [])
+        part = self.arch.denoiser.part
+        dropped = [rf"(^|\.){part}\.{re.escape(key)}$" for key in sorted(self.denoiser.dropped_keys)]
+        return dropped + ([r"(^|\.)heads\."] if self.heads is None else [])
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set:
@@ -227,18 +172,15 @@ class CleanDIFT(KeepsNumbers):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning rates, shallow to deep in the order of execution."""
-        layer = "" if coarse else r"\.(?:resnets|attentions|downsamplers|upsamplers)\.(\d+)"
-        return dict(
-            stem=r"^vae|^unet\.conv_in|^unet\.time_embedding",
-            down=rf"^unet\.down_blocks\.(\d+){layer}",
-            mid=r"^unet\.mid_block",
-            up=rf"^unet\.up_blocks\.(\d+){layer}",
-        )
+        part = self.arch.denoiser.part
+        groups = self.denoiser.layer_groups(coarse)
+        named = {name: "|".join(rf"^{part}\.{one}" for one in pattern.split("|")) for name, pattern in groups.items()}
+        return {**named, "stem": rf"^vae|{named['stem']}"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes activations in the backward pass, layer by layer: same outputs and gradients, less memory."""
-        self.vae.grad_checkpointing = self.unet.grad_checkpointing = enable
+        self.vae.grad_checkpointing = self.denoiser.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -249,30 +191,23 @@ class CleanDIFT(KeepsNumbers):
         if num_classes and not (self.head.global_pool.pool_type if global_pool is None else global_pool):
             global_pool = "avg"  # a classifier needs pooled features
         self.head.reset(num_classes, global_pool)
-        self.head.to(device=self.unet.conv_in.weight.device, dtype=self.unet.conv_in.weight.dtype)
+        self.head.to(device=self.denoiser.device, dtype=self.denoiser.dtype)
 
     # --- features ------------------------------------------------------------------------------------------------
 
-    def _position(self, name: str) -> int:
-        """Place of a UNet map in the order of execution; -1 for the VAE's, which run before."""
-        return next((i for i, info in enumerate(self.unet.infos) if info.name == name), -1)
-
     def _take(self, indices: int | str | Sequence[int | str] | None) -> list[int]:
         """Absolute feature indices: None = all that are held, n = the n coarsest, a sequence = those, in its order."""
-        if indices is None:
-            last = self._position(self.unet.last_map)
-            return [i for i, info in enumerate(self.feature_info) if self._position(info["name"]) <= last]
-        return take_indices(self.feature_info, indices)
+        info = self.feature_info
+        return info.held(self.denoiser.last_map) if indices is None else info.take(indices)
 
     def _check_input(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise InputError(f"expected images B x {self.in_chans} x H x W, got a tensor of shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise InputTypeError(f"expected floating-point images normalised to [-1, 1], got {x.dtype}")
-        if x.shape[2] < MIN_SIDE or x.shape[3] < MIN_SIDE:
-            raise InputError(
-                f"images must be at least {MIN_SIDE} x {MIN_SIDE}, got {x.shape[2]} x {x.shape[3]}: resize them"
-            )
+        least = self.arch.defaults.min_side
+        if x.shape[2] < least or x.shape[3] < least:
+            raise InputError(f"images must be at least {least} x {least}, got {x.shape[2]} x {x.shape[3]}: resize them")
         if can_look(x) and self._unchecked_calls:  # in this order, or torch.compile would guard the number
             self._unchecked_calls -= 1
             warn_of_range(x)
@@ -296,13 +231,16 @@ class CleanDIFT(KeepsNumbers):
         """Named maps of images B x C x H x W."""
         self._check_input(x)
         latents, found = self._encode(x, names)
-        prompts = self.prompt_embeds
-        if prompts.shape[0] not in (1, x.shape[0]):
-            raise InputError(f"{prompts.shape[0]} prompts were set, but the batch has {x.shape[0]} images")
-        return found | self._unet_maps(latents, prompts, [name for name in names if name not in found])
+        conditions = self.conditions
+        for one in conditions.values():
+            if one.shape[0] not in (1, x.shape[0]):
+                raise InputError(f"{one.shape[0]} prompts were set, but the batch has {x.shape[0]} images")
+        return found | self._denoiser_maps(latents, conditions, [name for name in names if name not in found])
 
-    def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        maps = self.unet(latents, self.timestep, prompts, names)
+    def _denoiser_maps(
+        self, latents: Tensor, conditions: Mapping[str, Tensor], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        maps = self.denoiser(latents, self.timestep, conditions, names)
         if self.heads is None:
             return maps
         return self.heads(maps, self.timestep.new_full((len(latents),), self.projected_timestep))
@@ -340,10 +278,12 @@ class CleanDIFT(KeepsNumbers):
             raise InputError(f"output_fmt {output_fmt!r} is not supported: maps are NCHW")
         wanted = [self.feature_info[i]["name"] for i in self._take(indices)]
         if intermediates_only or stop_early:
-            # VAE maps alone end in front of the UNet; the final map is then the UNet's first.
-            final = max((name for name in wanted if self._position(name) >= 0), key=self._position, default="mid")
+            # VAE maps alone end in front of the denoiser; the final map is then the denoiser's first.
+            position = self.feature_info.position
+            first = self.denoiser.infos[0].name
+            final = max((name for name in wanted if position(name) >= 0), key=position, default=first)
         else:
-            final = self.unet.last_map
+            final = self.denoiser.last_map
         maps = self._maps(x, wanted if intermediates_only else [*wanted, final])
         intermediates = [maps[name] for name in wanted]
         if output_dict:
@@ -356,9 +296,9 @@ class CleanDIFT(KeepsNumbers):
     ) -> list[int]:
         """Drops what runs after the deepest of these maps, and the classifier; returns absolute indices."""
         take = self._take(indices)
-        last_map = finest_map(self.feature_info, take)
-        self.unet.truncate(last_map)
-        self.num_features = self.head_hidden_size = self.unet.infos[self._position(last_map)].channels
+        last_map = self.feature_info.deepest(take)
+        self.denoiser.truncate(last_map)
+        self.num_features = self.head_hidden_size = self.denoiser.infos[self.feature_info.position(last_map)].channels
         if self.heads is not None:
             self.heads.keep([self.feature_info[index]["name"] for index in take])
         if prune_head or self.head.in_features != self.num_features:
@@ -368,7 +308,7 @@ class CleanDIFT(KeepsNumbers):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """B x num_features x h x w: the final map (`final_map`)."""
-        return self._maps(x, [self.unet.last_map])[self.unet.last_map]
+        return self._maps(x, [self.denoiser.last_map])[self.denoiser.last_map]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools the final map and classifies it (num_classes > 0)."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..utils.errors import InputError
+from .architectures import Architecture
 from .cleandift import CleanDIFT
 
 
@@ -55,9 +55,9 @@ class DIFT(CleanDIFT):
     the timestep and the seed.
 
     Args:
-        cfg: an entry of `models.ARCHITECTURES`; its `scheduler` is the config of the teacher's DDPM schedule.
-        timestep: step of that schedule at which the noise is added, an integer 0..999 (DIFT, section 4: 261).
-        ensemble_size: number of noises averaged, at least 1 (DIFT: 8). They run as one batch.
+        arch: its `schedule` says how noise is added.
+        timestep: at which the noise is added, an integer 0..999; default: the architecture's.
+        ensemble_size: number of noises averaged, at least 1; default: the architecture's. They run as one batch.
         noise_seed: seed of the noises.
         **kwargs: those of `CleanDIFT`.
 
@@ -65,17 +65,22 @@ class DIFT(CleanDIFT):
         ValueError: timestep, ensemble_size or noise_seed out of range.
     """
 
-    def __init__(self, cfg: dict, timestep: int = 261, ensemble_size: int = 8, noise_seed: int = 0, **kwargs):
-        with torch.device("cpu"):  # a model laid out on the meta device still needs the schedule's numbers
-            scheduler = DDPMScheduler(**cfg["scheduler"])
-        alphas = scheduler.alphas_cumprod.tolist()
+    def __init__(
+        self,
+        arch: Architecture,
+        timestep: int | None = None,
+        ensemble_size: int | None = None,
+        noise_seed: int = 0,
+        **kwargs,
+    ):
         if kwargs.get("projected_timestep") is not None:
             raise InputError(
                 "projected_timestep is CleanDIFT's: a noisy model gives the features of its timestep itself"
             )
-        noise = _noise(len(alphas), timestep, ensemble_size, noise_seed)
-        super().__init__(cfg, timestep=noise[0], **kwargs)
-        self.alphas = alphas
+        timestep = arch.defaults.timestep if timestep is None else timestep
+        ensemble_size = arch.defaults.ensemble_size if ensemble_size is None else ensemble_size
+        noise = _noise(arch.schedule.steps, timestep, ensemble_size, noise_seed)
+        super().__init__(arch, timestep=noise[0], **kwargs)
         self.set_noise(*noise)
 
     def set_noise(
@@ -89,9 +94,10 @@ class DIFT(CleanDIFT):
         timestep = self.timestep.item() if timestep is None else timestep
         ensemble_size = self.ensemble_size if ensemble_size is None else ensemble_size
         noise_seed = self.noise_seed if noise_seed is None else noise_seed
-        step, self.ensemble_size, self.noise_seed = _noise(len(self.alphas), timestep, ensemble_size, noise_seed)
+        schedule = self.arch.schedule
+        step, self.ensemble_size, self.noise_seed = _noise(schedule.steps, timestep, ensemble_size, noise_seed)
         self.timestep = torch.tensor(float(step), dtype=torch.float32, device=self.timestep.device)
-        self.signal, self.sigma = self.alphas[step] ** 0.5, (1 - self.alphas[step]) ** 0.5
+        self.signal, self.sigma = schedule.levels(step)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # The noise level belongs to the timestep that was asked for: a checkpoint's own must not come between them.
@@ -99,11 +105,14 @@ class DIFT(CleanDIFT):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.timestep = timestep
 
-    def _unet_maps(self, latents: Tensor, prompts: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    def _denoiser_maps(
+        self, latents: Tensor, conditions: Mapping[str, Tensor], names: Sequence[str]
+    ) -> dict[str, Tensor]:
         count = self.ensemble_size
         noise = seeded_noise(latents.detach(), count, self.noise_seed)
         noisy = (self.signal * latents[:, None] + self.sigma * noise).flatten(0, 1)
-        if prompts.shape[0] > 1:
-            prompts = prompts.repeat_interleave(count, dim=0)
-        maps = self.unet(noisy, self.timestep, prompts, names)
+        conditions = {
+            name: one if one.shape[0] == 1 else one.repeat_interleave(count, dim=0) for name, one in conditions.items()
+        }
+        maps = self.denoiser(noisy, self.timestep, conditions, names)
         return {name: x.unflatten(0, (-1, count)).mean(dim=1) for name, x in maps.items()}

@@ -15,35 +15,13 @@ from ..checkpoints import NATIVE_NAME, CheckpointError, TensorFile, Weights, cho
 from ..checkpoints.hub import HubError, HubFile
 from ..checkpoints.remote import NoRanges, RemoteFile
 from ..utils.errors import StateError
-from .entrypoints import architecture_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .denoisers.unet import FeatureUNet, MapInfo
-    from .pretrained import Sources
-
-
-def default_indices(cfg: dict, infos: list[dict], pyramid: bool, held: str | None = None) -> tuple[int, ...]:
-    """Features that features_only gives by default: the block outputs that the paper evaluates (us9, us6, us3, mid),
-    a pyramid's levels; of them, those that weights hold which end at the map `held`."""
-    from .cleandift import held_features
-
-    found = held_features(cfg, infos, held)
-    blocks = [i for i in found if pyramid or infos[i]["module"].endswith(("upsamplers.0", "mid_block"))]
-    return tuple(blocks or found)
-
-
-def offered_maps(model: str, held: str | None = None) -> tuple[list[str], list[str]]:
-    """Names of the maps of weights that end at the map `held`: all of them, and those given by default."""
-    from .cleandift import feature_list, held_features
-
-    cfg, pyramid = architecture_of(model), model.partition(".")[0].endswith("_pyramid")
-    infos = feature_list(cfg, pyramid)
-    names = [info["name"] for info in infos]
-    return [names[i] for i in held_features(cfg, infos, held)], [
-        names[i] for i in default_indices(cfg, infos, pyramid, held)
-    ]
+    from .denoisers.base import Denoiser
+    from .denoisers.maps import MapInfo
+    from .pretrained import WeightSources
 
 
 def last_map_of(names: Collection[str], infos: Sequence[MapInfo]) -> str | None:
@@ -51,7 +29,7 @@ def last_map_of(names: Collection[str], infos: Sequence[MapInfo]) -> str | None:
 
     Args:
         names: of tensors, native (`unet.*`).
-        infos: all maps of the architecture in the order of execution, see `unet.map_infos`.
+        infos: all maps of the architecture in the order of execution, see `Architecture.denoiser`.
 
     Returns:
         the map's name, or None if not even the first is reached.
@@ -130,7 +108,7 @@ def checked_last_map(
 
 def settled_last_map(
     claimed: str,
-    sources: Sources,
+    sources: WeightSources,
     pretrained_cfg: Mapping,
     infos: Sequence[MapInfo],
     cache_dir: str | Path | None = None,
@@ -150,7 +128,7 @@ def settled_last_map(
     return checked_last_map(claimed, place, infos, cache_dir)
 
 
-def check_reaches(weights: Weights, unet: FeatureUNet) -> None:
+def check_reaches(weights: Weights, unet: Denoiser) -> None:
     """Raises CheckpointError for weights whose UNet ends at a coarser map than this one."""
     order = [info.name for info in unet.infos]
     last = last_map_of(weights.names(), unet.infos)

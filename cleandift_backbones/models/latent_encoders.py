@@ -10,9 +10,9 @@ from torch import nn
 from .. import checkpoints
 from ..checkpoints.hub import HubError
 from ..utils.errors import MissingWeightsError, StateError
-from .entrypoints import architecture_of, published, with_encoder
+from .architectures import published, spec_of
 from .latents import build_latent_encoder
-from .pretrained import BESIDE, Sources, missing_message, open_encoder
+from .pretrained import BESIDE, WeightSources, missing_message, open_encoder
 
 
 def load_latent_encoder(
@@ -29,8 +29,8 @@ def load_latent_encoder(
         ValueError: unknown encoder. RuntimeError: no weights are known, or to be had.
         checkpoints.CheckpointError: weights of another kind, or another size.
     """
-    config = with_encoder(architecture_of(model), latent_encoder)["vae"]
-    parts = Sources(model.partition(".")[0], published(model), dict(vae=source) if source else {}, latent_encoder)
+    config = spec_of(model).arch.encoder_config(latent_encoder)
+    parts = WeightSources(model.partition(".")[0], published(model), dict(vae=source) if source else {}, latent_encoder)
     place = parts.get("vae") or (parts.get("unet") if latent_encoder == "default" else None)
     if place is None:
         raise StateError(f"no weights of latent_encoder={latent_encoder!r} are known for {model}: give their source")

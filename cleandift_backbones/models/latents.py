@@ -11,52 +11,12 @@ from diffusers.models.autoencoders.vae import Encoder, EncoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-def _is_tiny(config: Mapping) -> bool:
-    """Whether a VAE's config is AutoencoderTiny's, not AutoencoderKL's."""
-    return "encoder_block_out_channels" in config
-
-
-def _widths(config: Mapping) -> tuple[int, ...]:
-    return tuple(config["encoder_block_out_channels" if _is_tiny(config) else "block_out_channels"])
-
-
-def latent_stride(config: Mapping) -> int:
-    """Pixels of the image per cell of the latent, of a VAE's config."""
-    return 2 ** (len(_widths(config)) - 1)
-
-
-def latent_maps(config: Mapping) -> list[dict]:
-    """timm's feature_info of an encoder's own maps, fine to coarse, up to half the latent's stride: `vae2`, `vae4`.
-
-    They are the outputs of the strided stages: of AutoencoderKL, whose stages end with their stride, stage i; of
-    AutoencoderTiny, whose stages begin with it, stage i + 1.
-    """
-    widths = _widths(config)
-    ends = _stage_ends(config["num_encoder_blocks"]) if _is_tiny(config) else []
-    return [
-        dict(
-            name=f"vae{2 ** (i + 1)}",
-            num_chs=widths[i + 1] if ends else widths[i],
-            reduction=2 ** (i + 1),
-            module=f"encoder.layers.{ends[i + 1]}" if ends else f"encoder.down_blocks.{i}",
-        )
-        for i in range(len(widths) - 2)
-    ]
-
-
-def _stage_ends(blocks: Collection[int]) -> list[int]:
-    """Index of the last layer of each stage of an EncoderTiny: a convolution and so many blocks each."""
-    ends, last = [], -1
-    for count in blocks:
-        last += 1 + count
-        ends.append(last)
-    return ends
+from .latent_maps import is_tiny, latent_maps, latent_stride, stage_ends, widths
 
 
 def build_latent_encoder(config: Mapping, in_chans: int = 3) -> LatentEncoder | TinyLatentEncoder:
     """The encoder of a VAE's config: AutoencoderTiny's by its `encoder_block_out_channels`, else AutoencoderKL's."""
-    return (TinyLatentEncoder if _is_tiny(config) else LatentEncoder)(config, in_chans)
+    return (TinyLatentEncoder if is_tiny(config) else LatentEncoder)(config, in_chans)
 
 
 class _Encoder(nn.Module):
@@ -106,7 +66,7 @@ class LatentEncoder(_Encoder):
 
     Args:
         config: AutoencoderKL's config; of it are used block_out_channels, layers_per_block, norm_num_groups, act_fn,
-            latent_channels, mid_block_add_attention, use_quant_conv and scaling_factor (METHOD: 0.18215 for SD).
+            latent_channels, mid_block_add_attention, use_quant_conv, scaling_factor (SD: 0.18215) and shift_factor.
         in_chans: image channels.
     """
 
@@ -114,13 +74,13 @@ class LatentEncoder(_Encoder):
 
     def __init__(self, config: Mapping, in_chans: int = 3):
         super().__init__(config)
-        widths = _widths(config)
+        stages = widths(config)
         channels = config.get("latent_channels", 4)
         self.encoder = Encoder(
             in_channels=in_chans,
             out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * len(stages),
+            block_out_channels=stages,
             layers_per_block=config.get("layers_per_block", 2),
             norm_num_groups=config.get("norm_num_groups", 32),
             act_fn=config.get("act_fn", "silu"),
@@ -128,6 +88,7 @@ class LatentEncoder(_Encoder):
         )
         self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.get("use_quant_conv", True) else None
         self.scaling_factor = float(config.get("scaling_factor", 0.18215))
+        self.shift_factor = float(config.get("shift_factor") or 0.0)
 
     def _encode(self, x: Tensor, keep: Callable[[str, Tensor], None]) -> Tensor:
         encoder = self.encoder
@@ -139,6 +100,8 @@ class LatentEncoder(_Encoder):
         x = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(x)))
         moments = x if self.quant_conv is None else self.quant_conv(x)
         mean, _ = moments.chunk(2, dim=1)
+        if self.shift_factor:  # latents are (mean - shift) * scale, as in diffusers' pipelines of SD 3 and Flux
+            mean = mean - self.shift_factor
         return mean * self.scaling_factor
 
 
@@ -162,11 +125,11 @@ class TinyLatentEncoder(_Encoder):
             in_channels=in_chans,
             out_channels=config.get("latent_channels", 4),
             num_blocks=tuple(config["num_encoder_blocks"]),
-            block_out_channels=_widths(config),
+            block_out_channels=widths(config),
             act_fn=config.get("act_fn", "relu"),
         )
         self.scaling_factor = float(config.get("scaling_factor", 1.0))
-        self._maps_after = {end: f"vae{2**i}" for i, end in enumerate(_stage_ends(config["num_encoder_blocks"])) if i}
+        self._maps_after = {end: f"vae{2**i}" for i, end in enumerate(stage_ends(config["num_encoder_blocks"])) if i}
 
     def _encode(self, x: Tensor, keep: Callable[[str, Tensor], None]) -> Tensor:
         x = x.add(1).div(2)  # as EncoderTiny.forward does, but for its checkpointing, which leaves this out

@@ -13,7 +13,6 @@ from ..checkpoints import CheckpointError, Weights, hub, memo
 from ..checkpoints.hub import HubError
 from ..checkpoints.remote import RemoteFile
 
-START_TIMESTEP = 261.0  # at which the learned timestep starts (DIFT's; CleanDIFT, section 4)
 _logger = logging.getLogger(__name__)
 
 
@@ -57,12 +56,12 @@ def given_timestep(source: str | Path, cache_dir: str | Path | None = None) -> T
 
 
 def learned_timestep(
-    source: str | Path | None, weights: Weights | None = None, cache_dir: str | Path | None = None
+    source: str | Path | None, start: float, weights: Weights | None = None, cache_dir: str | Path | None = None
 ) -> Tensor:
     """The learned timestep of weights, or of a CompVis full checkpoint or another file that holds it.
 
     On the Hub a few hundred kB of 3.9 GB are read, and it is kept beside the Hub's cache. If it is not found, a warning
-    says so, and it is 261.
+    says so, and it is `start`, where the training of the timestep starts.
     """
     try:
         found = None if weights is None else stored_timestep(weights)
@@ -73,8 +72,8 @@ def learned_timestep(
         return given_timestep(source, cache_dir)
     except (HubError, FileNotFoundError, CheckpointError) as error:
         _logger.warning(
-            f"the learned timestep could not be read from {source} ({error}): {START_TIMESTEP:.0f}, at which its "
+            f"the learned timestep could not be read from {source} ({error}): {start:.0f}, at which its "
             "training started, is used. Features will differ a little; pass timestep=..., or "
             "sources=dict(timestep=PATH) with the full checkpoint"
         )
-        return torch.tensor(START_TIMESTEP, dtype=torch.float32, device="cpu")
+        return torch.tensor(start, dtype=torch.float32, device="cpu")

@@ -19,6 +19,7 @@ from ..checkpoints.hub import HubError, HubFile
 from ..checkpoints.remote import NoRanges, RemoteFile
 from ..utils.errors import DependencyError, InputError, MissingWeightsError, StateError
 from . import text
+from .architectures import Architecture, spec_of
 from .last_map import check_reaches
 from .learned import given_timestep, learned_timestep
 
@@ -36,11 +37,8 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Sources:
-    """Where each part of a model's weights comes from: the user's word, else the environment, else where published.
-
-    The environment's names are the model's and the part's: `CLEANDIFT_SD21_UNET`, `DIFT_SD15_TEXT_ENCODER`; the
-    encoder of AutoencoderTiny's form is published as the part `vae_tiny`, and is `..._VAE_TINY` there.
+class WeightSources:
+    """Where each part of a model's weights comes from. Precedence: argument, published default.
 
     Args:
         name: of the model, "cleandift_sd21".
@@ -65,11 +63,8 @@ class Sources:
     def _key(self, part: str) -> str:
         return "vae_tiny" if part == "vae" and self.latent_encoder == "tiny" else part
 
-    def variable(self, part: str) -> str:
-        return f"{self.name}_{self._key(part)}".upper()
-
     def get(self, part: str) -> str | None:
-        source = self.given.get(part) or os.environ.get(self.variable(part)) or self.published.get(self._key(part))
+        source = self.given.get(part) or self.published.get(self._key(part))
         return str(source) if source else None
 
     def main(self, cfg: Mapping) -> Path | HubFile:
@@ -84,7 +79,6 @@ class Sources:
         elif cfg.get("hf_hub_id"):
             repo, _, revision = cfg["hf_hub_id"].partition("@")
             of_cfg = HubFile(repo, cfg.get("hf_hub_filename") or "", revision or None)
-        # The environment replaces the published place only: a file, folder or repository of the user's stays.
         if of_cfg is not None and "unet" not in self.given and str(of_cfg) != self.published.get("unet"):
             return of_cfg
         if self.get("unet") is None:
@@ -97,8 +91,8 @@ class Sources:
 
 def open_parts(
     main: Path | HubFile | Weights,
-    sources: Sources,
-    cfg: Mapping[str, dict],
+    sources: WeightSources,
+    arch: Architecture,
     fixed: set[str] = frozenset(),
     teacher: bool = False,
     cache_dir: str | Path | None = None,
@@ -110,7 +104,7 @@ def open_parts(
     Args:
         main: a UNet, or more than a UNet; opened already if it is in memory.
         sources: of the rest.
-        cfg: entry of `models.ARCHITECTURES`.
+        arch: of the model.
         fixed: native names that need not be there.
         teacher: take the teacher's UNet of a CompVis full file.
 
@@ -137,7 +131,7 @@ def open_parts(
                 f"{weights.label} ({weights.form}) holds no UNet, but {weights.describe() or 'nothing that is known'}: "
                 "give a file, folder or repository with one"
             )
-        checkpoints.check_family(weights, cfg["unet"]["cross_attention_dim"])
+        checkpoints.check_family(weights, arch.denoiser.config["cross_attention_dim"])
         _settle_encoder(weights, sources)
     own = own_text_encoder(main, weights, cache_dir)
     places = {part: sources.get(part) for part in PARTS if part != "unet"}
@@ -168,7 +162,7 @@ def open_parts(
     if own_number and "timestep" in lacking and "timestep" in sources.given:  # in the place of their own
         constants["timestep"] = given_timestep(places["timestep"], cache_dir)
     elif "timestep" not in fixed and ("timestep" in lacking or not weights.has("timestep")):
-        constants["timestep"] = learned_timestep(places["timestep"], weights, cache_dir)
+        constants["timestep"] = learned_timestep(places["timestep"], arch.defaults.timestep, weights, cache_dir)
     if "text_encoder" in lacking:
         constants["prompt_embeds"] = text.embed("", places["text_encoder"], cache_dir, keep=True)
     return weights, constants
@@ -178,7 +172,7 @@ def open_parts(
 _ENCODERS = {"default": "the encoder of an AutoencoderKL", "tiny": "a light encoder (AutoencoderTiny's form)"}
 
 
-def _settle_encoder(weights: Weights, sources: Sources) -> None:
+def _settle_encoder(weights: Weights, sources: WeightSources) -> None:
     """Drops the VAE of a checkpoint if it is not of the kind asked for, and another is known.
 
     Raises:
@@ -262,22 +256,21 @@ def _check_text_encoder(source: str | Path, cache_dir: str | Path | None) -> Non
         raise DependencyError(f"{source} needs transformers, once, for the empty prompt: {text.INSTALL}")
 
 
-def missing_message(sources: Sources, missing: list[str]) -> str:
+def missing_message(sources: WeightSources, missing: list[str]) -> str:
     parts = [line.split(":")[0] for line in missing]
     lines = "".join(f"\n  {line}" for line in missing)
     return (
         f"{sources.name} cannot be loaded, because of{lines}\n"
         "Without a network: fetch them on a machine that has one (hf download REPOSITORY FILE), place them anywhere "
-        f"here, and name them by create_model(..., sources=dict({', '.join(f'{part}=PATH' for part in parts)})) or by "
-        f"the environment ({', '.join(map(sources.variable, parts))}). Or make one native folder there, "
-        f"`cleandift convert {sources.name} --out FOLDER`, and pass pretrained_cfg_overlay=dict(file=FOLDER)"
+        f"here, and name them by create_model(..., sources=dict({', '.join(f'{part}=PATH' for part in parts)})). Or "
+        f"make one native folder there, `cleandift convert {sources.name} --out FOLDER`, and pass "
+        "pretrained_cfg_overlay=dict(file=FOLDER)"
     )
 
 
 def load_pretrained(
     model: CleanDIFT,
-    cfg: Mapping[str, dict],
-    sources: Sources,
+    sources: WeightSources,
     cache_dir: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     state: Mapping[str, Tensor] | None = None,
@@ -286,7 +279,6 @@ def load_pretrained(
 
     Args:
         model: may be on the meta device; its tensors are replaced.
-        cfg: its entry of `models.ARCHITECTURES`.
         sources: of the parts.
         cache_dir: of the Hub's files (default: the Hub's own).
         dtype: of the parameters; "auto": that of the UNet in the file (`Weights.dtype`); None: as the model has it.
@@ -303,10 +295,10 @@ def load_pretrained(
     if state is not None and "unet" in sources.given:
         raise InputError("both a state_dict and sources=dict(unet=...) are given: give one of them")
     main = sources.main(pretrained_cfg) if state is None else checkpoints.open_state(state)
-    noisy = hasattr(model, "ensemble_size")
+    arch, noisy = model.arch, spec_of(pretrained_cfg["architecture"]).noisy
     fixed = model.fixed | ({"heads."} if model.heads is None else set())
-    weights, constants = open_parts(main, sources, cfg, fixed, noisy, cache_dir)
-    checkpoints.check_configs(weights, cfg)
+    weights, constants = open_parts(main, sources, arch, fixed, noisy, cache_dir)
+    checkpoints.check_configs(weights, arch.configs(model.vae.kind))
     if dtype == "auto":
         dtype = weights.dtype()
     _check_heads(model, weights)
@@ -369,8 +361,10 @@ def fit_model(
         CheckpointError: the UNet of the weights ends at a coarser map; see also `checkpoints.fit`.
     """
 
+    prefix = f"{model.arch.denoiser.part}."
+
     def ignorable(name: str) -> bool:
-        deeper = name.startswith("unet.") and name.removeprefix("unet.") in model.unet.dropped_keys
+        deeper = name.startswith(prefix) and name.removeprefix(prefix) in model.denoiser.dropped_keys
         return name in fixed or deeper or name.startswith(BESIDE)
 
     def adapt(name: str, tensor: Tensor) -> Tensor:
@@ -378,13 +372,13 @@ def fit_model(
             return adapt_input_conv(model.in_chans, tensor)
         return tensor
 
-    check_reaches(weights, model.unet)
+    check_reaches(weights, model.denoiser)
     expected = model.state_dict()
     fixed = {**(given or {}), **{name: expected[name] for name in model.fixed}}
     state = checkpoints.fit(weights, {k: v for k, v in expected.items() if k not in fixed}, ignorable, adapt, dtype)
     for name, tensor in fixed.items():
         like = expected[name].shape
-        if name == "prompt_embeds" and tensor.shape[1:] != like[1:]:
+        if name in model.conditions and tensor.shape[1:] != like[1:]:
             raise checkpoints.CheckpointError(
                 f"the text encoder gives prompts of {' x '.join(map(str, tensor.shape[1:]))} numbers, the model of "
                 f"{weights.label} needs {' x '.join(map(str, like[1:]))}: give the text encoder that it was "

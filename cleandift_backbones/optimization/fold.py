@@ -98,10 +98,10 @@ class FoldedUNet(FeatureUNet):
 
     fixed_text = True
 
-    def forward(self, latents: Tensor, timestep: Any = None, prompt_embeds: Any = None, maps=None) -> dict[str, Tensor]:
+    def forward(self, latents: Tensor, timestep: Any = None, conditions: Any = None, maps=None) -> dict[str, Tensor]:
         maps = self.map_names if maps is None else tuple(maps)
         self.check_maps(maps)
-        text = None if self.fixed_text else prompt_embeds.to(latents.dtype).expand(len(latents), -1, -1)
+        text = None if self.fixed_text else self.text_of(conditions, latents)
         return self.walk(latents, None, text, maps)
 
 

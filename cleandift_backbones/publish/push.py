@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .. import checkpoints
 from ..checkpoints import CheckpointError
 from ..checkpoints.hub import HubError, HubFile, explained
-from ..models.entrypoints import architecture_of
+from ..models.architectures import spec_of
 from ..models.last_map import trained_last_map
 from ..utils.errors import CleanDIFTError, InputError
 from ..utils.records import read_json
@@ -100,10 +100,8 @@ def _corrected(folder: Path) -> dict[str, str]:
 
     Early versions of tools/finetune.py wrote such folders.
     """
-    from ..models.denoisers.unet import map_infos
-
     config = {"model_args": {}, **read_json(folder / "config.json")}
-    infos = map_infos(architecture_of(config["architecture"])["unet"])
+    infos = spec_of(config["architecture"]).arch.denoiser.maps()
     last, arguments = trained_last_map(checkpoints.open_checkpoint(folder), infos), dict(config["model_args"])
     claimed = arguments.pop("held", infos[-1].name)
     if last is None or claimed == last:

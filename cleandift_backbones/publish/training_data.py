@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.repocard import metadata_load
 from timm.models._hub import hf_split
 
-from ..models.entrypoints import TRAINED_ON
+from ..models.architectures import TRAINED_ON
 
 MOST_CHARACTERS = 400  # of what a card says
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from ..features.extractor import ModelError
-from ..features.model_names import twin
+from ..features.model_names import default_map, twin
 from . import figures
-from .features import ENSEMBLE, TIMESTEP, Features, Spec
+from .features import FeatureProvider, Spec
 from .figures import Panel
 from .matches import Match, Point, map_of, match_entries, title
 from .memory import Entry
@@ -81,31 +81,31 @@ def compare(
     pictures: Sequence[str | os.PathLike | bytes | Picture],
     points: Sequence[Point] = (),
     model: str = "cleandift_tiny",
-    map: str = "us6",
-    timestep: int = TIMESTEP,
-    ensemble_size: int = ENSEMBLE,
+    map: str | None = None,
+    timestep: int | None = None,
+    ensemble_size: int | None = None,
     prompt: str = "",
     device: str = "cpu",
-    features: Features | None = None,
+    features: FeatureProvider | None = None,
 ) -> Comparison:
     """Runs pictures through a cleandift_* model and through the dift_* model with the same parts.
 
     Args:
         pictures, points, map, prompt, device, features: see `match`.
         model: a cleandift_* model.
-        timestep, ensemble_size: of the noisy one: 0..999, and the number of noises averaged.
+        timestep, ensemble_size: of the noisy one: 0..999, and the number of noises averaged (default: the model's).
 
     Raises:
         ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: a point outside its picture.
     """
     opened = open_pictures(pictures)
     specs = two_specs(model, prompt, timestep, ensemble_size)
-    features = features or Features(device=device)
+    features = features or FeatureProvider(device=device)
     clean, noisy = (features.compute(spec, opened) for spec in specs)
-    return features.stamp(compare_entries(opened, clean, noisy, specs, map, points))
+    return features.stamp(compare_entries(opened, clean, noisy, specs, map or default_map(model), points))
 
 
-def two_specs(model: str, prompt: str, timestep: int, ensemble_size: int) -> tuple[Spec, Spec]:
+def two_specs(model: str, prompt: str, timestep: int | None, ensemble_size: int | None) -> tuple[Spec, Spec]:
     """What the two sides are computed by. Raises ModelError for a model without a noisy twin."""
     noisy = twin(model)
     if noisy is None:

@@ -15,10 +15,9 @@ from PIL import Image
 from ..data.images import to_tensor
 from ..features import correspondence
 from ..features.extractor import Extractor, extract, list_maps, load_extractor, map_indices, resolve_device
-from ..features.model_names import matched_map, own_size, shown_maps, twin
+from ..features.model_names import default_map, defaults_of, own_size, shown_maps, twin
 from ..features.options import map_items
 from . import figures
-from .features import TIMESTEP
 from .figures import Panel
 from .pictures import SAMPLES, open_picture
 
@@ -27,7 +26,7 @@ BATCH = 8
 
 
 @dataclass
-class Pair:
+class DemoPair:
     """Two pictures, the points to look for (P x 2, fractions of picture a), and what was found."""
 
     name: str
@@ -47,17 +46,17 @@ class Pair:
         return torch.minimum((self.points * size - 0.5).clamp_min(0), size - 1)
 
 
-def sample_pairs() -> list[Pair]:
+def sample_pairs() -> list[DemoPair]:
     """The images that come with the package, with points that mean something."""
     listing = json.loads((SAMPLES / "pairs.json").read_text(encoding="utf-8"))["pairs"]
     return [
-        Pair(item["a"].split("_")[0] + ("-photo" if "photo" in item["a"] else ""),
+        DemoPair(item["a"].split("_")[0] + ("-photo" if "photo" in item["a"] else ""),
              open_picture(item["a"]).image, open_picture(item["b"]).image, torch.tensor(item["points"]), item["names"])
         for item in listing
     ]  # fmt: skip
 
 
-def pairs_of(paths: Sequence[str], points: torch.Tensor | None = None) -> list[Pair]:
+def pairs_of(paths: Sequence[str], points: torch.Tensor | None = None) -> list[DemoPair]:
     """The first of some image files with each of the others.
 
     Args:
@@ -70,7 +69,7 @@ def pairs_of(paths: Sequence[str], points: torch.Tensor | None = None) -> list[P
     stems = [Path(path).stem for path in paths]
     names = [f"{stems[0]}_{stem}" for stem in stems[1:]]
     names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names, 1)]
-    return [Pair(name, first, other, points) for name, other in zip(names, others, strict=True)]
+    return [DemoPair(name, first, other, points) for name, other in zip(names, others, strict=True)]
 
 
 class Models(NamedTuple):
@@ -106,8 +105,8 @@ def load_models(
     """
     infos = list_maps(model)
     names = [info["name"] for info in infos]
-    shown = [names[i] for i in map_indices(infos, map_items(maps))] if maps else shown_maps(names)
-    matched = names[map_indices(infos, map_items([match_map]))[0]] if match_map else matched_map(shown)
+    shown = [names[i] for i in map_indices(infos, map_items(maps))] if maps else shown_maps(model, names)
+    matched = names[map_indices(infos, map_items([match_map]))[0]] if match_map else default_map(model, shown)
     wanted = list(dict.fromkeys([*shown, matched]))
     place, size = resolve_device(device), size or own_size(model)
     torch.manual_seed(0)
@@ -115,15 +114,16 @@ def load_models(
     noisy_name = None if ":" in model else twin(model)  # a folder's twin may lie nowhere here
     noisy = None
     if noisy_name:
-        noisy = load_extractor(noisy_name, wanted, pretrained, place, size, timestep=TIMESTEP, ensemble_size=1)
+        noisy = load_extractor(noisy_name, wanted, pretrained, place, size, ensemble_size=1)
     for extractor in (clean, noisy) if noisy else (clean,):
         extractor.optimize()
-    captions = (model, f"{noisy_name}, t={TIMESTEP}, one noise" if noisy else "")
+    timestep = defaults_of(noisy_name).timestep if noisy else 0
+    captions = (model, f"{noisy_name}, t={timestep:.0f}, one noise" if noisy else "")
     return Models(clean, noisy, captions, shown, matched)
 
 
 @torch.inference_mode()
-def compute(pairs: Sequence[Pair], models: Models) -> None:
+def compute(pairs: Sequence[DemoPair], models: Models) -> None:
     """Computes the maps of all pairs, and chooses points where none are given."""
     clean, noisy = models.clean, models.noisy
     first, second = [pair.a for pair in pairs], [pair.b for pair in pairs]
@@ -174,13 +174,13 @@ def choose_points(image: Image.Image, source: torch.Tensor, target: torch.Tensor
     return centres[chosen]
 
 
-def _match(pair: Pair, maps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _match(pair: DemoPair, maps: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Matches in pixels of picture b, P x 2, and a heat map (0..1) per point."""
     found, scores = correspondence.match_points(*maps, pair.pixels(), *pair.sizes())
     return found, [correspondence.contrast(score) for score in scores]
 
 
-def draw(pairs: Sequence[Pair], models: Models) -> Iterator[tuple[str, Image.Image]]:
+def draw(pairs: Sequence[DemoPair], models: Models) -> Iterator[tuple[str, Image.Image]]:
     """File names and figures, one by one, of pairs that are computed."""
     shown, matched, models = models.shown, models.matched, models.names
     for pair in pairs:
@@ -193,16 +193,16 @@ def draw(pairs: Sequence[Pair], models: Models) -> Iterator[tuple[str, Image.Ima
     yield "overview.png", _draw_overview(pairs[:3], models, matched)
 
 
-def _marked(pair: Pair) -> Panel:
+def _marked(pair: DemoPair) -> Panel:
     return Panel(pair.a, "points", figures.mark_points(pair.pixels(), pair.sizes()[0]))
 
 
-def _heat_panel(pair: Pair, found: torch.Tensor, heats: Sequence[torch.Tensor], number: int, caption: str) -> Panel:
+def _heat_panel(pair: DemoPair, found: torch.Tensor, heats: Sequence[torch.Tensor], number: int, caption: str) -> Panel:
     mark = figures.mark_points(found[number : number + 1], pair.sizes()[1], [number + 1])[0]
     return figures.heat_panel(pair.b, heats[number], mark, caption)
 
 
-def _draw_matches(pair: Pair, model: str, matched: str) -> Image.Image:
+def _draw_matches(pair: DemoPair, model: str, matched: str) -> Image.Image:
     found, heats = _match(pair, pair.maps[matched])
     panels = [_marked(pair), Panel(pair.b, "best matches", figures.mark_points(found, pair.sizes()[1]))]
     panels += [_heat_panel(pair, found, heats, i, f"similarity to point {i + 1}") for i in range(len(heats))]
@@ -210,7 +210,7 @@ def _draw_matches(pair: Pair, model: str, matched: str) -> Image.Image:
     return figures.grid([panels], f"{pair.name}: {model}, map {matched}", note=note)
 
 
-def _draw_pca(pair: Pair, model: str, shown: Sequence[str]) -> Image.Image:
+def _draw_pca(pair: DemoPair, model: str, shown: Sequence[str]) -> Image.Image:
     rows = [[Panel(pair.a, "picture")], [Panel(pair.b)]]
     for name in shown:
         maps = pair.maps[name]
@@ -222,7 +222,7 @@ def _draw_pca(pair: Pair, model: str, shown: Sequence[str]) -> Image.Image:
     return figures.grid(rows, f"{pair.name}: {model}, three main directions of both pictures' features")
 
 
-def _draw_comparison(pair: Pair, models: tuple[str, str], matched: str) -> Image.Image:
+def _draw_comparison(pair: DemoPair, models: tuple[str, str], matched: str) -> Image.Image:
     rows, coordinates = [], None
     for maps in (pair.maps[matched], pair.noisy[matched]):
         found, heats = _match(pair, maps)
@@ -238,7 +238,7 @@ def _draw_comparison(pair: Pair, models: tuple[str, str], matched: str) -> Image
     return figures.grid(rows, f"{pair.name}: clean and noisy features", labels, height=200)
 
 
-def _draw_overview(pairs: Sequence[Pair], models: tuple[str, str], matched: str) -> Image.Image:
+def _draw_overview(pairs: Sequence[DemoPair], models: tuple[str, str], matched: str) -> Image.Image:
     rows = []
     for number, pair in enumerate(pairs):
         found, heats = _match(pair, pair.maps[matched])

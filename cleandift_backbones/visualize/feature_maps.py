@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..features.model_names import map_names, shown_maps
 from ..utils.errors import InputError, needs
 from . import figures
-from .features import Features, Spec, Watch
+from .features import FeatureProvider, Spec, Watch
 from .figures import Panel
 from .matches import map_of, title
 from .memory import Entry
@@ -82,7 +83,7 @@ class Maps(Result):
 
 def maps(
     pictures: Sequence[str | os.PathLike | bytes | Picture],
-    maps: Sequence[str] = ("us3", "us6", "us9"),
+    maps: Sequence[str] | None = None,
     model: str = "cleandift_tiny",
     show: str = "pca",
     shared: bool = True,
@@ -91,13 +92,13 @@ def maps(
     timestep: int | None = None,
     ensemble_size: int | None = None,
     device: str = "cpu",
-    features: Features | None = None,
+    features: FeatureProvider | None = None,
 ) -> Maps:
     """Makes maps visible. Vectors are normalised to length 1 first.
 
     Args:
         pictures: files, names of samples, bytes, or Pictures.
-        maps, model: names of maps of any timm model.
+        maps, model: names of maps (default: `shown_maps`) of any timm model.
         show: "pca": the three main directions as red, green and blue; "segments": k-means clusters; "foreground": where
             the first component lies on the side that the picture's border does not, split in two by Otsu's criterion.
         shared: one basis (or one set of clusters) for all pictures; otherwise one each.
@@ -109,8 +110,9 @@ def maps(
     """
     opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
-    features = features or Features(device=device)
+    features = features or FeatureProvider(device=device)
     entries = features.compute(spec, opened)
+    maps = shown_maps(model, map_names(model)) if maps is None else maps
     return features.stamp(map_entries(opened, entries, spec, maps, show, shared, clusters))
 
 
@@ -119,7 +121,7 @@ def map_entries(
     pictures: Sequence[Picture], entries: Sequence[Entry], spec: Spec, maps: Sequence[str], show: str = "pca",
     shared: bool = True, clusters: int = 6, watch: Watch | None = None,
 ) -> Maps:  # fmt: skip
-    """The same from features that are there already; `watch` as of `Features.compute`."""
+    """The same from features that are there already; `watch` as of `FeatureProvider.compute`."""
     if show not in SHOWS:
         raise InputError(f"show {show!r} is unknown; choose one of {', '.join(SHOWS)}")
     if not 2 <= clusters <= MOST_CLUSTERS:

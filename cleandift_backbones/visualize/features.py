@@ -14,12 +14,11 @@ from typing import TypeVar
 import torch
 
 from ..features.extractor import Extractor, ModelError, extract, load_extractor, resolve_device
-from ..features.model_names import is_noisy, map_names, own_size
+from ..features.model_names import defaults_of, is_noisy, map_names, model_spec, own_size
 from ..utils.errors import InputError
 from .memory import Entry, FeatureStore
 from .pictures import Picture
 
-TIMESTEP, ENSEMBLE = 261, 8  # of noisy features: DIFT's own choice
 LOOK_INSIDE = 0.02  # seconds between two looks at whether a pass is still wanted: they cost time
 LOOK = 0.2  # seconds between two looks at whether work is still wanted
 MODELS_KEPT = 2  # a clean one and its noisy twin; Stable Diffusion's take 3 GB each
@@ -57,8 +56,9 @@ class Spec:
                     f"timestep and ensemble_size: {self.model} adds no noise; leave them out, or take a dift_* model"
                 )
             return Spec(self.model, self.prompt)
-        timestep = TIMESTEP if self.timestep is None else self.timestep
-        count = ENSEMBLE if self.ensemble_size is None else self.ensemble_size
+        defaults = defaults_of(self.model)
+        timestep = int(defaults.timestep) if self.timestep is None else self.timestep
+        count = defaults.ensemble_size if self.ensemble_size is None else self.ensemble_size
         if not (0 <= timestep <= 999 and int(timestep) == timestep):
             raise InputError(f"timestep {timestep} is none of the model's; give a whole number from 0 to 999")
         if not (count >= 1 and int(count) == count):
@@ -75,7 +75,7 @@ class _Loaded:
     shares: list[float] = field(default_factory=list)
 
 
-class Features:
+class FeatureProvider:
     """Maps of pictures from any timm model, kept in a store.
 
     Args:
@@ -165,7 +165,7 @@ def _keys(spec: Spec, pictures: Sequence[Picture]) -> list[Hashable]:
 def _warm_up(loaded: _Loaded) -> None:
     """The first pass through a model takes longer than any later one, which would make times unfair."""
     extractor = loaded.extractor
-    if hasattr(getattr(extractor.model, "model", None), "unet"):
+    if model_spec(loaded.extractor.name):
         with _watched(loaded, lambda share: None):
             extractor.model(torch.zeros(1, 3, 64, 64, device=extractor.device))
 

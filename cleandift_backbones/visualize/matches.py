@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from ..features import correspondence
+from ..features.model_names import default_map
 from ..utils.errors import InputError
 from . import figures
-from .features import Features, Spec
+from .features import FeatureProvider, Spec
 from .figures import Mark, Panel
 from .memory import Entry
 from .pictures import Picture, open_pictures
@@ -107,13 +108,13 @@ def match(
     pictures: Sequence[str | os.PathLike | bytes | Picture],
     points: Sequence[Point],
     model: str = "cleandift_tiny",
-    map: str = "us6",
+    map: str | None = None,
     prompt: str = "",
     timestep: int | None = None,
     ensemble_size: int | None = None,
     mutual_only: bool = False,
     device: str = "cpu",
-    features: Features | None = None,
+    features: FeatureProvider | None = None,
 ) -> Match:
     """Finds points of pictures in all the others.
 
@@ -123,7 +124,7 @@ def match(
     Args:
         pictures: files, names of samples, bytes, or Pictures.
         points: (number of the picture, x, y), x and y as fractions of its width and height.
-        model, map: any timm model, and one of its maps.
+        model, map: any timm model, and one of its maps (default: `default_map`).
         prompt: text that all pictures are conditioned on.
         timestep, ensemble_size: of dift_* models.
         mutual_only: figures show only mutual nearest neighbours.
@@ -135,9 +136,9 @@ def match(
     """
     opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()
-    features = features or Features(device=device)
+    features = features or FeatureProvider(device=device)
     entries = features.compute(spec, opened)
-    return features.stamp(match_entries(opened, entries, spec, map, points, mutual_only))
+    return features.stamp(match_entries(opened, entries, spec, map or default_map(model), points, mutual_only))
 
 
 @one_thread()

@@ -13,7 +13,7 @@ from PIL import Image
 from cleandift_backbones.app.answers import Answers, Job, Progress
 from cleandift_backbones.app.sessions import MOST_PICTURES, MOST_POINTS, Session, Sessions, Settings
 from cleandift_backbones.features.extractor import ModelError
-from cleandift_backbones.visualize.features import Features
+from cleandift_backbones.visualize.features import FeatureProvider
 
 
 def photo(shade=0, size=(80, 80)):
@@ -107,13 +107,13 @@ def test_answers_come_at_once_after_work(features):
 
 def test_answers_come_though_nothing_can_be_kept():
     """A memory too small for one picture: each answer is computed anew."""
-    answers, session = Answers(Features(memory=1000)), Session()
+    answers, session = Answers(FeatureProvider(memory=1000)), Session()
     for _ in range(2):
         assert isinstance(answers.get(session), Progress)
         assert len(finish(answers, session).points) == 1 and answers.features.store.size == 0
 
 
-class SlowFeatures(Features):
+class SlowFeatures(FeatureProvider):
     """Waits before every picture until it may go on, and looks whether it is still wanted."""
 
     def __init__(self):
@@ -193,7 +193,7 @@ def test_maps_that_take_long_are_drawn_by_the_work(features, monkeypatch):
 
 
 def test_an_unforeseen_error_is_told_and_logged(caplog, monkeypatch):
-    answers, session = Answers(Features()), Session()
+    answers, session = Answers(FeatureProvider()), Session()
     monkeypatch.setattr(answers.features, "compute", lambda *args: 1 / 0)
     assert finish(answers, session) is None
     assert session.take_notice() == ("This went wrong (ZeroDivisionError); the server's log says more.", True)

@@ -15,7 +15,7 @@ from hub_server import Fault
 from safetensors.torch import save_file
 
 from cleandift_backbones import checkpoints
-from cleandift_backbones.models.entrypoints import ARCHITECTURES, published
+from cleandift_backbones.models.architectures import ARCHITECTURES, published
 
 ROOT = Path(__file__).parents[2]
 CFG = ARCHITECTURES["sd21"]
@@ -72,9 +72,9 @@ def text_encoder_files(folder):
 
 @pytest.mark.slow
 def test_published_sd21_at_its_true_size(hub, tmp_path):
-    unet_shapes = shapes(UNet2DConditionModel, CFG["unet"])
+    unet_shapes = shapes(UNet2DConditionModel, CFG.denoiser.config)
     levels = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
-    vae_shapes = shapes(AutoencoderKL, {**CFG["vae"], "layers_per_block": 2, **levels})
+    vae_shapes = shapes(AutoencoderKL, {**CFG.vae, "layers_per_block": 2, **levels})
     unet_file = tmp_path / "unet.safetensors"
     unet = filled(unet_shapes)
     save_file(unet, unet_file)

@@ -17,7 +17,7 @@ from cleandift_backbones.checkpoints import ldm
 from cleandift_backbones.checkpoints.hub import HubFile
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.setup import load_teacher
-from cleandift_backbones.models.entrypoints import ARCHITECTURES, SOURCES
+from cleandift_backbones.models.architectures import ARCHITECTURES, published
 from cleandift_backbones.models.latent_encoders import load_latent_encoder
 from cleandift_backbones.models.pretrained import open_header
 from cleandift_backbones.publish.card import save_folder
@@ -28,11 +28,13 @@ from tools.convert import main
 def parts(arch, device="meta"):
     """diffusers' own UNet and VAE of an architecture, with their configs."""
     cfg = ARCHITECTURES[arch]
-    levels = len(cfg["vae"]["block_out_channels"])
+    levels = len(cfg.vae["block_out_channels"])
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)
     torch.manual_seed(0)
     with torch.device(device):
-        return UNet2DConditionModel(**cfg["unet"]), AutoencoderKL(**{**blocks, "layers_per_block": 2, **cfg["vae"]})
+        return UNet2DConditionModel(**cfg.denoiser.config), AutoencoderKL(
+            **{**blocks, "layers_per_block": 2, **cfg.vae}
+        )
 
 
 def native(unet, vae):
@@ -75,7 +77,7 @@ def test_names_of_the_published_files():
             "model.diffusion_model.output_blocks.5.2.conv.weight": (1280, 1280, 3, 3),
             "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight": (
                 320,
-                ARCHITECTURES[arch]["unet"]["cross_attention_dim"],
+                ARCHITECTURES[arch].denoiser.config["cross_attention_dim"],
             ),
             "model.diffusion_model.time_embed.2.weight": (1280, 1280),
             "model.diffusion_model.out.2.bias": (4,),
@@ -130,7 +132,7 @@ def single_file(path, *without, dtype=torch.float32):
 def known(tmp_path, monkeypatch):
     """Published VAE and text encoder of the test architecture."""
     folder = standins.write(tmp_path / "published", standins.diffusers_files())
-    monkeypatch.setitem(SOURCES, "test_cleandift", dict(vae=str(folder), text_encoder=str(folder)))
+    standins.publish(monkeypatch, "test_cleandift", vae=str(folder), text_encoder=str(folder))
     return folder
 
 
@@ -189,8 +191,8 @@ def test_on_the_hub(hub, tmp_path, known):
 
 def test_as_the_teacher_of_a_training(tmp_path, known, monkeypatch):
     file = single_file(tmp_path / "model.safetensors")
-    monkeypatch.setitem(SOURCES, "dift_tiny", dict(SOURCES["test_cleandift"]))
-    monkeypatch.setitem(ARCHITECTURES, "tiny", ARCHITECTURES["test"])
+    standins.use_parts(monkeypatch, "tiny", ARCHITECTURES["test"])
+    standins.publish(monkeypatch, "dift_tiny", **published("test_cleandift"))
     teacher = load_teacher(load_recipe(RECIPE, [f"teacher_weights={file}", "data.path=x", "output_dir=y"]))
     assert torch.equal(teacher.unet.conv_in.weight, standins.unet(1).conv_in.weight)
 
@@ -251,7 +253,7 @@ def test_fill_completes_a_file(tmp_path, known):
     assert torch.equal(written[ids], filler[ids])  # whole numbers stay
 
 
-def test_to_ldm_refuses(tmp_path, known, capsys):
+def test_to_ldm_refuses(tmp_path, known, capsys, monkeypatch):
     def refused(message, *arguments):
         with pytest.raises(SystemExit) as stop:
             main([*arguments, "--to", "ldm"])
@@ -263,7 +265,7 @@ def test_to_ldm_refuses(tmp_path, known, capsys):
     tiny = timm.create_model("test_cleandift", latent_encoder="tiny", final_map="us10")
     save_folder(tiny, tmp_path / "tiny")
     refused("for which LDM has no keys: give --vae SOURCE", str(tmp_path / "tiny"), *out, "--fill", str(known))
-    SOURCES["test_cleandift"].pop("vae")
+    standins.publish(monkeypatch, "test_cleandift", text_encoder=str(known))
     refused("holds no VAE, and none is published for test_cleandift", str(known / "unet"), *out)
     assert main([str(known / "unet"), *out, "--to", "ldm", "--vae", str(known)]) == 0
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from cleandift_backbones.checkpoints import CheckpointError, ldm
-from cleandift_backbones.models.entrypoints import SOURCES
 from cleandift_backbones.models.latent_encoders import load_latent_encoder
 from cleandift_backbones.publish.convert import to_diffusers, to_native
 from cleandift_backbones.utils.errors import CleanDIFTError, InputError
@@ -25,7 +24,7 @@ LDM = ldm.ldm_state(NATIVE)
 def published(tmp_path, monkeypatch):
     """Published VAE and text encoder of the test architecture."""
     folder = standins.write(tmp_path / "published", standins.diffusers_files())
-    monkeypatch.setitem(SOURCES, "test_cleandift", dict(vae=str(folder), text_encoder=str(folder)))
+    standins.publish(monkeypatch, "test_cleandift", vae=str(folder), text_encoder=str(folder))
     return folder
 
 

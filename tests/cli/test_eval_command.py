@@ -14,6 +14,8 @@ from test_eval_depth import nyu  # noqa: F401
 from test_eval_segmentation import pets, voc  # noqa: F401
 
 from cleandift_backbones.cli import evaluate as command
+from cleandift_backbones.evaluation.plans import make_plan
+from cleandift_backbones.evaluation.tasks import segmentation
 
 pytest.importorskip("matplotlib")
 OTHERS = ["random:test_resnet", "random:test_vit"]
@@ -108,9 +110,9 @@ def test_models_are_optimised_unless_told(classes, tmp_path, monkeypatch):
     for more in ([], ["--no-optimize"]):
         evaluate(monkeypatch, "knn", *given, *more)
         rates.append(results(out, "knn")["runs"][0]["maps"]["mid"]["kNN accuracy, k=1"]["rate"])
-    infos = [json.loads(path.read_text()) for path in (out / "features").glob("*/info.json")]
+    infos = [json.loads(path.read_text())["settings"] for path in (out / "features").glob("*/meta.json")]
     assert rates[0] == rates[1] and len({info["weights"] for info in infos}) == 1
-    assert sorted(str(info["settings"].get("optimize")) for info in infos) == ["None", "exact"]
+    assert sorted(str(info.get("optimize")) for info in infos) == ["None", "exact"]
 
 
 def test_segmentation(voc, tmp_path, monkeypatch):  # noqa: F811
@@ -258,7 +260,7 @@ def test_out_of_memory_in_a_probe_names_its_flag(voc, tmp_path, monkeypatch, cap
     def full(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr(command.segmentation, "train_segmenter", full)
+    monkeypatch.setattr(segmentation, "train_segmenter", full)
     with pytest.raises(SystemExit) as stop:
         evaluate(monkeypatch, "segmentation", "--model", "pixels", "--data", voc, "--out", tmp_path / "out")
     assert stop.value.code == 2 and "out of memory; lower --probe-batch" in capsys.readouterr().err
@@ -280,7 +282,7 @@ def test_noisy_models_in_folders_and_maps_with_commas(tmp_path):
     save_folder(timm.create_model("dift_tiny", features_only=True), tmp_path / "mine")
     name = f"local-dir:{tmp_path / 'mine'}"
     told = ["knn", "--model", name, "test_cleandift", "--data", "x", "--timesteps", "1,50", "--map", "us6,mid"]
-    plan = command.make_plan(command.parser().parse_args(told))
+    plan = make_plan(command.parser().parse_args(told))
     found = [(run.name, run.settings.get("timestep")) for run in plan]
     assert found == [(name, 1), (name, 50), ("test_cleandift", None)]
     assert all(run.maps == ["us6", "mid"] for run in plan)

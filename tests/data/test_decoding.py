@@ -16,13 +16,14 @@ from finetune_runs import finetune, refused
 from picture_bytes import encoded
 from PIL import Image, PngImagePlugin
 
-from cleandift_backbones.data import compositing
-from cleandift_backbones.data.batches import DecodeOptions, Picture, decode, is_transparent, read_rgba
+from cleandift_backbones.data.batches import DecodeOptions, decode, is_transparent, read_rgba
 from cleandift_backbones.data.images import ImageError, read_image, to_input
 from cleandift_backbones.data.loading import Resize
+from cleandift_backbones.data.sources import ImageSource
 from cleandift_backbones.evaluation import items
 from cleandift_backbones.evaluation.tasks import depth, segmentation
 from cleandift_backbones.visualize.pictures import open_picture
+from tools.tiny.emoji_folder import load_pictures
 
 
 def chunk(name, data):
@@ -56,7 +57,7 @@ def test_it_is_reported_by_name_in_every_reader(tmp_path, strict):
     path = tmp_path / "bomb.png"
     # With warnings as errors the limit is half as high.
     path.write_bytes(bomb(10_000, 10_000) if strict else bomb())
-    picture = Picture("bomb.png", path, "")
+    picture = ImageSource("bomb.png", str(path))
     (tmp_path / "metadata.jsonl").write_text(
         '{"file_name": "bomb.png", "text": "", "style": "", "concept": "", "subgroup": ""}\n'
     )
@@ -67,7 +68,7 @@ def test_it_is_reported_by_name_in_every_reader(tmp_path, strict):
             lambda: read_image(path.read_bytes(), name="bomb.png"),
             lambda: decode(picture, DecodeOptions(64), torch.Generator()),
             lambda: read_rgba(picture, 64),
-            lambda: compositing.load_pictures(tmp_path, 64),
+            lambda: load_pictures(tmp_path, 64),
             lambda: items.picture_size(path),
             lambda: items.check_answers([(path, path)], "masks"),
             lambda: segmentation.read_mask(path, 3),
@@ -87,7 +88,7 @@ def test_out_of_memory_is_reported_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "interpolate", full)
     with pytest.raises(ImageError, match="a.png: too large for this machine's memory"):
-        decode(Picture("a.png", tmp_path / "a.png", ""), DecodeOptions(32), torch.Generator())
+        decode(ImageSource("a.png", str(tmp_path / "a.png")), DecodeOptions(32), torch.Generator())
     with pytest.raises(SystemExit):
         extract(tmp_path, tmp_path / "out", "--size", "32", "--strict")
 
@@ -139,9 +140,9 @@ def test_long_texts_in_a_png_do_not_hide_its_pixels(tmp_path, kind):
     expected = np.asarray(read_image(encoded(image)))
     assert (np.asarray(read_image(path)) == expected).all()
     assert (np.asarray(read_image(data, name="shard:comfy")) == expected).all()
-    picture = Picture("comfy.png", path, "")
+    picture = ImageSource("comfy.png", str(path))
     assert is_transparent(picture) and torch.equal(
-        read_rgba(picture, 32), read_rgba(Picture("", encoded(image), ""), 32)
+        read_rgba(picture, 32), read_rgba(ImageSource("", data=encoded(image)), 32)
     )
     assert open_picture(data, "comfy.png").note == open_picture(path).note == ""
     assert items.picture_size(path) == (66, 70)
@@ -166,7 +167,7 @@ def test_orientation_is_kept_when_texts_are_skipped():
 def test_thin_images_are_cropped_before_they_are_resized(tmp_path, size, crop):
     noise(1, *size).save(tmp_path / "thin.png")
     clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    picture = Picture("thin", tmp_path / "thin.png", "")
+    picture = ImageSource("thin", str(tmp_path / "thin.png"))
     found = decode(picture, DecodeOptions(768, crop), torch.Generator().manual_seed(0))
     assert found.shape == (3, 768, 768) and found.abs().max() <= 1
     assert Resize("crop", (768, 768))(read_image(tmp_path / "thin.png", min_side=1)).shape == (3, 768, 768)
@@ -194,7 +195,7 @@ def test_cut_first_is_the_same_as_resized_first(size):
 def test_a_thin_transparent_image_is_padded_after_resizing(tmp_path):
     Image.new("RGBA", (60_000, 2), (200, 0, 0, 255)).save(tmp_path / "thin.png")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rgba = read_rgba(Picture("thin", tmp_path / "thin.png", ""), 64)
+    rgba = read_rgba(ImageSource("thin", str(tmp_path / "thin.png")), 64)
     assert rgba.shape == (4, 64, 64) and rgba[3].float().mean() < 12
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
@@ -202,7 +203,7 @@ def test_a_thin_transparent_image_is_padded_after_resizing(tmp_path):
 def test_huge_images_are_resized_in_strips_in_training(tmp_path, monkeypatch):
     """Equal up to rounding."""
     noise(1, 300, 200).save(tmp_path / "a.png")
-    picture = Picture("a", tmp_path / "a.png", "")
+    picture = ImageSource("a", str(tmp_path / "a.png"))
     plain = decode(picture, DecodeOptions(64), torch.Generator().manual_seed(0))
     monkeypatch.setattr("cleandift_backbones.data.batches.HUGE", 1000)
     strips = decode(picture, DecodeOptions(64), torch.Generator().manual_seed(0))

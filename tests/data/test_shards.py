@@ -12,15 +12,14 @@ from torch.utils.data import DataLoader
 from cleandift_backbones.data.batches import (
     DecodeOptions,
     FolderBatches,
-    Picture,
     decode,
     decode_batch,
-    list_pictures,
     plain_images,
     read_rgba,
 )
-from cleandift_backbones.data.captioned import pictures_of, read_shard, spread
+from cleandift_backbones.data.captioned import read_shard, sources_of, spread
 from cleandift_backbones.data.images import ImageError
+from cleandift_backbones.data.sources import ImageSource, list_training_sources
 from cleandift_backbones.data.streaming import ShardBatches, find_shards
 from cleandift_backbones.utils.errors import InputError
 
@@ -152,9 +151,9 @@ def test_captions_of_a_folder(tmp_path):
     (tmp_path / "a.txt").write_text(" from text\n")
     (tmp_path / "b.json").write_text(json.dumps({"caption": "from json"}))
     (tmp_path / "c.json").write_text(json.dumps({"text": "also"}))
-    assert [p.caption for p in list_pictures(tmp_path)] == ["from text", "from json", "also", ""]
+    assert [p.caption for p in list_training_sources(tmp_path)] == ["from text", "from json", "also", ""]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "imagefolder"}\n')
-    assert [(p.source.name, p.caption) for p in list_pictures(tmp_path)] == [("b.png", "imagefolder")]
+    assert [(p.source.name, p.caption) for p in list_training_sources(tmp_path)] == [("b.png", "imagefolder")]
 
 
 def test_linked_folders_are_trained_on(tmp_path):
@@ -163,7 +162,7 @@ def test_linked_folders_are_trained_on(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/set").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "data/._a.png").write_bytes(b"of another system")
-    assert [p.source.name for p in list_pictures(tmp_path / "data")] == ["elsewhere.png"]
+    assert [p.source.name for p in list_training_sources(tmp_path / "data")] == ["elsewhere.png"]
 
 
 def test_pictures_are_resized_and_cut_never_squashed(tmp_path):
@@ -174,7 +173,7 @@ def test_pictures_are_resized_and_cut_never_squashed(tmp_path):
             if (x - 150) ** 2 + (y - 75) ** 2 < 50**2:
                 image.putpixel((x, y), (255, 255, 255))
     image.save(tmp_path / "circle.png")
-    picture = Picture("circle", tmp_path / "circle.png", "")
+    picture = ImageSource("circle", str(tmp_path / "circle.png"))
     found = decode(picture, DecodeOptions(64, flip=False), torch.Generator()).mean(0) > 0
     assert found.any(0).sum() == found.any(1).sum() and 42 <= found.any(0).sum() <= 44
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +185,7 @@ def test_processes_share_the_joint_batch_of_a_folder(folder, tmp_path):
     (tmp_path / "pictures").mkdir()
     for number in range(10):
         (tmp_path / f"pictures/{number}.jpg").write_bytes(jpeg(number))
-    pictures = list_pictures(tmp_path / "pictures")
+    pictures = list_training_sources(tmp_path / "pictures")
     one = FolderBatches(pictures, OPTIONS, seed=0, batch_size=4, batches=5)
     two = [FolderBatches(pictures, OPTIONS, seed=0, batch_size=2, batches=5, rank=rank, world=2) for rank in range(2)]
     for number in range(5):
@@ -217,7 +216,7 @@ def test_a_batch_without_a_readable_picture_takes_another(tmp_path):
 
 def test_transparent_pictures_are_not_squashed(tmp_path):
     Image.new("RGBA", (40, 20), (255, 0, 0, 255)).save(tmp_path / "wide.png")
-    rgba = read_rgba(Picture("wide", tmp_path / "wide.png", ""), 64)
+    rgba = read_rgba(ImageSource("wide", str(tmp_path / "wide.png")), 64)
     opaque = rgba[3] > 127
     assert rgba.shape == (4, 64, 64)
     assert abs(int(opaque.any(0).sum()) - 2 * int(opaque.any(1).sum())) <= 2  # still twice as wide as high
@@ -290,18 +289,18 @@ def test_damage_in_held_out_shards_is_told(folder, tmp_path, caplog):
     write(tmp_path / "held/0.tar", 0)
     write(tmp_path / "held/1.tar", 0)
     with pytest.raises(InputError, match="the shards hold no images"):
-        pictures_of(tmp_path / "held")
+        sources_of(tmp_path / "held")
 
 
 def test_pictures_of_shards_are_spread_and_read_in_order(folder, tmp_path):
-    every = pictures_of(folder)
+    every = sources_of(folder)
     assert [p.caption for p in every] == [f"picture {number}" for number in range(COUNT)]
     assert every[9].name == f"{folder}/00001.tar:{9:09}" and every[9].source == jpeg(9)
-    assert [p.caption for p in pictures_of(folder, 4)] == [f"picture {number}" for number in (0, 10, 20, 30)]
+    assert [p.caption for p in sources_of(folder, 4)] == [f"picture {number}" for number in (0, 10, 20, 30)]
     (tmp_path / "images").mkdir()
     for number in range(5):
         (tmp_path / f"images/{number}.jpg").write_bytes(jpeg(number))
-    assert [p.source.name for p in pictures_of(tmp_path / "images", 2)] == ["0.jpg", "2.jpg"]
+    assert [p.source.name for p in sources_of(tmp_path / "images", 2)] == ["0.jpg", "2.jpg"]
     for items, most, chosen in [("abcde", None, "abcde"), ("abcde", 9, "abcde"), ("abcdef", 3, "ace"), ("", 2, "")]:
         assert spread(list(items), most) == list(chosen)
 
@@ -354,12 +353,12 @@ def png(size, alpha):
 def test_transparent_images_in_shards_get_random_backgrounds(tmp_path):
     """As those of a folder do, also beside photographs in a batch; they are no longer put on white."""
     options = DecodeOptions(64, flip=False, background="random")
-    clear, photo = (Picture(name, data, "") for name, data in [("a", png((64, 64), 0)), ("b", jpeg(3))])
+    clear, photo = (ImageSource(name, data=data) for name, data in [("a", png((64, 64), 0)), ("b", jpeg(3))])
     (tmp_path / "a.png").write_bytes(clear.source)
     one = decode_batch([clear] * 6, options, 0, 0)
-    two = decode_batch([Picture("a", tmp_path / "a.png", "")] * 6, options, 0, 0)
+    two = decode_batch([ImageSource("a", str(tmp_path / "a.png"))] * 6, options, 0, 0)
     assert torch.equal(one.images, two.images) and one.images.amin((1, 2, 3)).min() < 0
-    broken = Picture("c", b"no image", "")
+    broken = ImageSource("c", data=b"no image")
     mixed = decode_batch([photo, *[clear] * 6, broken], options, 0, 0)
     assert torch.equal(mixed.images[0], decode(photo, options, torch.Generator())) and len(mixed.images) == 8
     assert torch.equal(mixed.images[1:7], one.images) and len(mixed.broken) == 1

@@ -14,10 +14,11 @@ from finetune_runs import finetune, refused
 from picture_bytes import encoded
 from PIL import Image, features
 
-from cleandift_backbones.data.batches import DecodeOptions, list_pictures
-from cleandift_backbones.data.sources import SourceError, list_entries
+from cleandift_backbones.data.batches import DecodeOptions
+from cleandift_backbones.data.sources import SourceError, list_sources, list_training_sources
 from cleandift_backbones.data.streaming import ShardBatches, find_shards
-from cleandift_backbones.evaluation.tasks import knn, segmentation
+from cleandift_backbones.evaluation import labelled
+from cleandift_backbones.evaluation.tasks import segmentation
 from cleandift_backbones.features import Features
 
 SEPARATOR = "\u2028"
@@ -45,7 +46,7 @@ def trained(path, count):
 
 
 def keys(path, **kwargs):
-    return [entry.key for entry in list_entries(str(path), **kwargs)[0]]
+    return [entry.key for entry in list_sources(str(path), **kwargs)[0]]
 
 
 # --- shards ---
@@ -79,7 +80,7 @@ def test_concatenated_shards_are_read_to_the_end(tmp_path):
     both = tmp_path / "both" / "c.tar"
     both.parent.mkdir()
     both.write_bytes(one.read_bytes() + two.read_bytes())
-    entries, told = list_entries(str(both))
+    entries, told = list_sources(str(both))
     assert [entry.key for entry in entries] == list("abcd") and not told
     assert [entry.read().getpixel((0, 0))[0] for entry in entries] == [0, 20, 40, 60]
     assert trained(both, 4) == (list("abcd"), [])
@@ -95,7 +96,7 @@ def test_a_truncated_shard_is_reported(tmp_path, cut):
     (tmp_path / "whole").mkdir()
     shutil.copy(pack(tmp_path / "whole.tar", {"w.png": png(), "w.txt": b"w"}), tmp_path / "whole" / "w.tar")
     shutil.move(shard, tmp_path / "whole" / "a.tar")
-    _, told = list_entries(str(tmp_path / "whole"))
+    _, told = list_sources(str(tmp_path / "whole"))
     assert len(told) == 1 and "a.tar is damaged" in told[0]
     _, broken = trained(tmp_path / "whole", 3)
     assert any("a.tar is damaged" in reason for reason in broken)
@@ -107,7 +108,7 @@ def test_equal_names_in_concatenated_shards_are_not_dropped_silently(tmp_path):
     both = tmp_path / "c.tar"
     both.write_bytes(one.read_bytes() + two.read_bytes())
     with pytest.raises(SourceError, match="two pictures have the key '0'.*give each file in it a name of its own"):
-        list_entries(str(both))
+        list_sources(str(both))
     assert trained(both, 2) == (["first", "second"], [])
 
 
@@ -119,7 +120,7 @@ def test_compressed_shards(tmp_path):
         tar.addfile(info, io.BytesIO(png()))
     assert trained(tmp_path / "*.tar.gz", 1) == ([""], [])
     with pytest.raises(SourceError, match="a.tar.gz is compressed"):
-        list_entries(str(tmp_path / "a.tar.gz"))
+        list_sources(str(tmp_path / "a.tar.gz"))
 
 
 # --- hidden ---
@@ -133,8 +134,8 @@ def test_hidden_files_and_folders_are_left_out_everywhere(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png())
     assert keys(root) == ["cat/1.png", "dog/2.png"]
-    assert [p.source.relative_to(root).as_posix() for p in list_pictures(root)] == ["cat/1.png", "dog/2.png"]
-    assert knn.read_image_folder(root).classes == ["cat", "dog"]
+    assert [p.source.relative_to(root).as_posix() for p in list_training_sources(root)] == ["cat/1.png", "dog/2.png"]
+    assert labelled.read_image_folder(root).classes == ["cat", "dog"]
     shard = pack(tmp_path / "a.tar", {f"./{name}": png() for name in names})
     assert keys(shard) == ["./cat/1", "./dog/2"] and trained(shard, 2) == (["", ""], [])
     (root / "list.txt").write_text(".git/3.png\n")
@@ -161,7 +162,7 @@ def test_existing_paths_are_not_patterns(tmp_path):
     folder = tmp_path / "photos [2024] {a}"
     folder.mkdir()
     (folder / "x.png").write_bytes(png())
-    assert keys(folder) == ["x.png"] and len(list_pictures(folder)) == 1
+    assert keys(folder) == ["x.png"] and len(list_training_sources(folder)) == 1
     (tmp_path / "x.tar").mkdir()
     (tmp_path / "x.tar/y.png").write_bytes(png())
     assert keys(tmp_path / "x.tar") == ["y.png"]
@@ -177,7 +178,7 @@ def test_existing_paths_are_not_patterns(tmp_path):
     assert keys(tmp_path / "list[1].txt") == ["x.tar/y.png"]
     for pattern, words in (("nothing*.tar", "no .tar shards"), ("{a.tar", "braces do not close"), ("*.txt", "no .tar")):
         with pytest.raises(SourceError, match=words):
-            list_entries(str(tmp_path / pattern))
+            list_sources(str(tmp_path / pattern))
 
 
 def test_brackets_in_both_tools(tmp_path, pictures):
@@ -190,7 +191,7 @@ def test_a_folder_with_shards_and_images_is_refused(tmp_path, capsys):
     pack(tmp_path / "a.tar", {"a.png": png()})
     (tmp_path / "b.png").write_bytes(png())
     with pytest.raises(SourceError, match=r"1 .tar shard and 1 image, such as .*b.png"):
-        list_entries(str(tmp_path))
+        list_sources(str(tmp_path))
     refused(tmp_path, tmp_path / "out", capsys, "1 .tar shard and 1 image", f"data.heldout={tmp_path}")
 
 
@@ -207,7 +208,7 @@ def test_lines_end_at_newlines_only(tmp_path):
     ]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "metadata.jsonl").write_text(text + "\n", encoding="utf-8", newline="")
-    assert [p.caption for p in list_pictures(tmp_path)] == [f"one{SEPARATOR}two", "x\x85y"]
+    assert [p.caption for p in list_training_sources(tmp_path)] == [f"one{SEPARATOR}two", "x\x85y"]
     (tmp_path / "metadata.jsonl").rename(tmp_path / "list.jsonl")
     assert keys(tmp_path / "list.jsonl") == ["a.png", f"b{SEPARATOR}c.png"]
     (tmp_path / "list.txt").write_text(f"b{SEPARATOR}c.png\n", encoding="utf-8")
@@ -244,17 +245,17 @@ def test_metadata_files_hold_captions(tmp_path, kind):
             parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(table), path)
 
     write(tmp_path / f"part/metadata.{kind}", [("d.png", "a dog, brown\nand white")])
-    assert [(p.source.name, p.caption) for p in list_pictures(tmp_path)] == [
+    assert [(p.source.name, p.caption) for p in list_training_sources(tmp_path)] == [
         ("a.png", ""), ("b.png", ""), ("d.png", "a dog, brown\nand white")
     ]  # fmt: skip
     write(tmp_path / f"metadata.{kind}", [("b.png", "bee"), ("part/c.png", "sea")])
     left_out = Counter()
-    found = list_pictures(tmp_path, left_out=left_out)
+    found = list_training_sources(tmp_path, left_out=left_out)
     assert [p.caption for p in found] == ["bee", "sea", "a dog, brown\nand white"]
     assert left_out == {"not in the metadata file": 1}
     (tmp_path / f"metadata.{'csv' if kind == 'jsonl' else 'jsonl'}").write_text("file_name\n")
     with pytest.raises(ValueError, match="has both metadata.jsonl and metadata"):
-        list_pictures(tmp_path)
+        list_training_sources(tmp_path)
 
 
 def test_side_cars(tmp_path):
@@ -263,20 +264,20 @@ def test_side_cars(tmp_path):
         (tmp_path / picture).write_bytes(png())
         (tmp_path / caption).write_text('{"prompt": "d"}' if caption == "d.json" else f"\ufeff{caption[0]}\n")
     left_out = Counter()
-    assert [p.caption for p in list_pictures(tmp_path, left_out=left_out)] == ["B", "a", "c", "d", ""]
+    assert [p.caption for p in list_training_sources(tmp_path, left_out=left_out)] == ["B", "a", "c", "d", ""]
     assert left_out == {".text": 1}
     shard = tmp_path / "s.tar"
     subprocess.run(["tar", "cf", shard, *sorted(os.listdir(tmp_path))], cwd=tmp_path, check=True)
     assert trained(shard, 5)[0] == ["B", "a", "c", "d", ""]
     (tmp_path / "a.caption").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="a.caption: .*utf-8"):
-        list_pictures(tmp_path)
+        list_training_sources(tmp_path)
 
 
 def test_prompts_of_a_csv_list(tmp_path):
     (tmp_path / "list.csv").write_text('path,key,prompt\na.png,1,"a cat, sitting"\nb.png,,\n')
-    entries, _ = list_entries(str(tmp_path / "list.csv"))
-    assert [(e.key, e.prompt) for e in entries] == [("1", "a cat, sitting"), ("b.png", "")]
+    entries, _ = list_sources(str(tmp_path / "list.csv"))
+    assert [(e.key, e.caption) for e in entries] == [("1", "a cat, sitting"), ("b.png", "")]
 
 
 @pytest.mark.parametrize("text", ["caption", "distilled", "empty"])
@@ -330,9 +331,9 @@ def test_image_formats_are_the_same_everywhere(tmp_path, capsys):
     for name in ("a.heic", "b.heic", "notes.md", ".hidden.png", "jfif.txt"):
         (folder / name).write_bytes(b"words")
     expected = sorted(names)
-    assert [p.source.name for p in list_pictures(tmp_path / "data")] == expected
-    found = knn.read_image_folder(tmp_path / "data")
-    assert [item.name for item in found.items] == [f"class/{name}" for name in expected]
+    assert [p.source.name for p in list_training_sources(tmp_path / "data")] == expected
+    found = labelled.read_image_folder(tmp_path / "data")
+    assert [item.key for item in found.items] == [f"class/{name}" for name in expected]
     shard = pack(tmp_path / "a.tar", names)
     assert sorted(keys(shard)) == [name.partition(".")[0] for name in expected]
     assert not trained(shard, len(names))[1]
@@ -353,7 +354,7 @@ def test_files_with_holes_are_counted_and_not_read_as_they_lie(tmp_path):
             if not tar.getmember("hole.bmp").issparse():
                 pytest.skip("no holes on this file system")
         left_out = Counter()
-        entries, told = list_entries(str(shard), left_out=left_out)
+        entries, told = list_sources(str(shard), left_out=left_out)
         assert [entry.key for entry in entries] == ["a"] and not told and left_out == {"sparse files": 1}
 
 
@@ -362,6 +363,21 @@ def test_shards_of_one_name_in_two_folders_are_told_with_what_helps(tmp_path):
         (tmp_path / name).mkdir()
         pack(tmp_path / name / "0.tar", {"k.png": png()})
     with pytest.raises(SourceError, match="give --shard-names"):
-        list_entries(str(tmp_path / "*" / "0.tar"))
+        list_sources(str(tmp_path / "*" / "0.tar"))
     with pytest.raises(SourceError, match="rename one of the shards"):
-        list_entries(str(tmp_path / "*" / "0.tar"), shard_names=True)
+        list_sources(str(tmp_path / "*" / "0.tar"), shard_names=True)
+
+
+def test_a_run_trains_on_a_list(tmp_path):
+    """The same list as an extraction takes."""
+    from cleandift_backbones.distill.recipe import load_recipe
+    from cleandift_backbones.distill.setup import list_data
+
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    lines = [json.dumps(dict(path=f"{number}.png", caption=f"image {number}")) for number in (2, 0)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    given = [f"data.path={tmp_path / 'list.jsonl'}", f"data.heldout={tmp_path}", f"output_dir={tmp_path / 'run'}"]
+    data = list_data(load_recipe("configs/finetune/cleandift_tiny.yaml", given), 64)
+    assert [(one.key, one.caption) for one in data.pictures] == [("2.png", "image 2"), ("0.png", "image 0")]
+    assert "2 images, 2 with captions; 3 held out" in data.summary.lines()[0]

@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler
 
 from cleandift_backbones.distill.distiller import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.recipe import load_recipe
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.models.denoisers.unet import FeatureUNet
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
 from cleandift_backbones.models.projection_heads import (
     CONDITIONINGS,
     FiLM,
@@ -205,13 +205,13 @@ def test_map_losses():
 
 def distiller(maps, heads=True):
     torch.manual_seed(0)
-    teacher, student = FeatureUNet.build(TEST["unet"]), FeatureUNet.build(TEST["unet"])
+    teacher, student = FeatureUNet.build(TEST.denoiser.config), FeatureUNet.build(TEST.denoiser.config)
     channels = {i.name: i.channels for i in student.infos if i.name in maps}
     head = ProjectionHeads(channels, depth=1) if heads else None
     if heads:
         for p in head.adapters.parameters():
             torch.nn.init.normal_(p, std=0.3)
-    return Distiller(teacher, student, DDPMScheduler(**TEST["scheduler"]), maps, head)
+    return Distiller(teacher, student, DDPMScheduler(**TEST.schedule.config), maps, head)
 
 
 def test_one_student_pass_serves_all_levels():

@@ -13,6 +13,7 @@ from finetune_runs import arguments, equal, finetune, log, refused
 from safetensors.torch import load_file
 
 from cleandift_backbones.checkpoints import CheckpointError
+from cleandift_backbones.distill import setup
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.setup import Prompts
 from cleandift_backbones.distill.train import Training
@@ -52,6 +53,24 @@ def test_it_learns_and_loads(pictures, tmp_path):
     events.Reload()
     assert [round(e.value, 5) for e in events.Scalars("validation")] == [round(v, 5) for v in validation]
     assert "loss/us6" in events.Tags()["scalars"] and "features" in events.Tags()["images"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["latent_encoder=tiny"], ["mixed_precision=bf16", "cache_dir=cache"]])
+def test_the_teacher_and_the_encoder_are_loaded_once(pictures, tmp_path, monkeypatch, overrides):
+    """The export has the teacher's own VAE and prompt, also where the run has dropped or halved them."""
+    monkeypatch.chdir(tmp_path)
+    loaded, create, load = [], timm.create_model, setup.load_latent_encoder
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, **k: (k.get("pretrained") and loaded.append(a)) or create(*a, **k)
+    )
+    monkeypatch.setattr(setup, "load_latent_encoder", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    state = finetune(pictures, tmp_path / "run", "max_steps=1", *overrides)
+    assert loaded == [("dift_tiny",)] + [("cleandift_tiny", "tiny", None)] * ("latent_encoder=tiny" in overrides)
+    monkeypatch.undo()
+    kind = "tiny" if "latent_encoder=tiny" in overrides else "default"
+    teacher = timm.create_model("dift_tiny", pretrained=True, latent_encoder=kind).state_dict()
+    for name in [name for name in teacher if name.startswith("vae.")] + ["prompt_embeds"]:
+        assert torch.equal(state[name], teacher[name]), name
 
 
 def test_half_precision_and_a_push_at_the_end(pictures, tmp_path, hub, logged_in):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from cleandift_backbones.distill.distiller import Distiller
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.distill.train import Training
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.models.denoisers.unet import FeatureUNet
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
 from cleandift_backbones.models.latents import LatentEncoder, TinyLatentEncoder
 from tools.tiny.train_latent_encoder import main as train_encoder
 
@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
     """A light encoder with random weights, unlike the shipped one."""
     torch.manual_seed(3)
     path = tmp_path_factory.mktemp("light") / "light.safetensors"
-    save_file(TinyLatentEncoder(ARCHITECTURES["tiny"]["vae_tiny"]).state_dict(), path)
+    save_file(TinyLatentEncoder(ARCHITECTURES["tiny"].vae_tiny).state_dict(), path)
     return path
 
 
@@ -33,8 +33,8 @@ def test_loss_of_two_latents():
     """The teacher noises the true latents, the student sees its own: written out plainly."""
     cfg = ARCHITECTURES["test"]
     torch.manual_seed(0)
-    teacher, student = FeatureUNet.build(cfg["unet"], "us6"), FeatureUNet.build(cfg["unet"], "us6")
-    scheduler = DDPMScheduler(**cfg["scheduler"])
+    teacher, student = FeatureUNet.build(cfg.denoiser.config, "us6"), FeatureUNet.build(cfg.denoiser.config, "us6")
+    scheduler = DDPMScheduler(**cfg.schedule.config)
     module = Distiller(teacher, student, scheduler, {"us6": 1.0}, None, "l2")
     true, own, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 1, 4, 8, 8)
     prompt, steps = torch.randn(1, 3, 6), torch.tensor([[5], [700]])
@@ -152,19 +152,19 @@ def test_encoder_training_resumes(pictures, tmp_path, monkeypatch):
     given = ["--data", str(pictures), "--size", "64", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
     given += ["--max-steps", "4", "--save-steps", "2", "--warmup", "1", "--out"]
     assert train_encoder([*given, str(tmp_path / "whole")]) == 0
-    from cleandift_backbones.distill.trainer import Run
+    from tools.tiny.training import Loop
 
-    save = Run.save
+    save = Loop.save
 
-    def save_and_die(run):
-        save(run)
+    def save_and_die(loop):
+        save(loop)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "save", save_and_die)
+    monkeypatch.setattr(Loop, "save", save_and_die)
     with pytest.raises(SystemExit) as stop:
         train_encoder([*given, str(tmp_path / "parts")])
     assert stop.value.code == 130
-    monkeypatch.setattr(Run, "save", save)
+    monkeypatch.setattr(Loop, "save", save)
     assert train_encoder([*given, str(tmp_path / "parts")]) == 0
     name = "encoder/diffusion_pytorch_model.safetensors"
     equal(load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name))

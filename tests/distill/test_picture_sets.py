@@ -1,5 +1,6 @@
 """Photographs and emoji mixed for the small VAE and teacher, and training that begins from earlier weights."""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,12 +9,12 @@ import torch
 from PIL import Image
 from test_training import TINY_TEACHER, TINY_VAE, tool, write_split
 
-from cleandift_backbones.data.captioned import Picture
-from cleandift_backbones.distill import trainer
-from cleandift_backbones.distill.captions import Captions, build_tokenizer, caption
-from cleandift_backbones.distill.picture_sets import Photos, PictureSets
-from cleandift_backbones.distill.starting import start_from, start_text
+from cleandift_backbones.data.sources import ImageSource
 from cleandift_backbones.utils.errors import InputError
+from tools.tiny.captions import Captions, build_tokenizer, caption
+from tools.tiny.picture_sets import Photos, PictureSets
+from tools.tiny.starting import start_from, start_text
+from tools.tiny.training import start
 
 SIDE = 32
 
@@ -52,7 +53,7 @@ def sets(emoji, photos, **options):
 
 def picture(array, tmp_path):
     Image.fromarray(array).save(tmp_path / "x.png")
-    return Picture("x", tmp_path / "x.png", "")
+    return ImageSource("x", str(tmp_path / "x.png"))
 
 
 def test_the_middle_of_a_photograph_is_cut_out_to_the_pixel(tmp_path):
@@ -241,5 +242,6 @@ def test_the_precision_of_a_step_follows_the_processor(monkeypatch):
     for fast in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        with trainer.autocast(torch.device("cpu")):
+        accelerator = start(argparse.Namespace(device="cpu", seed=0))
+        with accelerator.autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if fast else torch.float32)

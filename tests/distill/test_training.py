@@ -1,12 +1,9 @@
-"""The training of the small teacher: composing pictures, captions, shared plumbing, both scripts from end to end."""
+"""The training of the small teacher: composing images, captions, both scripts from end to end."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
-from cleandift_backbones.data.compositing import KINDS, Compositor, compose_plain, contact_sheet, load_pictures
-from cleandift_backbones.distill import trainer
-from cleandift_backbones.distill.trainer import EMA, Run, lr_factor
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
-from cleandift_backbones.utils import seeding
-from cleandift_backbones.utils.seeding import batch_indices, step_generator
+from cleandift_backbones.data.compositing import KINDS, Compositor, compose_plain
+from cleandift_backbones.models.architectures import ARCHITECTURES
 
 pytest.importorskip("transformers")
-from cleandift_backbones.distill.captions import LENGTH, Captions, build_tokenizer, caption
+from tools.tiny import training
+from tools.tiny.captions import LENGTH, Captions, build_tokenizer, caption
+from tools.tiny.emoji_folder import contact_sheet, load_pictures
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXTS = ("grinning face", "cat with tears", "red heart", "family: man, woman, girl")
@@ -186,149 +180,6 @@ def test_captions_that_are_too_long_are_cut_like_the_tokenizers(data):
     assert torch.equal(ids, own) and ids[0, -1] == tokenizer.eos_token_id
 
 
-# ---------------------------------------------------------------------------------------------------------- trainer
-
-
-def test_batches_visit_every_sample_once_an_epoch():
-    seen = torch.cat([batch_indices(step, 6, 9, seed=1) for step in range(3)])
-    assert sorted(seen[:9].tolist()) == sorted(seen[9:].tolist()) == list(range(9))
-    assert not torch.equal(seen[:9], seen[9:])
-    assert not torch.equal(batch_indices(0, 6, 9, 1), batch_indices(0, 6, 9, 2))
-    assert len(batch_indices(5, 25, 9, 1)) == 25  # larger than an epoch
-    with pytest.raises(ValueError, match="batch_size=0"):
-        batch_indices(0, 0, 9, 1)
-
-
-def test_generators_depend_on_their_parts_alone():
-    cpu = torch.device("cpu")
-    first, again, other = (torch.rand(4, generator=step_generator(cpu, 0, step)) for step in (7, 7, 8))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert len({seeding.mix_seed(a, b) for a in range(20) for b in range(20)}) == 400
-
-
-def test_schedule_warms_up_and_ends_at_the_floor():
-    assert lr_factor(0, 0, warmup=10) == pytest.approx(0.1)
-    assert lr_factor(9, 0, warmup=10) == pytest.approx(1)
-    assert lr_factor(100, 0.5, warmup=10, floor=0.2) == pytest.approx(0.6)
-    assert lr_factor(100, 1.3, warmup=10, floor=0.2) == pytest.approx(0.2)
-    falling = [lr_factor(1000, p / 10, 10) for p in range(11)]
-    assert falling == sorted(falling, reverse=True)
-
-
-def test_ema_follows_its_formula_and_gives_the_weights_back():
-    layer = nn.Linear(2, 1, bias=False)
-    ema = EMA({"layer": layer}, decay=0.5)
-    expected = layer.weight.detach().clone()
-    for count in range(8):
-        with torch.no_grad():
-            layer.weight += 1
-        decay = min(0.5, (1 + count) / (10 + count))
-        expected = decay * expected + (1 - decay) * layer.weight.detach()
-        ema.update(count)
-    own = layer.weight.detach().clone()
-    with ema.applied():
-        assert torch.allclose(layer.weight, expected)
-    assert torch.equal(layer.weight, own)
-    with pytest.raises(ValueError, match="decay 1"):
-        EMA({}, 1)
-
-
-class Toy:
-    """A regression whose batches come from (seed, step); enough to see whether a run is continued exactly."""
-
-    def __init__(self, out: Path, **options):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Flatten(), nn.LazyLinear(1))
-        self.model(torch.zeros(1, 3, 5, 5))
-        self.model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2)
-        options = {"max_steps": 8, "warmup": 2, "log_steps": 2, "settings": {"lr": 1e-2}} | options
-        self.run = Run(out, {"model": self.model}, optimizer, **options)
-
-    def train(self, interrupt: int | None = None, number: int = signal.SIGTERM) -> Toy:
-        with self.run:
-            for step in self.run:
-                x = torch.randn(4, 3, 5, 5, generator=step_generator(torch.device("cpu"), 0, step))
-                loss = (self.model(x) - x.sum((1, 2, 3))[:, None]).square().mean()
-                self.run.update(loss)
-                self.run.track(4, loss=loss)
-                if step == interrupt:
-                    os.kill(os.getpid(), number)
-        return self
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_continues_exactly(tmp_path, number):
-    whole = Toy(tmp_path / "whole").train()
-    before = signal.getsignal(number)
-    stopped = Toy(tmp_path / "parts").train(interrupt=3, number=number)
-    assert not stopped.run.finished and stopped.run.step == 4
-    assert stopped.run.exit_code == 128 + number and signal.getsignal(number) is before
-    resumed = Toy(tmp_path / "parts").train()
-    assert resumed.run.finished and resumed.run.step == 8 and resumed.run.exit_code == 0
-    one, two = (load_file(tmp_path / name / trainer.CHECKPOINT) for name in ("whole", "parts"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").open()] for n in ("whole", "parts")]
-    whole_lines, parts_lines = ([(e["step"], e["loss"], e["lr"]) for e in log] for log in logs)
-    assert whole_lines == parts_lines
-    assert [entry["step"] for entry in logs[0]] == [2, 4, 6, 8]
-    assert whole.model[0].weight.is_contiguous(memory_format=torch.channels_last)
-    assert not list(tmp_path.glob("*/.*"))  # nothing half-written is left
-
-
-def test_a_finished_run_has_nothing_to_do(tmp_path):
-    Toy(tmp_path).train()
-    again = Toy(tmp_path).train()
-    assert again.run.finished and again.run.step == 8
-    longer = Toy(tmp_path, max_steps=10).train()
-    assert longer.run.step == 10
-
-
-def test_a_run_refuses_what_it_cannot_continue(tmp_path):
-    Toy(tmp_path).train()
-    with pytest.raises(ValueError, match=r"another run: lr was 0.01 and is 0.5"):
-        Toy(tmp_path, settings={"lr": 0.5})
-    with pytest.raises(FileExistsError, match="--resume auto"):
-        Toy(tmp_path, resume="never")
-    with pytest.raises(ValueError, match="needs an end"):
-        Toy(tmp_path / "new", max_steps=None)
-    with pytest.raises(ValueError, match="max_minutes=0 must be above 0"):
-        Toy(tmp_path / "new", max_minutes=0)
-    with pytest.raises(ValueError, match="no CUDA device"):
-        trainer.pick_device("cuda:99") if not torch.cuda.is_available() else pytest.skip("there is a CUDA device")
-
-
-def test_time_drives_the_schedule_and_stops_the_run(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(trainer, "_STARTED", 0.0)
-    toy = Toy(tmp_path, max_steps=None, max_minutes=10, stop_minutes=4, save_minutes=100)
-    rates = []
-    with toy.run as run:
-        for _ in run:
-            rates.append(run.optimizer.param_groups[0]["lr"])
-            run.update(toy.model(torch.ones(1, 3, 5, 5)).sum())
-            now[0] += 60
-    assert not run.finished and run.step == 4 and run.progress() == pytest.approx(0.4)
-    now[0], minutes = 1000.0, 0
-    monkeypatch.setattr(trainer, "_STARTED", 1000.0)
-    again = Toy(tmp_path, max_steps=None, max_minutes=10)
-    with again.run as run:
-        for _ in run:
-            rates.append(run.optimizer.param_groups[0]["lr"])
-            now[0] += 60
-            minutes += 1
-    assert run.finished and minutes == 6
-    assert rates == [pytest.approx(1e-2 * lr_factor(step, step / 10, 2)) for step in range(10)]
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    toy = Toy(tmp_path)
-    with pytest.raises(FloatingPointError, match=r"'loss'\] not finite.*--lr"), toy.run as run:
-        for _ in run:
-            run.track(1, loss=torch.tensor(math.nan))
-
-
 # ---------------------------------------------------------------------------------------------------------- scripts
 
 TINY_VAE = ["--widths", "8,8,16", "--crop", "16", "--max-steps", "3", "--batch-size", "4", "--eval-steps", "2"]
@@ -359,7 +210,7 @@ def test_train_vae_writes_a_diffusers_folder(vae_folder, pictures):
     assert posterior.mean.shape == (16, 4, 8, 8)
     log = [json.loads(line) for line in (vae_folder / "log.jsonl").open()]
     assert log[-1]["step"] == 3 and log[-1]["emoji_heldout_l1"] > 0 and log[-1]["emoji_heldout_psnr"] > 0
-    assert vae.config.scaling_factor == ARCHITECTURES["tiny"]["vae"]["scaling_factor"]
+    assert vae.config.scaling_factor == ARCHITECTURES["tiny"].vae["scaling_factor"]
     assert Image.open(vae_folder / "reconstructions.png").size[0] > 32
 
 
@@ -393,7 +244,7 @@ def test_train_teacher_continues_exactly(data, vae_folder, teacher_folder, tmp_p
     assert teacher.main([*options, "--export"]) == 0
     assert (tmp_path / "model_index.json").exists()  # of the checkpoint, which stands
     assert teacher.main(options) == 0
-    one, two = (load_file(folder / trainer.CHECKPOINT) for folder in (teacher_folder, tmp_path))
+    one, two = (load_file(folder / training.CHECKPOINT) for folder in (teacher_folder, tmp_path))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 

@@ -110,7 +110,7 @@ def test_placed_points_follow_the_pictures(folder):
 
 def test_benchmark_equals_loops_over_pairs(folder):
     suite = read(folder)
-    benchmark = emoji.Benchmark(suite, placements=2, seed=3)
+    benchmark = emoji.EmojiBenchmark(suite, placements=2, seed=3)
     torch.manual_seed(0)
     extractor = load_extractor("test_resnet", "layer1", pretrained=False, size=96)
     results = benchmark.run(extractor, batch_size=4, progress=False)["layer1"]
@@ -141,7 +141,7 @@ def test_benchmark_equals_loops_over_pairs(folder):
 
 
 def test_same_position_knows_centred_eyes_but_not_placed_ones(folder):
-    tallies = emoji.Benchmark(read(folder), placements=8).same_position()
+    tallies = emoji.EmojiBenchmark(read(folder), placements=8).same_position()
     # styles are shifted by 0, +0.06 and -0.06: within 0.1 for all pairs but the two that differ by 0.12
     assert tallies["eyes_centred"].rate == pytest.approx(4 / 6)
     assert tallies["eyes_placed"].rate < 0.4
@@ -161,11 +161,11 @@ def test_styles_get_noises_of_their_own(folder):
 
     suite = read(folder)
     noisy = Noisy()
-    emoji.Benchmark(suite, seed=2).run(noisy, progress=False)
+    emoji.EmojiBenchmark(suite, seed=2).run(noisy, progress=False)
     assert sorted(set(noisy.seeds)) == [2000, 2001, 2002, 2100, 2101]
     assert noisy.seeds.count(2100) == noisy.seeds.count(2101) == len(suite.eyes)
     noisy.seeds.clear()
-    emoji.Benchmark(suite, seed=2, independent_noise=False).run(noisy, progress=False)
+    emoji.EmojiBenchmark(suite, seed=2, independent_noise=False).run(noisy, progress=False)
     assert len(set(noisy.seeds)) == 1
 
 
@@ -235,7 +235,7 @@ def test_evaluate_makes_the_table(folder, monkeypatch, capsys):
     assert len(list((out / "runs").iterdir())) == runs + 1
     (folder / "data/heldout/metadata.jsonl").write_text(lines)
     # Started again, it takes every finished run from disk, with the same result.
-    monkeypatch.setattr(emoji.Benchmark, "run", None)
+    monkeypatch.setattr(emoji.EmojiBenchmark, "run", None)
     run_evaluate(
         monkeypatch, "--data", folder / "data", "--eyes", folder / "eyes.json", "--out", out, "--size", 64,
         "--models", *models, "--device", "cpu",

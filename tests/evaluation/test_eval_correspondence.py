@@ -68,8 +68,8 @@ def test_spair_is_read(spair):
     assert (first.source, first.target) == (back.target, back.source) and data.sizes[first.source] == (37, 50)
     assert first.source_points.tolist() == [[5, 6], [40, 30]] and first.target_points.tolist() == [[7, 5], [44, 20]]
     assert (first.box, back.box, cat.box) == (42, 45, 47) and cat.category == "cat"
-    assert data.items[cat.target].name == "JPEGImages/cat/2009_000002.jpg"
-    assert data.items[cat.target].prompt == "A photo of a cat." and data.items[0].read().size == (50, 37)
+    assert data.items[cat.target].key == "JPEGImages/cat/2009_000002.jpg"
+    assert data.items[cat.target].caption == "A photo of a cat." and data.items[0].read().size == (50, 37)
 
 
 def test_spair_says_what_is_missing(spair):
@@ -119,7 +119,7 @@ def test_json_pairs(tmp_path):
     entry = dict(source="a.png", target="b.png", source_points=[[1, 2]], target_points=[[3, 4.5]])
     data = pairs.read_pairs(write_json_pairs(tmp_path, [entry, dict(entry, category="x", target_box=[0, 5, 9, 45])]))
     assert data.pairs[0].box is None and data.pairs[1].box == 40 and data.sizes == [(30, 40), (50, 20)] * 2
-    assert data.pairs[0].target_points.tolist() == [[3, 4.5]] and data.items[0].prompt == ""
+    assert data.pairs[0].target_points.tolist() == [[3, 4.5]] and data.items[0].caption == ""
     for change, words in (
         (dict(target_points=[[25, 3]]), r"1 keypoints lie outside .*pair 0: target keypoint \(25\.0, 3\.0\) in 20x50"),
         (dict(target_points=[[1, 1], [2, 2]]), "1 source and 2 target keypoints"),
@@ -144,7 +144,7 @@ def test_json_pairs_may_lie_anywhere(tmp_path):
     for path in (str(tmp_path / "elsewhere" / "b.png"), "../elsewhere/b.png"):
         entry = dict(source="a.png", target=path, source_points=[[1, 2]], target_points=[[3, 4.5]])
         data = pairs.read_pairs(write_json_pairs(tmp_path / "here", [entry]))
-        assert data.items[1].read().size == (20, 50) and len({item.name for item in data.items}) == 2
+        assert data.items[1].read().size == (20, 50) and len({item.key for item in data.items}) == 2
 
 
 def test_a_folder_of_images_with_a_list_of_pairs(tmp_path):

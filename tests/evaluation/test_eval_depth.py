@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from test_eval_cache import picture
+from test_eval_features import picture
 from torch import nn
 
 from cleandift_backbones.evaluation import probes, tasks
@@ -40,7 +40,7 @@ def nyu(tmp_path):
 
 def test_lists_are_read(nyu):
     train, test = depth.read_nyu(nyu, "train"), depth.read_nyu(nyu)
-    assert train.items[0].name == "kitchen_0028b/rgb_00000.jpg" and train.items[0].prompt == "A photo of a room"
+    assert train.items[0].key == "kitchen_0028b/rgb_00000.jpg" and train.items[0].caption == "A photo of a room"
     assert train.depths[0]().max() == pytest.approx(2.5) and train.depths[0]()[0, 0] == 0
     assert test.depths[0]().max() == pytest.approx(5) and test.depths[0]().dtype == np.float32
     with pytest.raises(DataError, match=r"no split 'val' of NYUv2 \(found bathroom, kitchen_0028b, nyu_test\.txt"):
@@ -59,13 +59,13 @@ def test_lists_are_read(nyu):
 def test_depth_maps_are_checked_before_the_work(nyu):
     train, test = depth.read_nyu(nyu, "train"), depth.read_nyu(nyu)
     path = nyu / "bathroom/sync_depth_00045.png"
-    tasks.Depth(train, test, probes.Recipe())
+    tasks.Depth(train, test, probes.ProbeSettings())
     save_depth(path, np.ones((48, 32)))
     with pytest.raises(DataError, match=r"1 of 2 depth maps .*00045\.png: 32x48 pixels, but its picture has 64x48"):
-        tasks.Depth(train, test, probes.Recipe())
+        tasks.Depth(train, test, probes.ProbeSettings())
     path.write_bytes((nyu / "kitchen_0028b/sync_depth_00000.png").read_bytes()[:-30])
     with pytest.raises(DataError, match=r"1 of 2 depth maps cannot be used, first .*00045\.png: truncated"):
-        tasks.Depth(train, test, probes.Recipe())
+        tasks.Depth(train, test, probes.ProbeSettings())
 
 
 def test_the_labelled_mat_is_read(tmp_path):
@@ -79,7 +79,7 @@ def test_the_labelled_mat_is_read(tmp_path):
         depth.read_nyu(tmp_path)
     savemat(tmp_path / "splits.mat", {"trainNdxs": np.array([[1], [3]]), "testNdxs": np.array([[2]])})
     train, test = depth.read_nyu(tmp_path, "train"), depth.read_nyu(tmp_path)
-    assert [item.name for item in train.items] == ["nyu_depth_v2_labeled.mat/0", "nyu_depth_v2_labeled.mat/2"]
+    assert [item.key for item in train.items] == ["nyu_depth_v2_labeled.mat/0", "nyu_depth_v2_labeled.mat/2"]
     shown = np.asarray(test.items[0].read())
     assert shown.shape == (48, 64, 3) and (shown[5, 7] == images[1, :, 7, 5]).all()
     assert test.depths[0]()[5, 7] == metres[1, 7, 5]
@@ -158,7 +158,7 @@ def test_a_probe_learns_depth():
         truths.append(np.where(near.numpy(), 1.0, 6.0).astype(np.float32).repeat(4, 0).repeat(4, 1))
         maps.append(torch.stack([near.float(), torch.randn(4, 4, generator=generator)]))
     data = depth.DepthSet([None] * 24, [lambda t=t: t for t in truths])
-    probe = depth.train_depth(maps, data, probes.Recipe(epochs=80, learning_rate=0.05), progress=False)
+    probe = depth.train_depth(maps, data, probes.ProbeSettings(epochs=80, learning_rate=0.05), progress=False)
     predicted = probe(torch.stack(maps)).flatten()
     truth = torch.stack([depth.cell_depths(t, (4, 4)) for t in truths]).flatten()
     # the loss hardly minds a common factor; the best constant has a loss of about half log 6, 0.9

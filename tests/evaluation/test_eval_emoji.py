@@ -50,13 +50,13 @@ def test_the_benchmark_measures_them(folder):  # noqa: F811
     assert set(suite.subgroups) == {"a", "b"} and suite.alphas.shape == (15, 96, 96)
     assert suite.alphas[0, 50, 50] == 1 and suite.alphas[0, 0, 0] == 0
     pixels = load_extractor("pixels", size=96)
-    tallies = emoji.Benchmark(suite, seed=1).run(pixels, progress=False)["pixels"]
+    tallies = emoji.EmojiBenchmark(suite, seed=1).run(pixels, progress=False)["pixels"]
     assert tallies["subgroup"].trials.sum() == 15 and 0 <= tallies["subgroup"].rate <= 1
     # a coloured body on grey: pixels tell figure from ground, up to the body's border within a cell
     assert tallies["figure"].rate > 0.9 and (tallies["figure"].trials.sum(1) > 0).sum() == 3
     assert np.isfinite(tallies["figure"].resampled(np.ones((1, 5)))).all()
     suite.alphas = None
-    assert "figure" not in emoji.Benchmark(suite, seed=1).run(pixels, progress=False)["pixels"]
+    assert "figure" not in emoji.EmojiBenchmark(suite, seed=1).run(pixels, progress=False)["pixels"]
 
 
 def test_halves_split_concepts():

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_emoji import load_tool
 
-from cleandift_backbones.cli import evaluate as command
 from cleandift_backbones.cli import evaluate_photos
+from cleandift_backbones.data.sources import file_source
+from cleandift_backbones.evaluation import runs as command
 from cleandift_backbones.evaluation.bootstrap import Tally, difference, unit_weights
-from cleandift_backbones.evaluation.cache import FeatureCache
-from cleandift_backbones.evaluation.items import file_item
+from cleandift_backbones.evaluation.features import FeatureStores
 from cleandift_backbones.evaluation.report import Report, Row
 from cleandift_backbones.features.extractor import load_extractor
 
@@ -271,8 +271,8 @@ def test_help_teaches(monkeypatch, capsys):
 
 def test_features_are_removed_and_nothing_else(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    items = [file_item(tmp_path / "a.png", tmp_path)]
-    cache = FeatureCache(tmp_path / "cache", progress=False)
+    items = [file_source(tmp_path / "a.png", tmp_path)]
+    cache = FeatureStores(tmp_path / "cache", progress=False)
     extractor = load_extractor("pixels", size=64)
     found = cache.features(extractor, items)
     assert found["pixels"][0].shape == (3, 32, 32)

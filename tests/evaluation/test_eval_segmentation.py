@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_eval_cache import picture
+from test_eval_features import picture
 from torch import nn
 
-from cleandift_backbones.evaluation import probes, tasks
+from cleandift_backbones.evaluation import items, probes, tasks
 from cleandift_backbones.evaluation.items import DataError
 from cleandift_backbones.evaluation.tasks import segmentation
 
@@ -38,7 +38,7 @@ def voc(tmp_path):
 
 def test_voc_is_read(voc):
     train, val = (segmentation.read_scenes(voc, split) for split in ("train", "val"))
-    assert [item.name for item in train.items] == ["JPEGImages/2007_000032.jpg", "JPEGImages/2007_000039.jpg"]
+    assert [item.key for item in train.items] == ["JPEGImages/2007_000032.jpg", "JPEGImages/2007_000039.jpg"]
     mask = val.masks[0]()
     assert val.classes == 21 and mask.shape == (40, 50) and sorted(np.unique(mask)) == [0, 3, 255]
     root = voc / "VOCdevkit" / "VOC2012"
@@ -64,15 +64,15 @@ def test_voc_is_read(voc):
 def test_masks_are_checked_before_the_work(voc):
     folder = voc / "VOCdevkit" / "VOC2012" / "SegmentationClass"
     for root in (voc, voc / "VOCdevkit", voc / "VOCdevkit" / "VOC2012"):
-        train, val = (tasks.limit_scenes(segmentation.read_scenes(root, s), 1, 0) for s in ("train", "val"))
-        tasks.Segmentation(train, val, probes.Recipe())
+        train, val = (items.limit_scenes(segmentation.read_scenes(root, s), 1, 0) for s in ("train", "val"))
+        tasks.Segmentation(train, val, probes.ProbeSettings())
     save_palette(folder / "2007_000063.png", np.zeros((40, 60), np.uint8))
     with pytest.raises(DataError, match=r"1 of 2 masks .*000063\.png: 60x40 pixels, but its picture has 50x40"):
-        tasks.Segmentation(train, val, probes.Recipe())
+        tasks.Segmentation(train, val, probes.ProbeSettings())
     save_palette(folder / "2007_000063.png", np.zeros((40, 50), np.uint8))
     (folder / "2007_000063.png").write_bytes((folder / "2007_000063.png").read_bytes()[:-20])
     with pytest.raises(DataError, match=r"1 of 2 masks cannot be used, first .*000063\.png: truncated"):
-        tasks.Segmentation(train, val, probes.Recipe())
+        tasks.Segmentation(train, val, probes.ProbeSettings())
 
 
 def test_ade20k_is_read(tmp_path):
@@ -83,7 +83,7 @@ def test_ade20k_is_read(tmp_path):
         mask = np.array([[0, 1, 150]], np.uint8)
         Image.fromarray(mask).save(tmp_path / "annotations" / folder / f"ADE_{split}_00000001.png")
     scenes = segmentation.read_scenes(tmp_path, "val")
-    assert scenes.classes == 150 and scenes.items[0].name == "images/validation/ADE_val_00000001.jpg"
+    assert scenes.classes == 150 and scenes.items[0].key == "images/validation/ADE_val_00000001.jpg"
     assert scenes.masks[0]().tolist() == [[255, 0, 149]]
     Image.fromarray(np.array([[151]], np.uint8)).save(tmp_path / "annotations/validation/ADE_val_00000001.png")
     with pytest.raises(DataError, match="class 151 of 150 does not exist"):
@@ -170,7 +170,7 @@ def test_a_class_beyond_the_last_is_found_before_the_work(pets):
     train, val = (segmentation.read_scenes(pets, split) for split in ("train", "val"))
     said = r"1 of 9 masks .*val_1\.png: class 2 of 2 does not exist \(classes\.txt\)"
     with pytest.raises(DataError, match=said):
-        tasks.Segmentation(train, val, probes.Recipe())
+        tasks.Segmentation(train, val, probes.ProbeSettings())
 
 
 def random_masks(count, classes, seed=0):
@@ -228,7 +228,7 @@ def test_a_probe_learns_what_is_linear_and_is_seeded():
     direction = torch.randn(8, generator=generator)
     masks = [(torch.einsum("chw,c->hw", x - 3, direction) > 0).byte().numpy() for x in maps]
     labels = [segmentation.cell_labels(mask, (6, 6), 2) for mask in masks]
-    recipe = probes.Recipe(epochs=60, learning_rate=0.1)
+    recipe = probes.ProbeSettings(epochs=60, learning_rate=0.1)
     probe = segmentation.train_segmenter(maps[:30], labels[:30], 2, recipe, progress=False)
     assert segmentation.miou(probe, maps[30:], labels[30:], 2).rate > 0.93
     again = segmentation.train_segmenter(maps[:30], labels[:30], 2, recipe, progress=False)
@@ -245,9 +245,9 @@ def test_standardisation_is_folded_into_the_convolution():
     stacked = torch.stack(maps).transpose(0, 1).flatten(1)
     assert torch.allclose(mean, stacked.mean(1), atol=1e-4)
     assert torch.allclose(deviation, stacked.std(1, unbiased=False), rtol=1e-4)
-    seen = []
+    seen, settings = [], probes.ProbeSettings(1, 3, 0.0, 0.0)
     probe = probes.train_probe(
-        maps, 2, lambda out, indices: seen.append(out.detach()) or out.square().mean(), probes.Recipe(1, 3, 0.0, 0.0),
+        maps, 2, lambda out, indices: seen.append(out.detach()) or out.square().mean(), settings,
         progress=False,
     )  # fmt: skip
     assert torch.allclose(probe(torch.stack(maps)), seen[0], atol=1e-5)  # learning rate 0: the weights of the start

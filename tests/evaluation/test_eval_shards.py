@@ -12,9 +12,9 @@ from PIL import Image
 from test_eval_command import evaluate, results
 from test_sources import pack, png
 
-from cleandift_backbones.evaluation import tasks
-from cleandift_backbones.evaluation.items import DataError, Item
-from cleandift_backbones.evaluation.tasks import knn
+from cleandift_backbones.data.sources import ImageSource
+from cleandift_backbones.evaluation import labelled, tasks
+from cleandift_backbones.evaluation.items import DataError
 from cleandift_backbones.utils.errors import CleanDIFTError, InputError
 
 COLOURS = dict(blue=(20, 20, 230), red=(230, 20, 20))
@@ -46,22 +46,22 @@ def names(found):
 
 def test_labels_of_shards(tmp_path):
     path = shard(tmp_path / "photos" / "heldout.tar", ["red", "blue", "red"])
-    found = knn.read_shards(path)
+    found = labelled.read_shards(path)
     assert found.classes == ["blue", "red"] and names(found) == ["red", "blue", "red"]
-    assert [item.name for item in found.items] == [f"heldout.tar:{n:06d}" for n in range(3)]
+    assert [item.key for item in found.items] == [f"heldout.tar:{n:06d}" for n in range(3)]
     assert found.items[1].read().getpixel((0, 0)) == (22, 22, 232)
     shard(tmp_path / "photos" / "more.tar", ["red"] * 2)
     (tmp_path / "photos" / "LICENCE.txt").write_text("x")
     for place in (tmp_path / "photos", tmp_path / "photos" / "*.tar", tmp_path / "photos" / "{heldout,more}.tar"):
-        both = knn.read_shards(place)
+        both = labelled.read_shards(place)
         assert names(both) == ["red", "blue", "red", "red", "red"]
-        assert [(item.name, item.stamp) for item in both.items[:3]] == [(item.name, item.stamp) for item in found.items]
-        assert both.items[3].name == "more.tar:000000"
-    assert names(knn.read_shards(tmp_path / "photos", per_class=1)) == ["red", "blue"]
-    assert knn.read_shards(path, root=tmp_path).items[0].name == "photos/heldout.tar:000000"
+        assert [(item.key, item.stamp) for item in both.items[:3]] == [(item.key, item.stamp) for item in found.items]
+        assert both.items[3].key == "more.tar:000000"
+    assert names(labelled.read_shards(tmp_path / "photos", per_class=1)) == ["red", "blue"]
+    assert labelled.read_shards(path, root=tmp_path).items[0].key == "photos/heldout.tar:000000"
     stamps = {item.stamp for item in found.items}
     os.utime(path, (1, 1))
-    assert len(stamps) == 3 and not stamps & {item.stamp for item in knn.read_shards(path).items}
+    assert len(stamps) == 3 and not stamps & {item.stamp for item in labelled.read_shards(path).items}
 
 
 def test_where_a_label_stands(tmp_path):
@@ -69,7 +69,7 @@ def test_where_a_label_stands(tmp_path):
     files = {"a.png": png(), "a.cls": b"7\n", "a.json": b'{"label": "x"}', "b.png": png(1), "b.json": b'{"label": 7}'}
     files |= {"c.png": png(2), "c.txt": b"a caption", "c.json": b'\xef\xbb\xbf{"label": " two words "}'}
     files |= {"d.left.png": png(3), "d.right.png": png(4), "d.cls": b"7"}
-    found = knn.read_shards(pack(tmp_path / "a.tar", files))
+    found = labelled.read_shards(pack(tmp_path / "a.tar", files))
     assert names(found) == ["7", "7", "two words", "7", "7"]
 
 
@@ -79,11 +79,12 @@ def test_what_a_shard_must_hold(tmp_path, caplog):
     def refused(files, words, name=None):
         path = pack(tmp_path / (name or f"{next(count)}.tar"), files)
         with pytest.raises(InputError, match=words) as error:
-            knn.read_shards(path)
+            labelled.read_shards(path)
         assert str(path) in str(error.value)
 
     refused(
-        good | {"1.png": png(), "2.png": png(), "2.json": b'{"label": ""}'}, "2 of 3 images have no label, first .*:1;"
+        good | {"1.png": png(), "2.png": png(), "2.json": b'{"label": ""}'},
+        "2 of 3 images have no label, first .*:1.png;",
     )
     refused(good | {"1.png": png(), "1.json": b'{"label": [1]}'}, r"1\.json: a label must be text or a whole number")
     refused(good | {"1.png": png(), "1.json": b'{"label": true}'}, "a label must be text or a whole number")
@@ -95,21 +96,21 @@ def test_what_a_shard_must_hold(tmp_path, caplog):
     (tmp_path / "image.png").write_bytes(png())
     both.write_bytes(pack(tmp_path / "one.tar", good).read_bytes() * 2)
     with pytest.raises(DataError, match="two images have the key '000000'"):
-        knn.read_shards(both)
+        labelled.read_shards(both)
     cut = tmp_path / "cut.tar"
     cut.write_bytes(both.read_bytes()[:1200])
     with pytest.raises(DataError, match=r"cut\.tar is damaged"):
-        knn.read_shards(cut)
+        labelled.read_shards(cut)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "image.png", "0.png")
     with pytest.raises(InputError, match=r"a\.tar\.gz is compressed"):
-        knn.read_shards(tmp_path / "a.tar.gz")
+        labelled.read_shards(tmp_path / "a.tar.gz")
     with pytest.raises(InputError, match=r"no shard .*nothing\.tar"):
-        knn.read_gallery(tmp_path / "nothing.tar")
+        labelled.read_gallery(tmp_path / "nothing.tar")
     with pytest.raises(DataError, match=r"nothing is no folder; expected .*\.tar shards"):
-        knn.read_gallery(tmp_path / "nothing")
+        labelled.read_gallery(tmp_path / "nothing")
     assert not caplog.text
-    knn.read_shards(pack(tmp_path / "warned.tar", good | {"000000.seg.png": png(), "x.heic": b""}))
+    labelled.read_shards(pack(tmp_path / "warned.tar", good | {"000000.seg.png": png(), "x.heic": b""}))
     assert "left out: 2 files (.heic 1, further images of a sample 1)" in caplog.text
 
 
@@ -118,28 +119,28 @@ def test_splits_of_shards(tmp_path, monkeypatch):
     shard(root / "train" / "0.tar", ["red", "blue", "green"])
     shard(root / "train" / "1.tar", ["red", "blue"], 3)
     shard(root / "val" / "0.tar", ["blue", "red"])
-    train, val = knn.read_queries(root)
+    train, val = labelled.read_queries(root)
     assert names(train) == ["red", "blue", "green", "red", "blue"] and names(val) == ["blue", "red"]
     assert train.classes == val.classes == ["blue", "green", "red"] and val.labels.tolist() == [0, 2]
-    assert [item.name for item in val.items] == ["val/0.tar:000000", "val/0.tar:000001"]
-    assert names(knn.read_queries(root, per_class=1)[0]) == ["red", "blue", "green"]
-    assert names(knn.read_gallery(root)) == ["blue", "red"]
+    assert [item.key for item in val.items] == ["val/0.tar:000000", "val/0.tar:000001"]
+    assert names(labelled.read_queries(root, per_class=1)[0]) == ["red", "blue", "green"]
+    assert names(labelled.read_gallery(root)) == ["blue", "red"]
     flat = shard(tmp_path / "flat" / "heldout.tar", ["red", "red"])
-    train, val = knn.read_queries(flat, train=root / "train" / "?.tar")
+    train, val = labelled.read_queries(flat, train=root / "train" / "?.tar")
     assert (
-        len(train.items) == 5 and val.labels.tolist() == [2, 2] and len({i.name for i in train.items + val.items}) == 7
+        len(train.items) == 5 and val.labels.tolist() == [2, 2] and len({i.key for i in train.items + val.items}) == 7
     )
     shard(flat, ["red", "pink"])
     with pytest.raises(DataError, match=r"heldout\.tar: 1 of 2 classes are not in train, first pink"):
-        knn.read_queries(flat, train=root / "train")
+        labelled.read_queries(flat, train=root / "train")
     shard(flat, ["red"])
     monkeypatch.chdir(tmp_path)
     for train in (flat.parent, "flat", flat):  # the folder of training shards holds those that are classified too
         with pytest.raises(DataError, match=r"1 of 1 images are training images too, first heldout\.tar:000000"):
-            knn.read_queries(flat, train=train)
+            labelled.read_queries(flat, train=train)
     shutil.rmtree(root / "val")
     with pytest.raises(DataError, match="has no val"):
-        knn.read_queries(root)
+        labelled.read_queries(root)
 
 
 def test_folders_of_classes_keep_their_meaning(tmp_path):
@@ -149,17 +150,17 @@ def test_folders_of_classes_keep_their_meaning(tmp_path):
         for number in range(2):
             (tmp_path / name / f"{number}.png").write_bytes(png(number))
         pack(tmp_path / f"{name}.tar", {"0.png": png()})
-    train, val = knn.read_queries(tmp_path)
+    train, val = labelled.read_queries(tmp_path)
     assert train is None and val.classes == ["ant", "bee"] and len(val.items) == 4
     with pytest.raises(DataError, match="4 of 4 images are training images too, first ant/0.png"):
-        knn.read_queries(tmp_path / "ant" / "..", train=tmp_path)
+        labelled.read_queries(tmp_path / "ant" / "..", train=tmp_path)
 
 
 def test_leave_one_out_by_hand():
     # unit vectors at these angles; class of each; the third class has a single image
     angles, labels = [0, 10, 22, 100, 107, 200], torch.tensor([0, 1, 0, 1, 1, 2])
     vectors = torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in angles])
-    data = knn.Labelled([Item(str(a), lambda: None) for a in angles], labels, ["a", "b", "c"])
+    data = labelled.Labelled([ImageSource(str(a)) for a in angles], labels, ["a", "b", "c"])
 
     class Found(list):
         def stack(self, indices):
@@ -172,7 +173,7 @@ def test_leave_one_out_by_hand():
     # nearest: 0: 10, 10: 0, 22: 10, 100: 107, 107: 100
     assert one.hits[:, 0].tolist() == [0, 0, 0, 1, 1, 0] and one.trials[:, 0].tolist() == [1, 1, 1, 1, 1, 0]
     assert task.facts["queries"] == 5 and task.facts["classes"] == 3
-    few = tasks.limit_labelled(data, 2, seed=0)  # of 6 images: not all classes are left
+    few = labelled.limit_labelled(data, 2, seed=0)  # of 6 images: not all classes are left
     left = len(set(few.labels.tolist()))
     assert (
         left < 3
@@ -219,8 +220,8 @@ def test_noise_of_shards(tmp_path, monkeypatch):
 def test_a_damaged_image_of_a_shard_is_named(tmp_path):
     path = pack(tmp_path / "a.tar", sample(0, "red") | {"1.png": png()[:60], "1.cls": b"red"})
     with pytest.raises(CleanDIFTError, match=r"a\.tar:1"):
-        knn.read_shards(path).items[1].read()
-    item = knn.read_shards(path).items[0]
+        labelled.read_shards(path).items[1].read()
+    item = labelled.read_shards(path).items[0]
     path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(CleanDIFTError, match=r"a\.tar:000000"):
         item.read()

@@ -10,12 +10,14 @@ import webdataset as wds
 from extract_runs import RANDOM, extract, make_pictures, noise, plain
 from PIL import Image
 
-from cleandift_backbones.cli.extract import load, parser, place
+from cleandift_backbones.cli.extract import config_of, parser
 from cleandift_backbones.data import loading
 from cleandift_backbones.data.loading import Read, Resize, ahead, batches
-from cleandift_backbones.data.sources import Entry, list_entries
+from cleandift_backbones.data.sources import ImageSource, list_sources
 from cleandift_backbones.features import Features, store
 from cleandift_backbones.features import extractor as extractor_module
+from cleandift_backbones.features.engines.local import process_place
+from cleandift_backbones.features.extraction import load
 from cleandift_backbones.features.formats import FORMATS
 
 TINY = ["--model", "cleandift_tiny"]
@@ -169,12 +171,12 @@ def test_the_longest_side_is_a_bound(longest, multiple):
 
 
 def of_size(number, side):
-    return Read(Entry(str(number), ""), torch.zeros(3, 1, side), (side, 1))
+    return Read(ImageSource(str(number), ""), torch.zeros(3, 1, side), (side, 1))
 
 
 def test_batches_by_size_with_a_bounded_wait():
     sides = [1, 2, 1, 3, 1, 4, 5, 1, 1, 1, 2, 9]
-    found = [Read(Entry("broken", ""), None, error="why"), *(of_size(i, side) for i, side in enumerate(sides))]
+    found = [Read(ImageSource("broken", ""), None, error="why"), *(of_size(i, side) for i, side in enumerate(sides))]
     failed = []
     made = list(batches(found, 3, 4, failed.append))
     assert [read.error for read in failed] == ["why"]
@@ -188,7 +190,7 @@ def test_batches_by_size_with_a_bounded_wait():
 
 
 def test_batches_do_not_depend_on_workers(folder):
-    entries, _ = list_entries(str(folder))
+    entries, _ = list_sources(str(folder))
 
     def made(workers):
         found = loading.reads(entries, Resize("keep"), workers)
@@ -203,7 +205,7 @@ def test_memory_is_bounded(folder, tmp_path, monkeypatch):
     lines = [json.dumps({"path": paths[number % 12], "key": f"{number:04}"}) for number in range(160)]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     counts, peak, lock = Counter(), [0], threading.Lock()
-    read, add = Entry.read, store.Store.add
+    read, add = ImageSource.read, store.Store.add
 
     def counted(self):
         with lock:
@@ -216,7 +218,7 @@ def test_memory_is_bounded(folder, tmp_path, monkeypatch):
         with lock:
             counts["stored"] += len(batch.keys)
 
-    monkeypatch.setattr(Entry, "read", counted)
+    monkeypatch.setattr(ImageSource, "read", counted)
     monkeypatch.setattr(store.Store, "add", stored)
     extract(tmp_path / "list.jsonl", tmp_path / "out", "--keep-size", "--batch-size", "4", "--shard-items", "20")
     assert counts["read"] == counts["stored"] == 160
@@ -228,7 +230,7 @@ def test_memory_is_bounded(folder, tmp_path, monkeypatch):
 def test_loading_is_overlapped_with_computing(folder, tmp_path, monkeypatch):
     """The model waits for the pictures of the next batch to be read: it would wait for ever if they were read later."""
     readings = threading.Semaphore(0)
-    read, call = Entry.read, extractor_module.Extractor.__call__
+    read, call = ImageSource.read, extractor_module.Extractor.__call__
     batches_seen = []
 
     def counted(self):
@@ -241,7 +243,7 @@ def test_loading_is_overlapped_with_computing(folder, tmp_path, monkeypatch):
         assert all(readings.acquire(timeout=60) for _ in range(wanted))
         return call(self, pictures)
 
-    monkeypatch.setattr(Entry, "read", counted)
+    monkeypatch.setattr(ImageSource, "read", counted)
     monkeypatch.setattr(extractor_module.Extractor, "__call__", waiting)
     extract(folder, tmp_path / "out", "--batch-size", "2", "--size", "64")
     assert batches_seen == [2] * 6
@@ -299,7 +301,7 @@ def test_machines_of_different_sizes_share_everything(monkeypatch):
         for rank in range(processes):
             monkeypatch.setenv("WORLD_SIZE", str(processes))
             monkeypatch.setenv("RANK", str(rank))
-            first, step, _ = place(args)
+            first, step, _ = process_place(args.part)
             taken += range(1600)[first::step]
     assert sorted(taken) == list(range(1600))
 
@@ -321,5 +323,5 @@ def test_model_arguments_reach_the_model():
     )
     assert dict(given.model_arg) == {"timestep": 7, "prompt_is": "text", "in_chans": 3}
     given.model_arg = [pair for pair in given.model_arg if pair[0] != "prompt_is"]
-    extractor, resize = load(given, torch.device("cpu"))
+    extractor, resize = load(config_of(given), torch.device("cpu"))
     assert extractor.model.model.timestep == 7 and resize.size == (128, 128)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from extract_runs import extract, make_pictures, noise, same
 
-from cleandift_backbones.data.sources import Entry
+from cleandift_backbones.data.sources import ImageSource
 from cleandift_backbones.features import Features, extractor
 
 
@@ -99,7 +99,7 @@ def test_broken_pictures_are_listed_and_tried_again(folder, tmp_path, capsys, mo
 
 
 def test_a_worker_that_is_killed(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Entry, "read", lambda self: os.kill(os.getpid(), signal.SIGKILL))  # as a full memory does
+    monkeypatch.setattr(ImageSource, "read", lambda self: os.kill(os.getpid(), signal.SIGKILL))  # as a full memory does
     with pytest.raises(SystemExit) as stop:
         extract(folder, tmp_path / "out", workers=1)
     said = capsys.readouterr().err

@@ -112,7 +112,7 @@ def test_a_refused_folder_is_left_as_it_was(folder, tmp_path, capsys, where, mon
     """The images' own folder as --out: refused before the model is loaded; nothing is made in it."""
     data = make_pictures(tmp_path / "photos", 4)
     before = contents(data)
-    monkeypatch.setattr("cleandift_backbones.cli.extract.load", lambda *_: pytest.fail("loaded a model"))
+    monkeypatch.setattr("cleandift_backbones.features.extraction.load", lambda *_: pytest.fail("loaded a model"))
     assert "holds other files" in refused(capsys, data, data / where)
     assert contents(data) == before and not list(data.rglob(".*"))
 

@@ -19,7 +19,7 @@ from picture_bytes import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cleandift_backbones.data.sources import SourceError, list_entries
+from cleandift_backbones.data.sources import SourceError, list_sources
 from cleandift_backbones.features import Features
 from cleandift_backbones.features.formats import FORMATS, Computed, ShardError
 from cleandift_backbones.features.store import Store, StoreError
@@ -42,8 +42,8 @@ def test_shards_with_equal_keys_and_damage(tmp_path, capsys):
                 sample = {"__key__": f"x/{number}", "jpg": encoded(noise(number, 70, 64), "JPEG"), "txt": "words"}
                 writer.write(sample | ({"png": encoded(noise(9, 70, 64))} if number == 1 else {}))
     with pytest.raises(SourceError, match=r"two pictures have the key 'x/0' \(.*a.tar, .*b.tar\); give --shard-names"):
-        list_entries(str(tmp_path))
-    entries, _ = list_entries(str(tmp_path), shard_names=True)
+        list_sources(str(tmp_path))
+    entries, _ = list_sources(str(tmp_path), shard_names=True)
     assert [entry.key for entry in entries] == [f"{shard}/x/{number}" for shard in "ab" for number in range(3)]
     assert encoded(entries[1].read()) == encoded(Image.open(io.BytesIO(encoded(noise(1, 70, 64), "JPEG"))))
     data = (tmp_path / "b.tar").read_bytes()
@@ -78,9 +78,9 @@ def test_sources_that_cannot_be_used(tmp_path, folder):
         ("number.jsonl", "line 2: the key 1.5 is no text and no whole number"),
     ):
         with pytest.raises(SourceError, match=message):
-            list_entries(str(tmp_path / data))
+            list_sources(str(tmp_path / data))
     with pytest.raises(SourceError, match="is a picture; give its folder"):
-        list_entries(str(next(folder.rglob("*.png"))))
+        list_sources(str(next(folder.rglob("*.png"))))
 
 
 def test_keys_of_a_list(tmp_path):
@@ -88,7 +88,7 @@ def test_keys_of_a_list(tmp_path):
     lines = [{"path": "a.png", "key": None}, {"path": "b.png", "key": ""}, {"file_name": "c.png"}]
     lines += [{"path": "d.png", "key": number} for number in (0, 7)]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    entries, _ = list_entries(str(tmp_path / "list.jsonl"))
+    entries, _ = list_sources(str(tmp_path / "list.jsonl"))
     assert [entry.key for entry in entries] == ["a.png", "b.png", "c.png", "0", "7"]
 
 
@@ -107,7 +107,7 @@ def test_a_list_as_windows_writes_it(tmp_path, line, ending):
     """With a byte order mark in front, and two characters at the end of a line."""
     text = "".join(line.format(name) + "\r\n" for name in ("a.png", "b.png"))
     (tmp_path / f"list.{ending}").write_bytes(text.encode("utf-8-sig"))
-    entries, _ = list_entries(str(tmp_path / f"list.{ending}"))
+    entries, _ = list_sources(str(tmp_path / f"list.{ending}"))
     assert [(entry.key, Path(entry.path).parent) for entry in entries] == [("a.png", tmp_path), ("b.png", tmp_path)]
 
 
@@ -120,7 +120,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     (other / "two/away").symlink_to(data / "two")
     (data / "two/back").symlink_to(other)
     (data / "self.png").symlink_to("self.png")
-    entries, told = list_entries(str(data))
+    entries, told = list_sources(str(data))
     keys = [entry.key for entry in entries]
     assert not told and {"one/01.png", "two/00.png", "linked/one/03.png", "linked/two/02.png"} < set(keys)
     assert len(keys) < 30 and "self.png" in keys  # which is then told to be no picture
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    entries, told = list_entries(str(tmp_path))
+    entries, told = list_sources(str(tmp_path))
     assert [entry.key for entry in entries] == ["one/01.png", "one/03.png"]
     assert len(told) == 1 and "Permission denied" in told[0] and "left out" in told[0]
 

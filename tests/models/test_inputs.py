@@ -12,7 +12,7 @@ import torch
 from cleandift_backbones import mm_checks
 from cleandift_backbones.features.extractor import list_maps, load_extractor, map_indices
 from cleandift_backbones.models import inputs
-from cleandift_backbones.models.entrypoints import model_names
+from cleandift_backbones.models.architectures import model_names
 from cleandift_backbones.utils.errors import CleanDIFTError, InputError, InputTypeError
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cleandift_backbones import checkpoints
 from cleandift_backbones.checkpoints import CheckpointError
-from cleandift_backbones.models.entrypoints import ARCHITECTURES, SOURCES
+from cleandift_backbones.models.architectures import ARCHITECTURES, published
 from cleandift_backbones.models.latent_encoders import load_latent_encoder
 from cleandift_backbones.models.latents import LatentEncoder, TinyLatentEncoder
 from cleandift_backbones.publish import card
@@ -28,13 +28,13 @@ PLACE = "taesd/taesd/diffusion_pytorch_model.safetensors"
 def taesd(arch="test"):
     """diffusers' whole model, whose file is published."""
     torch.manual_seed(5)
-    config = ARCHITECTURES[arch]["vae_tiny"]
+    config = ARCHITECTURES[arch].vae_tiny
     width = config["encoder_block_out_channels"]
     return AutoencoderTiny(**config, decoder_block_out_channels=width, num_decoder_blocks=(1,) * len(width)).eval()
 
 
 def encoder_of(arch="test"):
-    encoder = TinyLatentEncoder(ARCHITECTURES[arch]["vae_tiny"])
+    encoder = TinyLatentEncoder(ARCHITECTURES[arch].vae_tiny)
     encoder.load_state_dict({k: v for k, v in taesd(arch).state_dict().items() if k.startswith("encoder.")})
     return encoder.eval()
 
@@ -74,12 +74,12 @@ def test_equals_diffusers(arch):
 
 def test_published_configuration():
     """TAESD's: diffusers' defaults."""
-    config = TinyLatentEncoder(ARCHITECTURES["sd15"]["vae_tiny"])
+    config = TinyLatentEncoder(ARCHITECTURES["sd15"].vae_tiny)
     like = AutoencoderTiny()
     assert config.state_dict().keys() == {name for name in like.state_dict() if name.startswith("encoder.")}
     assert like.config.scaling_factor == config.scaling_factor == 1
     for arch in ("sd15", "sd21"):
-        assert SOURCES[f"cleandift_{arch}"]["vae_tiny"] == "madebyollin/taesd/diffusion_pytorch_model.safetensors"
+        assert published(f"cleandift_{arch}")["vae_tiny"] == "madebyollin/taesd/diffusion_pytorch_model.safetensors"
 
 
 def test_odd_sizes_repeat_the_edge():
@@ -159,7 +159,7 @@ def test_less_work_than_the_vae():
     work = {}
     for name, encoder in (("vae", LatentEncoder), ("vae_tiny", TinyLatentEncoder)):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            encoder(ARCHITECTURES["sd21"][name])(torch.zeros(1, 3, 512, 512))
+            encoder(getattr(ARCHITECTURES["sd21"], name))(torch.zeros(1, 3, 512, 512))
         work[name] = counter.get_total_flops() / 1e9
     assert 1116 < work["vae"] < 1118 and work["vae_tiny"] < 0.12 * work["vae"]
 
@@ -179,13 +179,12 @@ def test_published_parts(sources):
 def test_from_the_hub(hub, sources, monkeypatch):
     hub.place("taesd/taesd", {"diffusion_pytorch_model.safetensors": published_file()})
     rest = {part: source for part, source in sources.items() if part != "vae"}
-    monkeypatch.setitem(SOURCES, "test_cleandift", dict(vae="gone/gone/vae.safetensors", vae_tiny=PLACE))
+    standins.publish(monkeypatch, "test_cleandift", vae="gone/gone/vae.safetensors", vae_tiny=PLACE)
     torch.testing.assert_close(create(rest).model.vae(X)[0], taesd().encode(X).latents)
     alone = load_latent_encoder("test_cleandift", "tiny")
     torch.testing.assert_close(alone(X)[0], taesd().encode(X).latents)
-    monkeypatch.setenv("TEST_CLEANDIFT_VAE_TINY", "gone/gone")
-    with pytest.raises(RuntimeError, match=r"vae: .*gone/gone.*\n.*TEST_CLEANDIFT_VAE_TINY"):
-        create(rest)
+    with pytest.raises(RuntimeError, match=r"vae: .*gone/gone.*\n.*sources=dict\(vae=PATH\)"):
+        create(rest | dict(vae="gone/gone"))
 
 
 @pytest.mark.parametrize("in_chans", [1, 4])

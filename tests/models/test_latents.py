@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.models.latents import LatentEncoder
 
 
 def pair(arch):
-    config = ARCHITECTURES[arch]["vae"]
+    config = ARCHITECTURES[arch].vae
     levels = len(config["block_out_channels"])
     torch.manual_seed(0)
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels)

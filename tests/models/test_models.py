@@ -13,7 +13,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay
 
 import cleandift_backbones
-from cleandift_backbones.models.entrypoints import model_names
+from cleandift_backbones.models.architectures import model_names
 
 NAMES = ["us10", "us9", "us8", "us7", "us6", "us5", "us4", "us3", "us2", "us1", "mid"]
 ALL = (

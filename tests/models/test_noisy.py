@@ -5,14 +5,15 @@ import timm
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
-from cleandift_backbones.models.entrypoints import ARCHITECTURES, _create
+import cleandift_backbones  # noqa: F401
+from cleandift_backbones.models.architectures import ARCHITECTURES
 
 TEST = ARCHITECTURES["test"]
 
 
 def make(seed=0, arch="test", **kwargs):
     torch.manual_seed(seed)
-    return _create("test_cleandift", arch, pretrained=False, noisy=True, features_only=True, **kwargs).eval()
+    return timm.create_model("test_dift" if arch == "test" else f"dift_{arch}", features_only=True, **kwargs).eval()
 
 
 def images(batch=2, height=64, width=64, seed=0):
@@ -24,10 +25,10 @@ def test_equals_a_plain_loop():
     model = make(timestep=300, ensemble_size=3, noise_seed=5, out_indices=(4, 10))
     inner, x = model.model, images()
     vae = AutoencoderKL(
-        **{**TEST["vae"], "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        **{**TEST.vae, "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     ).eval()
     vae.load_state_dict(inner.vae.state_dict(), strict=False)
-    scheduler = DDPMScheduler(**TEST["scheduler"])
+    scheduler = DDPMScheduler(**TEST.schedule.config)
     noises = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.mean * vae.config.scaling_factor
@@ -59,7 +60,7 @@ def test_arguments_and_defaults():
         model = timm.create_model("dift_sd21")
     assert (float(model.signal) ** 2 + model.sigma**2) == pytest.approx(1)
     assert model.ensemble_size == 8 and model.noise_seed == 0
-    alphas = DDPMScheduler(**ARCHITECTURES["sd21"]["scheduler"]).alphas_cumprod
+    alphas = DDPMScheduler(**ARCHITECTURES["sd21"].schedule.config).alphas_cumprod
     assert model.signal**2 == pytest.approx(alphas[261].item())
     assert make(timestep=0).model.sigma == pytest.approx((1 - alphas[0].item()) ** 0.5)
     assert make(timestep=7).model.timestep == 7

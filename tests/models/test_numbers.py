@@ -169,7 +169,7 @@ def test_a_timestep_that_is_none(tmp_path, text):
         checkpoints.CheckpointError, match="unet.safetensors holds the timestep .*not a number in 0..999"
     ):
         stored_timestep(weights)
-    assert learned_timestep(None, weights) == 261  # with a warning
+    assert learned_timestep(None, 261, weights) == 261  # with a warning
 
 
 def test_a_student_goes_on_from_the_timestep_that_it_learned(tmp_path):

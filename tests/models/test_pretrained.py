@@ -11,7 +11,7 @@ import torch
 from hub_server import Fault
 from safetensors.torch import save
 
-from cleandift_backbones.models.entrypoints import SOURCES
+from cleandift_backbones.models.architectures import ARCHITECTURES, MODELS
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 PARTS = dict(
@@ -89,7 +89,7 @@ def test_offline_names_all_files(published, offline):
         create()
     for part, source in PARTS.items():
         assert (f"{part}: {source}" in str(error.value)) == (part != "timestep")
-    for remedy in ("hf download", "sources=dict(unet=PATH", "TEST_CLEANDIFT_VAE", "cleandift convert"):
+    for remedy in ("hf download", "sources=dict(unet=PATH", "vae=PATH", "cleandift convert"):
         assert remedy in str(error.value)
 
 
@@ -128,15 +128,13 @@ def test_revisions(published):
         create(sources=PARTS | dict(unet="CompVis/cleandift@v9/cleandift_test_unet.safetensors"))
 
 
-def test_environment_and_local_files(published, monkeypatch, tmp_path):
+def test_local_files(published, monkeypatch, tmp_path):
     (tmp_path / "my_unet.safetensors").write_bytes(save(standins.half(standins.unet(1).state_dict())))
-    monkeypatch.setenv("TEST_CLEANDIFT_UNET", str(tmp_path / "my_unet.safetensors"))
-    rest = {part: source for part, source in PARTS.items() if part != "unet"}
-    check(create(sources=rest), seed=1)
-    check(create(), seed=0)  # an argument goes before the environment
-    monkeypatch.setenv("TEST_CLEANDIFT_UNET", str(tmp_path / "nowhere.safetensors"))
+    check(create(sources=PARTS | dict(unet=str(tmp_path / "my_unet.safetensors"))), seed=1)
+    monkeypatch.setenv("TEST_CLEANDIFT_UNET", str(tmp_path / "my_unet.safetensors"))  # read by early versions
+    check(create(), seed=0)
     with pytest.raises(FileNotFoundError, match="nowhere.safetensors is neither a file"):
-        create(sources=rest)
+        create(sources=PARTS | dict(unet=str(tmp_path / "nowhere.safetensors")))
 
 
 def test_a_file_of_the_user_is_completed(published, tmp_path):
@@ -212,8 +210,10 @@ def test_unknown_part():
 
 
 def test_published_models_name_existing_kinds_of_sources():
-    for name, parts in SOURCES.items():
-        assert {"unet", "text_encoder"} <= set(parts) and timm.is_model_pretrained(name)  # with its tag, if any
+    published = [(f"{name}.{one.tag}", one.parts) for name, spec in MODELS.items() for one in spec.published]
+    assert len(published) >= 9
+    for name, parts in published:
+        assert {"unet", "text_encoder"} <= set(parts) and timm.is_model_pretrained(name)
         if "sd" in name:
             assert "stabilityai/stable-diffusion-2-1" not in " ".join(parts.values())  # gone from the Hub
             cfg = timm.get_pretrained_cfg(name)
@@ -288,9 +288,7 @@ def test_another_family_is_refused_by_its_header(published):
 
 
 def test_dift_takes_the_teacher_or_nothing(published, monkeypatch, tmp_path):
-    from cleandift_backbones.models.entrypoints import ARCHITECTURES
-
-    monkeypatch.setitem(ARCHITECTURES, "sd21", ARCHITECTURES["test"])
+    standins.use_parts(monkeypatch, "sd21", ARCHITECTURES["test"])
     (tmp_path / "full.safetensors").write_bytes(standins.compvis_full())
     options = dict(pretrained=True, sources=dict(PARTS, unet=str(tmp_path / "full.safetensors")))
     model = timm.create_model("dift_sd21", **options)

@@ -13,7 +13,7 @@ import timm
 import torch
 
 from cleandift_backbones.models import text
-from cleandift_backbones.models.entrypoints import published
+from cleandift_backbones.models.architectures import published
 from cleandift_backbones.models.text import PromptEncoder, embed
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -4,11 +4,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from cleandift_backbones.models.denoisers.unet import FeatureUNet, map_infos
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.models.architectures import ARCHITECTURES
+from cleandift_backbones.models.denoisers.maps import unet_maps
+from cleandift_backbones.models.denoisers.unet import FeatureUNet
 
 NAMES = ["mid", *(f"us{i}" for i in range(1, 11))]
-TEST, TINY = ARCHITECTURES["test"]["unet"], ARCHITECTURES["tiny"]["unet"]
+TEST, TINY = ARCHITECTURES["test"].denoiser.config, ARCHITECTURES["tiny"].denoiser.config
 
 
 def hooked_maps(config, state, latents, timestep, prompt):
@@ -17,7 +18,7 @@ def hooked_maps(config, state, latents, timestep, prompt):
         unet = UNet2DConditionModel(**config)
     unet.load_state_dict(state, assign=True)
     found, handles = {}, []
-    for info in map_infos(config):
+    for info in unet_maps(config):
 
         def hook(module, args, output, name=info.name):
             found[name] = output if torch.is_tensor(output) else output[0]
@@ -61,7 +62,7 @@ def test_maps_equal_diffusers(config, size):
 @pytest.mark.parametrize("arch", ["sd21", "sd15"])
 @pytest.mark.parametrize("size", [(512, 512), (520, 392)])
 def test_maps_equal_diffusers_full_size(arch, size):
-    compare(ARCHITECTURES[arch]["unet"], size[0] // 8, size[1] // 8)
+    compare(ARCHITECTURES[arch].denoiser.config, size[0] // 8, size[1] // 8)
 
 
 @pytest.mark.parametrize("last", NAMES)
@@ -94,10 +95,10 @@ def test_whole_unet_stops_after_deepest_map():
 def test_parameters_held():
     with torch.device("meta"):
         held = {
-            m: sum(p.numel() for p in FeatureUNet.build(ARCHITECTURES["sd21"]["unet"], m).parameters()) / 1e6
+            m: sum(p.numel() for p in FeatureUNet.build(ARCHITECTURES["sd21"].denoiser.config, m).parameters()) / 1e6
             for m in ("us6", "mid")
         }
-        whole = sum(p.numel() for p in UNet2DConditionModel(**ARCHITECTURES["sd21"]["unet"]).parameters()) / 1e6
+        whole = sum(p.numel() for p in UNet2DConditionModel(**ARCHITECTURES["sd21"].denoiser.config).parameters()) / 1e6
     assert (round(held["us6"]), round(held["mid"]), round(whole)) == (774, 352, 866)
 
 

@@ -3,10 +3,12 @@
 import copy
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import standins
 import torch
 import torch.nn.functional as F
 from optimized import apart, build, gflop, held, images
@@ -14,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cleandift_backbones import optimize
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.optimization.cpu_any_size_conv import in_one_graph
 from cleandift_backbones.optimization.cpu_winograd import WinogradConv
 from cleandift_backbones.optimization.optimize import _rebuild
@@ -155,7 +157,7 @@ def test_a_model_in_16_bits_afterwards_is_one_optimised_in_16_bits():
 def test_default_choice_of_a_model(monkeypatch):
     """Layers of many channels, on a CPU in float32 (those of too many are in sd21's count below)."""
     vae = dict(block_out_channels=(2, 2, 128, 256), layers_per_block=1, norm_num_groups=2)
-    monkeypatch.setitem(ARCHITECTURES, "test", {**ARCHITECTURES["test"], "vae": vae})
+    standins.put(monkeypatch, replace(ARCHITECTURES["test"], vae=vae))
     model, x = build(features_only=True), images(1, 3, 96, 80)
     fast = optimize(copy.deepcopy(model))
     assert sorted(winograd_layers(fast)) == sorted(

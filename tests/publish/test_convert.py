@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save
 
+from cleandift_backbones.models.architectures import ARCHITECTURES, published
 from cleandift_backbones.models.denoisers.unet import FeatureUNet
-from cleandift_backbones.models.entrypoints import ARCHITECTURES, published
 from cleandift_backbones.publish.card import save_folder
 from tools.convert import main
 
@@ -28,10 +28,10 @@ X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd")
     torch.manual_seed(0)
-    UNet2DConditionModel(**TINY["unet"]).save_pretrained(folder / "unet")
+    UNet2DConditionModel(**TINY.denoiser.config).save_pretrained(folder / "unet")
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3)
-    AutoencoderKL(**TINY["vae"], **blocks).save_pretrained(folder / "vae")
-    DDIMScheduler(**TINY["scheduler"]).save_pretrained(folder / "scheduler")
+    AutoencoderKL(**TINY.vae, **blocks).save_pretrained(folder / "vae")
+    DDIMScheduler(**TINY.schedule.config).save_pretrained(folder / "scheduler")
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(Path(published("dift_tiny")["text_encoder"]) / part, folder / part)
     return folder
@@ -99,6 +99,7 @@ def test_compvis_unet(tmp_path, parts, capsys):
 def test_compvis_full(tmp_path, parts, which):
     (tmp_path / "full.safetensors").write_bytes(standins.compvis_full())
     arguments = [str(tmp_path / "full.safetensors"), "--out", str(tmp_path / "native"), "--unet", which]
+    arguments += ["--model", "test_cleandift"]  # which adds no noise to the teacher
     assert (
         main([*arguments, *parts[2:], "--dtype", "float32"] + (["--timestep", "7"] if which == "teacher" else [])) == 0
     )
@@ -108,7 +109,9 @@ def test_compvis_full(tmp_path, parts, which):
 
 def test_a_repository_on_the_hub(hub, tmp_path):
     hub.place("me/sd", standins.diffusers_files())
-    assert main(["me/sd@main", "--out", str(tmp_path / "native"), "--timestep", "100"]) == 0
+    assert (
+        main(["me/sd@main", "--out", str(tmp_path / "native"), "--timestep", "100", "--model", "test_cleandift"]) == 0
+    )
     check(load(tmp_path / "native"), 1, 100, torch.float32)
 
 
@@ -139,7 +142,7 @@ def test_cut_weights_need_another_unet_for_diffusers(tmp_path, capsys):
         main(arguments)
     assert "was saved only as deep as its finest map. Give --fill SOURCE" in capsys.readouterr().err
     torch.manual_seed(0)
-    UNet2DConditionModel(**TINY["unet"]).save_pretrained(tmp_path / "other")
+    UNet2DConditionModel(**TINY.denoiser.config).save_pretrained(tmp_path / "other")
     assert main([*arguments, "--fill", str(tmp_path / "other")]) == 0
     unet = FeatureUNet.from_pretrained(tmp_path / "unet").eval()
     model = timm.create_model("cleandift_tiny", pretrained=True, features_only=True, out_indices=(0,)).eval()

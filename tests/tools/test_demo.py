@@ -45,7 +45,8 @@ def test_own_pictures(monkeypatch, tmp_path, capsys):
         64,
     )
     names = sorted(path.name for path in out.iterdir())
-    assert names == ["matches_a_b.png", "matches_a_c.png", "overview.png", "pca_a_b.png", "pca_a_c.png"]
+    pairs = [f"{kind}_a_{other}.png" for kind in ("clean_vs_noisy", "matches", "pca") for other in "bc"]
+    assert names == sorted(["overview.png", *pairs])
     printed = capsys.readouterr().out
     for name in names:
         assert str(out / name) in printed

@@ -14,14 +14,14 @@ import webdataset as wds
 from PIL import Image
 from test_training import tool, write_split
 
-from cleandift_backbones.data.captioned import pictures_of
-from cleandift_backbones.data.compositing import load_pictures
-from cleandift_backbones.distill.picture_sets import PictureSets
-from cleandift_backbones.distill.trainer import CHECKPOINT
-from cleandift_backbones.models.entrypoints import ARCHITECTURES
+from cleandift_backbones.data.captioned import sources_of
+from cleandift_backbones.models.architectures import ARCHITECTURES
 from cleandift_backbones.utils.errors import FileTakenError, InputError, MissingFileError, StateError
 from cleandift_backbones.utils.locks import hold
 from cleandift_backbones.utils.seeding import step_generator
+from tools.tiny.emoji_folder import load_pictures
+from tools.tiny.picture_sets import PictureSets
+from tools.tiny.training import CHECKPOINT
 
 pack, tiny = tool("pack_pictures"), tool("train_tiny")
 
@@ -64,11 +64,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_images_of_the_right_size_are_copied_and_keep_their_captions(sources, tmp_path, capsys):
     out = packed(sources, tmp_path / "out", "--keep-aspect")
-    before, after = (pictures_of(place) for place in (sources / "photos.tar", out / "photos/train/*.tar.gz"))
+    before, after = (sources_of(place) for place in (sources / "photos.tar", out / "photos/train/*.tar.gz"))
     assert [(p.caption, p.source) for p in before] == [(p.caption, p.source) for p in after]
     said = capsys.readouterr().out
     assert "12 images, 12 copied unchanged" in said and "4 images, " in said
-    heldout = pictures_of(out / "photos/heldout/*.tar.gz")
+    heldout = sources_of(out / "photos/heldout/*.tar.gz")
     assert [p.caption for p in heldout] == [f"held out, {number}" for number in range(4)]
     assert {Image.open(io.BytesIO(p.source)).size for p in heldout} == {(48, 32)}  # 64 x 40 is longer than 1.5 : 1
     assert sorted(files(out)) == [f"{name}/0000.tar.gz" for name in
@@ -77,7 +77,7 @@ def test_images_of_the_right_size_are_copied_and_keep_their_captions(sources, tm
 
 def test_squares_are_the_middle_of_the_image(sources, tmp_path):
     out = packed(sources, tmp_path / "out", "--quality", "100")
-    before, after = (pictures_of(place) for place in (sources / "photos.tar", out / "photos/train/*.tar.gz"))
+    before, after = (sources_of(place) for place in (sources / "photos.tar", out / "photos/train/*.tar.gz"))
     for one, other in zip(before, after, strict=True):
         whole, square = (Image.open(io.BytesIO(picture.source)).convert("RGB") for picture in (one, other))
         left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
@@ -90,7 +90,7 @@ def test_equal_inputs_give_equal_bytes_in_parts_of_limited_size(sources, tmp_pat
     assert one == other and max(map(len, one.values())) <= 6000
     parts = sorted(name for name in one if name.startswith("photos/train"))
     assert len(parts) > 1 and parts[:2] == ["photos/train/0000.tar.gz", "photos/train/0001.tar.gz"]
-    both = pictures_of(sources / "photos.tar"), pictures_of(tmp_path / "one/photos/train/*.tar.gz")
+    both = sources_of(sources / "photos.tar"), sources_of(tmp_path / "one/photos/train/*.tar.gz")
     assert [p.caption for p in both[0]] == [p.caption for p in both[1]]
     with tarfile.open(tmp_path / "one" / parts[0]) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar} == {(0, 0, 0, "", 0o644)}
@@ -103,7 +103,7 @@ def test_packed_emoji_are_read_like_the_folder(sources, tmp_path):
     assert entries == told and torch.equal(rgba[:, 3], other[:, 3])
     assert torch.equal(rgba[:, :3] * (rgba[:, 3:] > 0), other[:, :3] * (other[:, 3:] > 0))  # what one sees of them
     assert len(load_pictures(out / "emoji/heldout", size=16)[0]) == 2
-    assert len(pictures_of(out / "photos/heldout/*.tar.gz")) == 2
+    assert len(sources_of(out / "photos/heldout/*.tar.gz")) == 2
     for told, message in [
         ("{broken", "no JSON"),
         ('{"text": 3}', "has no file_name, text"),
@@ -175,7 +175,7 @@ def vae(sources, tmp_path_factory) -> Path:
     where = ["--data", str(sources / "emoji"), "--out", str(out), "--device", "cpu"]
     assert tool("train_vae").main([*where, "--crop", "16", "--max-steps", "1", "--batch-size", "2"]) == 0
     path = out / "vae/config.json"
-    config = json.loads(path.read_text()) | {"scaling_factor": ARCHITECTURES["tiny"]["vae"]["scaling_factor"]}
+    config = json.loads(path.read_text()) | {"scaling_factor": ARCHITECTURES["tiny"].vae["scaling_factor"]}
     path.write_text(json.dumps(config))
     return out / "vae"
 

@@ -8,12 +8,13 @@ import safetensors
 import torch
 from disk_faults import contents, no_more_files
 from safetensors.torch import save_file
-from test_eval_cache import items, passes, resnet  # noqa: F401
+from test_eval_features import items, passes, resnet  # noqa: F401
 
-from cleandift_backbones.data.batches import DecodeOptions, Picture
+from cleandift_backbones.data.batches import DecodeOptions
+from cleandift_backbones.data.sources import ImageSource
 from cleandift_backbones.distill.cache import LatentCache
 from cleandift_backbones.distill.checkpoint import Checkpoints
-from cleandift_backbones.evaluation.cache import FeatureCache
+from cleandift_backbones.evaluation.features import FeatureStores
 from cleandift_backbones.utils.errors import FileError
 
 
@@ -35,7 +36,7 @@ def broken_disk(request, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(safetensors, "safe_open", failing)
-            for module in ("evaluation.cache", "checkpoints.formats"):  # where it was opened before
+            for module in ("checkpoints.formats",):  # where it was opened before
                 patch.setattr(f"cleandift_backbones.{module}.safe_open", failing, raising=False)
             yield
 
@@ -47,37 +48,36 @@ def broken_disk(request, monkeypatch):
 
 def test_files_of_others_in_the_evaluations_cache(items, passes, tmp_path):  # noqa: F811
     messages = []
-    cache = FeatureCache(tmp_path / "cache", 2, progress=False, say=messages.append)
-    cache.features(resnet(), items[:3])
+    stores = FeatureStores(tmp_path / "cache", 2, progress=False, log=messages.append)
+    stores.features(resnet(), items[:3])
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / "my_head.safetensors").write_bytes(b"not ours")
     save_file({"x": torch.zeros(2)}, folder / "other.safetensors")
-    before = contents(folder)
-    assert len(cache.features(resnet(), items)["layer2"]) == 5
+    before = {name: data for name, data in contents(folder).items() if name != "index.jsonl"}
+    assert len(stores.features(resnet(), items)["layer2"]) == 5
     assert sum(passes) == 5 and before.items() <= contents(folder).items()
     assert sum("holds other files, which are not read: my_head.safetensors, other" in text for text in messages) == 1
 
 
 def test_damage_in_the_evaluations_cache_is_kept_aside(items, passes, tmp_path):  # noqa: F811
     messages = []
-    cache = FeatureCache(tmp_path / "cache", 8, progress=False, say=messages.append)
-    cache.features(resnet(), items)
+    stores = FeatureStores(tmp_path / "cache", 8, progress=False, log=messages.append)
+    stores.features(resnet(), items)
     (path,) = (tmp_path / "cache").glob("*/*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
-    cache.features(resnet(), items)
+    stores.features(resnet(), items)
     assert sum(passes) == 10 and f"kept as {path.name}.damaged, its features are computed again" in messages[0]
     assert len(path.with_name(f"{path.name}.damaged").read_bytes()) == 100
 
 
 def test_an_io_error_in_the_evaluations_cache(items, passes, tmp_path, broken_disk):  # noqa: F811
-    cache = FeatureCache(tmp_path / "cache", 8, progress=False, say=print)
-    cache.features(resnet(), items)
-    (folder,) = (tmp_path / "cache").iterdir()
+    stores = FeatureStores(tmp_path / "cache", 8, progress=False, log=print)
+    stores.features(extractor := resnet(), items)
     before = contents(tmp_path / "cache")
-    with broken_disk(), pytest.raises(FileError, match="cannot be read"):
-        cache._index(folder)
+    with broken_disk(), pytest.raises(FileError, match="cannot be"):
+        stores.features(extractor, items)
     assert contents(tmp_path / "cache") == before
-    assert len(cache._index(folder)) == 5
+    assert len(stores.features(extractor, items)["layer2"].stack(range(5))) == 5
 
 
 # --- checkpoints of a run ---
@@ -146,7 +146,7 @@ def test_an_io_error_while_tensors_are_read(tmp_path, monkeypatch):
 def latents(pictures, tmp_path):
     folder = tmp_path / "latents"
     cache = LatentCache(folder, {"a": 1})
-    images = [Picture(path.name, path, "") for path in sorted(pictures.glob("*.png"))[:3]]
+    images = [ImageSource(path.name, str(path)) for path in sorted(pictures.glob("*.png"))[:3]]
 
     def fill():
         computed = []
@@ -195,8 +195,8 @@ def test_a_readme_in_the_folder_of_latents_stays(pictures, tmp_path):
 def test_a_recipe_and_a_log_of_others_are_kept(tmp_path, caplog, capsys):
     from finetune_runs import RECIPE
 
-    from cleandift_backbones.distill.log import JsonLog
     from cleandift_backbones.distill.recipe import load_recipe, save_recipe
+    from cleandift_backbones.distill.tracking import JsonLog
 
     path, log = tmp_path / "recipe.yaml", tmp_path / "log.jsonl"
     path.write_text("base: mine  # with a comment\n")
@@ -204,7 +204,9 @@ def test_a_recipe_and_a_log_of_others_are_kept(tmp_path, caplog, capsys):
     recipe = load_recipe(RECIPE, [f"data.path={tmp_path}", f"output_dir={tmp_path}"])
     for _ in range(2):
         save_recipe(recipe, path)
-        JsonLog(log, 0).write(step=1, loss=2.0)
+        tracker = JsonLog(log, 0)
+        tracker.start()
+        tracker.log({"loss": 2.0}, 1)
     assert (tmp_path / "recipe.yaml.other").read_text().startswith("base: mine")
     assert (tmp_path / "log.jsonl.other").read_text() == "what I did on Monday\n"
     assert "recipe.yaml was not written by a run: kept as recipe.yaml.other" in caplog.text

@@ -13,11 +13,11 @@ from safetensors.torch import save
 
 from cleandift_backbones import checkpoints
 from cleandift_backbones.checkpoints.hub import parse_source
-from cleandift_backbones.data.captioned import list_pictures
 from cleandift_backbones.data.decoding import ImageError, read_image
 from cleandift_backbones.data.images import check_folder
 from cleandift_backbones.data.listing import SPECIAL, list_folder
 from cleandift_backbones.data.shards import scan, shards_of
+from cleandift_backbones.data.sources import list_training_sources
 from cleandift_backbones.distill.recipe import load_recipe
 from cleandift_backbones.evaluation.items import require_folder
 from cleandift_backbones.evaluation.tasks.pairs import read_pairs
@@ -31,7 +31,7 @@ LONG = "n" * 300  # more than any file system takes
 DOORS = {
     "output": check_folder,
     "features": check_out,
-    "images": list_pictures,
+    "images": list_training_sources,
     "recipe": load_recipe,
     "weights": checkpoints.open_checkpoint,
     "weights file": checkpoints.open_weights,

@@ -13,8 +13,8 @@ from disk_faults import contents
 from finetune_runs import ROOT, arguments, finetune, refused
 from PIL import Image
 
-from cleandift_backbones.evaluation.cache import FeatureCache
-from cleandift_backbones.evaluation.items import Item
+from cleandift_backbones.data.sources import ImageSource
+from cleandift_backbones.evaluation.features import FeatureStores
 from cleandift_backbones.features.extractor import load_extractor
 from cleandift_backbones.utils.errors import FolderInUseError
 from cleandift_backbones.utils.locks import hold
@@ -100,16 +100,19 @@ def test_the_same_evaluation_twice(tmp_path, capsys):
 
 def test_features_that_another_process_computes(tmp_path):
     torch.manual_seed(0)
-    image = Image.new("RGB", (64, 64))
-    cache = FeatureCache(tmp_path, progress=False)
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64)).save(tmp_path / "data" / f"{name}.png")
+    a, b = (ImageSource(name, str(tmp_path / "data" / f"{name}.png")) for name in "ab")
+    stores = FeatureStores(tmp_path / "stores", progress=False)
     one, two = load_extractor("pixels", size=64), load_extractor("pixels", size=96)
-    cache.features(one, [Item("a", lambda: image)])
-    (folder,) = tmp_path.iterdir()
-    with hold(folder):
-        assert len(cache.features(one, [Item("a", lambda: image)])["pixels"]) == 1  # all there
-        cache.features(two, [Item("a", lambda: image)])
+    stores.features(one, [a])
+    (folder,) = (tmp_path / "stores").iterdir()
+    with hold(folder, "share-0-of-1"):
+        assert len(stores.features(one, [a])["pixels"]) == 1  # all there
+        stores.features(two, [a])
         with pytest.raises(FolderInUseError, match="is in use by process"):
-            cache.features(one, [Item("b", lambda: image)])
+            stores.features(one, [b])
 
 
 @pytest.mark.parametrize("tool", ["train_vae", "train_teacher", "train_latent_encoder", "make_pictures", "make_scenes"])

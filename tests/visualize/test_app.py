@@ -20,7 +20,7 @@ from cleandift_backbones.publish.card import save_folder
 from cleandift_backbones.visualize import compare, maps, match
 from cleandift_backbones.visualize import features as extracting
 from cleandift_backbones.visualize.feature_maps import SHOWS, _otsu, alike, foreground, segments
-from cleandift_backbones.visualize.features import Cancelled, Features, Spec
+from cleandift_backbones.visualize.features import Cancelled, FeatureProvider, Spec
 from cleandift_backbones.visualize.memory import Entry, FeatureStore
 from cleandift_backbones.visualize.pictures import LARGEST, open_picture, sample_names
 
@@ -119,7 +119,7 @@ def test_entries_go_with_the_last_of_their_owners():
 
 
 def test_features_equal_the_evaluations_and_are_computed_once(monkeypatch):
-    features, count = Features(), []
+    features, count = FeatureProvider(), []
     forward = extracting._forward
     monkeypatch.setattr(extracting, "_forward", lambda *args: count.append(1) or forward(*args))
     pictures = [open_picture(name) for name in PAIR]
@@ -160,7 +160,7 @@ def test_a_prompt_changes_features_and_is_taken_back(features):
 
 
 def test_work_can_be_watched_and_stopped_inside_a_forward_pass():
-    features, shares = Features(), []
+    features, shares = FeatureProvider(), []
 
     def watch(share, doing):
         shares.append(share)
@@ -180,7 +180,7 @@ def test_work_can_be_watched_and_stopped_inside_a_forward_pass():
 
 def test_a_model_that_loads_can_be_left_and_holds_nobody_else_up(monkeypatch):
     """Loading cannot be interrupted: it is left alone, at once, and its model is there for the next who wants it."""
-    features, picture, go, loads = Features(), [open_picture(PAIR[0])], threading.Event(), []
+    features, picture, go, loads = FeatureProvider(), [open_picture(PAIR[0])], threading.Event(), []
     features.compute(Spec("cleandift_tiny"), picture)
     load = extracting.load_extractor
 
@@ -235,7 +235,7 @@ def test_a_folder_of_weights_is_known_by_what_it_holds(tmp_path, features, monke
 def test_missing_weights_are_told_with_the_remedy(hub, offline):
     offline()
     with pytest.raises(ModelError) as caught:
-        Features().compute(Spec("cleandift_sd21"), [open_picture(PAIR[0])])
+        FeatureProvider().compute(Spec("cleandift_sd21"), [open_picture(PAIR[0])])
     told = extracting.how_to_get(caught.value)
     assert "not in the cache" in told and "`cleandift convert cleandift_sd21 --out FOLDER`" in told
 

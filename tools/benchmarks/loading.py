@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from cleandift_backbones import checkpoints
-from cleandift_backbones.models.entrypoints import architecture_of
+from cleandift_backbones.models.architectures import spec_of
 from cleandift_backbones.utils.errors import StateError, file_errors
 
 COMMAND = Path(__file__).parents[1] / "benchmark.py"
@@ -28,10 +28,10 @@ def random_native(path: Path, model: str) -> None:
     """Writes a native file of a model in 16 bit, with random numbers."""
     import diffusers
 
-    cfg = architecture_of(model)
+    arch = spec_of(model).arch
     with torch.device("meta"):
         shapes = timm.create_model(model, final_map="us10").state_dict()
-        unet = diffusers.UNet2DConditionModel(**cfg["unet"]).state_dict()
+        unet = diffusers.UNet2DConditionModel(**arch.denoiser.config).state_dict()
     shapes |= {f"unet.{name}": tensor for name, tensor in unet.items()}
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).half() * 0.02
     state = {n: noise.repeat(-(-t.numel() // len(noise)))[: t.numel()].reshape(t.shape) for n, t in shapes.items()}

@@ -8,12 +8,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 
 from cleandift_backbones.distill.distiller import Distiller, map_loss, stratified_timesteps
 from cleandift_backbones.distill.lora import add_lora
-from cleandift_backbones.models.denoisers.unet import FeatureUNet
-from cleandift_backbones.models.entrypoints import architecture_of
+from cleandift_backbones.models.architectures import Architecture, spec_of
 from cleandift_backbones.models.latents import LatentEncoder
 from cleandift_backbones.models.projection_heads import ProjectionHeads
 from cleandift_backbones.utils.progress import tqdm
@@ -42,15 +40,15 @@ class Plain(Distiller):
         return tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def make_distillers(cfg: dict, device: torch.device) -> dict[str, Distiller]:
+def make_distillers(arch: Architecture, device: torch.device) -> dict[str, Distiller]:
     """The plain way and ours, on the same weights."""
     torch.manual_seed(0)
-    teacher, student = FeatureUNet.build(cfg["unet"], "us10"), FeatureUNet.build(cfg["unet"], "us10")
+    teacher, student = arch.denoiser.build(), arch.denoiser.build()
     maps = {info.name: 1.0 for info in student.infos}
     heads = ProjectionHeads({info.name: info.channels for info in student.infos})
     for parameter in heads.adapters.parameters():  # at their start the heads are the identity
         torch.nn.init.normal_(parameter, std=0.02)
-    parts = teacher, student, DDPMScheduler(**cfg["scheduler"]), maps, heads
+    parts = teacher, student, arch.schedule.scheduler(), maps, heads
     return {"plain": Plain(*parts).to(device).train(), "this package": Distiller(*parts).to(device).train()}
 
 
@@ -81,20 +79,20 @@ class Kept:
 
 
 def training(options: argparse.Namespace) -> dict:
-    cfg = architecture_of(options.model)
+    arch = spec_of(options.model).arch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 here
-    stride = 2 ** (len(cfg["vae"]["block_out_channels"]) - 1)
+    stride = 2 ** (len(arch.vae["block_out_channels"]) - 1)
     size, batch = (options.size or 128) // stride, options.batch_size
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, 4, size, size, generator=generator).to(device)
     timesteps = stratified_timesteps(batch, 3, generator).to(device)
     noise = torch.randn(batch, 3, 4, size, size, generator=generator).to(device)
-    prompt = torch.randn(1, cfg["prompt_length"], cfg["unet"]["cross_attention_dim"], generator=generator).to(device)
+    prompt = torch.randn(1, arch.conditions.length, arch.conditions.width, generator=generator).to(device)
     arguments = latents, timesteps, noise, prompt, prompt
 
-    distillers = make_distillers(cfg, device)
-    vae = LatentEncoder(cfg["vae"]).to(device, memory_format=torch.channels_last).eval()
+    distillers = make_distillers(arch, device)
+    vae = LatentEncoder(arch.vae).to(device, memory_format=torch.channels_last).eval()
     images = torch.rand(batch, 3, size * stride, size * stride, generator=generator).to(device) * 2 - 1
 
     def prepare(way: str) -> Distiller:

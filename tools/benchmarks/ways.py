@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,9 +15,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from cleandift_backbones import optimize
-from cleandift_backbones.models.denoisers.unet import map_infos
+from cleandift_backbones.models.architectures import spec_of
 from cleandift_backbones.models.dift import DIFT, seeded_noise
-from cleandift_backbones.models.entrypoints import architecture_of
 from cleandift_backbones.models.latents import build_latent_encoder
 from cleandift_backbones.optimization.optimize import slow_16bit
 from cleandift_backbones.utils.errors import InputError
@@ -37,15 +37,15 @@ class Weights:
     """
 
     def __init__(self, model: str, name: str, device: torch.device):
-        self.cfg, self.entrypoint, self.name, self.device = architecture_of(model), model, name, device
-        infos = map_infos(self.cfg["unet"])
+        self.arch, self.entrypoint, self.name, self.device = spec_of(model).arch, model, name, device
+        infos = self.arch.denoiser.maps()
         if name not in [info.name for info in infos]:
             raise InputError(f"--map {name}: there are {', '.join(info.name for info in infos)}")
         self.module = next(info.module for info in infos if info.name == name)
         self.index = len(infos) - 1 - [info.name for info in infos].index(name)
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel(**self.cfg["unet"]).eval()
-            vae = dict(layers_per_block=2) | self.cfg["vae"]
+            self.unet = UNet2DConditionModel(**self.arch.denoiser.config).eval()
+            vae = dict(layers_per_block=2) | self.arch.vae
             levels = len(vae["block_out_channels"])
             self.vae = AutoencoderKL(
                 down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **vae
@@ -62,7 +62,7 @@ class Weights:
                 p.copy_(noise * gain + (p.ndim == 1 and key.endswith("weight")))
         state = {f"unet.{n}": p for n, p in self.unet.state_dict().items()}
         state |= {f"vae.{n}": p for n, p in self.vae.state_dict().items()}
-        length, width = self.cfg["prompt_length"], self.cfg["unet"]["cross_attention_dim"]
+        length, width = self.arch.conditions.length, self.arch.conditions.width
         self.prompt = torch.randn(1, length, width, generator=generator).to(device)
         state |= dict(timestep=torch.tensor(261.0, device=device), prompt_embeds=self.prompt)
         backbone = self.model.model
@@ -82,7 +82,7 @@ def whole(weights: Weights, compiled: bool = False) -> Callable[[Tensor], Tensor
 
     unet.get_submodule(weights.module).register_forward_hook(hook)
     unet_call = torch.compile(unet.forward) if compiled else unet
-    scaling = weights.cfg["vae"].get("scaling_factor", 0.18215)
+    scaling = weights.arch.vae.get("scaling_factor", 0.18215)
 
     def run(x: Tensor) -> Tensor:
         latents = weights.vae.encode(x).latent_dist.mean * scaling
@@ -100,8 +100,8 @@ def dift(weights: Weights, noises: int = 8) -> Callable[[Tensor], Tensor]:
     class Stop(Exception):
         pass
 
-    settings = DIFT(architecture_of("test_cleandift") | dict(scheduler=weights.cfg["scheduler"]))
-    scaling = weights.cfg["vae"].get("scaling_factor", 0.18215)
+    settings = DIFT(replace(spec_of("test_cleandift").arch, schedule=weights.arch.schedule))
+    scaling = weights.arch.vae.get("scaling_factor", 0.18215)
     block = weights.module if weights.name == "mid" else ".".join(weights.module.split(".")[:2])
     found = {}
 
@@ -140,7 +140,7 @@ def light_model(weights: Weights) -> nn.Module:
     given = {n: t for n, t in weights.model.model.state_dict().items() if not n.startswith("vae.")}
     model.model.load_state_dict(given, strict=False, assign=True)
     torch.manual_seed(0)
-    model.model.vae = build_latent_encoder(weights.cfg["vae_tiny"]).to(weights.device).requires_grad_(False)
+    model.model.vae = build_latent_encoder(weights.arch.vae_tiny).to(weights.device).requires_grad_(False)
     model.model.head.to(weights.device)
     return model.eval()
 
@@ -149,7 +149,7 @@ def ours(weights: Weights, light: bool = False, **options) -> Callable[[Tensor],
     """Ours after `optimize(**options)`; without options as timm.create_model gives it."""
     model = with_new_parameters(light_model(weights) if light else weights.model)
     if options:
-        optimize(model, keep_memory=False, **options)  # of the whole process: --return-memory decides for all ways
+        optimize(model, **options)
 
     def run(x: Tensor) -> Tensor:
         return model(x)[0]

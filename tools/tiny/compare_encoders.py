@@ -27,9 +27,10 @@ with importing(__name__):
     from torch import Tensor, nn
 
     import cleandift_backbones  # noqa: F401
-    from cleandift_backbones.data.batches import DecodeOptions, list_pictures, plain_images
-    from cleandift_backbones.distill.trainer import pick_device
-    from cleandift_backbones.models.entrypoints import architecture_of
+    from cleandift_backbones.data.batches import DecodeOptions, plain_images
+    from cleandift_backbones.data.sources import list_training_sources
+    from cleandift_backbones.features.extractor import resolve_device
+    from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.utils.errors import file_errors, missing_weights
 
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for those who run this file by its path
@@ -70,7 +71,7 @@ def build(model: str, pretrained: bool) -> nn.Module:
     name, _, encoder = model.partition("+")
     kwargs = dict(latent_encoder=encoder) if encoder else {}
     if ":" not in name:
-        architecture_of(name)
+        spec_of(name)
     remedy = "Give local-dir:FOLDER, a folder of tools/convert.py, or --work-only"
     with missing_weights(remedy), file_errors(name):
         made = timm.create_model(name, pretrained=pretrained, final_map="us10", **kwargs)
@@ -129,11 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name, (total, encoder) in zip(options.models, counts):
             print(f"| {name} | {total:.4g} | {encoder:.4g} |")
         return 0
-    device = pick_device(options.device)
+    device = resolve_device(options.device)
     models = [build(name, True).to(device, memory_format=torch.channels_last) for name in options.models]
     models[0].unet.check_maps([options.map])
     size = options.size or models[0].pretrained_cfg["input_size"][-1]
-    pictures = list_pictures(options.data)
+    pictures = list_training_sources(options.data)
     chosen = pictures[:: max(1, len(pictures) // options.limit)][: options.limit]
     images, kept = plain_images(chosen, DecodeOptions(size, background="random"))
     images = images.to(device).contiguous(memory_format=torch.channels_last)

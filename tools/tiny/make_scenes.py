@@ -31,7 +31,7 @@ with importing(__name__):
 
     from cleandift_backbones.data.decoding import opened
     from cleandift_backbones.data.images import check_folder
-    from cleandift_backbones.models.entrypoints import ASSETS
+    from cleandift_backbones.models.architectures import ASSETS
     from cleandift_backbones.utils.atomic import write_text
     from cleandift_backbones.utils.errors import CleanDIFTError, file_errors
     from cleandift_backbones.utils.locks import hold

@@ -33,17 +33,20 @@ from cleandift_backbones.utils.guard import guard, importing
 with importing(__name__):
     from PIL import Image
 
-    from cleandift_backbones.data.captioned import pictures_of, spread
-    from cleandift_backbones.data.compositing import list_entries
+    from cleandift_backbones.data.captioned import sources_of, spread
     from cleandift_backbones.data.decoding import ImageError, opened, read_image
     from cleandift_backbones.data.listing import counted
-    from cleandift_backbones.distill.picture_sets import LONGEST, fit
-    from cleandift_backbones.distill.run_arguments import above_zero, add_set_arguments
     from cleandift_backbones.utils.atomic import leftovers, readable_size, replacing
     from cleandift_backbones.utils.errors import FileTakenError, InputError, file_errors
     from cleandift_backbones.utils.locks import hold
     from cleandift_backbones.utils.progress import tqdm
     from cleandift_backbones.utils.records import read_bytes
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # for those who run this file by its path
+
+    from tools.tiny.arguments import above_zero, add_set_arguments
+    from tools.tiny.emoji_folder import list_entries
+    from tools.tiny.picture_sets import LONGEST, fit
 
 HEADERS = 1024  # bytes that the tar format adds to a file at most
 
@@ -134,7 +137,7 @@ class Parts:
 
 
 def photographs(place: str, most: int | None) -> list[Item]:
-    return [Item(p.name, p.source, ".txt", p.caption, False) for p in pictures_of(place, most)]
+    return [Item(p.name, p.source, ".txt", p.caption, False) for p in sources_of(place, most)]
 
 
 def emoji(folder: Path, most: int | None) -> list[Item]:

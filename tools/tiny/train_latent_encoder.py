@@ -28,16 +28,19 @@ with importing(__name__):
 
     from cleandift_backbones.checkpoints import DIFFUSERS_NAME
     from cleandift_backbones.checkpoints.save import write_file
-    from cleandift_backbones.data.batches import DecodeOptions, FolderBatches, decode_batch, list_pictures
-    from cleandift_backbones.distill.run_arguments import add_run_arguments, run_options
-    from cleandift_backbones.distill.trainer import Run, autocast, pick_device
-    from cleandift_backbones.models.entrypoints import architecture_of, with_encoder
+    from cleandift_backbones.data.batches import DecodeOptions, FolderBatches, decode_batch
+    from cleandift_backbones.data.sources import list_training_sources
+    from cleandift_backbones.models.architectures import spec_of
     from cleandift_backbones.models.latent_encoders import load_latent_encoder
     from cleandift_backbones.models.latents import TinyLatentEncoder
     from cleandift_backbones.utils.atomic import replacing
     from cleandift_backbones.utils.errors import InputError, missing_weights, resource_errors
     from cleandift_backbones.utils.locks import hold
-    from cleandift_backbones.utils.seeding import mix_seed
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # for those who run this file by its path
+
+    from tools.tiny.arguments import add_run_arguments
+    from tools.tiny.training import Loop, start
 
 HELDOUT = 128  # pictures that the held-out figures are taken on
 BATCHES = 10**9  # of a run that ends by the clock
@@ -105,10 +108,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    device, out = pick_device(options.device), Path(options.out)
-    torch.manual_seed(mix_seed(options.seed, 0))
-    torch.set_float32_matmul_precision("high")
-    config = with_encoder(architecture_of(options.model), "tiny")["vae"]
+    accelerator, out = start(options), Path(options.out)
+    device = accelerator.device
+    config = spec_of(options.model).arch.encoder_config("tiny")
     with missing_weights("Give --vae FOLDER, a VAE in diffusers' form"):
         vae = load_latent_encoder(options.model, source=options.vae)
     with missing_weights("Give --start FOLDER, an AutoencoderTiny in diffusers' form, or leave it out"):
@@ -121,8 +123,8 @@ def train(options: argparse.Namespace) -> int:
     vae = vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
     light = light.to(device, memory_format=torch.channels_last)
 
-    pictures = list_pictures(options.data, without=out)
-    held = list_pictures(options.heldout) if options.heldout else pictures[::20]
+    pictures = list_training_sources(options.data, without=out)
+    held = list_training_sources(options.heldout) if options.heldout else pictures[::20]
     if not options.heldout:
         pictures = [picture for i, picture in enumerate(pictures) if i % 20] or pictures
     held = held[:: max(1, len(held) // HELDOUT)][:HELDOUT]
@@ -131,50 +133,44 @@ def train(options: argparse.Namespace) -> int:
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
-        with autocast(device):
+        with accelerator.autocast():
             return vae(images)[0].float()
 
     targets = torch.cat([encode(x.to(device)).cpu() for x in heldout.split(options.batch_size)])
     count = sum(p.numel() for p in light.parameters())
     print(f"{len(pictures)} pictures on {device}; the light encoder has {count:,} parameters", flush=True)
     forward = torch.compile(light) if options.compile else light
-    optimizer = torch.optim.AdamW(
-        light.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
-    )
     agreed = ("seed", "batch_size", "lr", "warmup", "model", "crop", "background", "ema")
     settings = {k: getattr(options, k) for k in agreed} | {"pictures": len(pictures), "size": size}
-    run = Run(out, {"light": light}, optimizer, settings=settings, **run_options(options))
+    loop = Loop(options, accelerator, {"light": light}, settings, weight_decay=1e-4)
     batches = FolderBatches(
-        pictures, decoding, options.seed, options.batch_size, options.max_steps or BATCHES, run.step
+        pictures, decoding, options.seed, options.batch_size, options.max_steps or BATCHES, loop.step
     )
     loader = started(DataLoader(batches, batch_size=None, num_workers=options.num_workers))
 
-    def report(done: int) -> dict[str, float]:
-        with run.ema.applied():
+    def report() -> dict[str, float]:
+        with loop.ema.applied():
             figures = evaluate(light, heldout, targets, options.batch_size)
-        run.log.write(step=done, minutes=run.elapsed() / 60, **figures)
-        print(f"step {done}: {figures}", flush=True)
+        loop.log(**figures)
+        print(f"step {loop.step}: {figures}", flush=True)
         return figures
 
-    with resource_errors("lower --batch-size, --size or --num-workers"), run:
-        for step in run:
-            batch = next(loader)
-            images = batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            with autocast(device):
-                guess, _ = forward(images)
-            loss = F.mse_loss(guess.float(), encode(images))
-            run.update(loss)
-            run.track(len(images), loss=loss)
-            if (step + 1) % options.eval_steps == 0:
-                report(step + 1)
-    if run.finished:
-        figures = report(run.step)
+    def loss_of(step: int) -> tuple[Tensor, int, dict[str, Tensor]]:
+        images = next(loader).images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            guess, _ = forward(images)
+        return F.mse_loss(guess.float(), encode(images)), len(images), {}
+
+    with resource_errors("lower --batch-size, --size or --num-workers"):
+        finished = loop.run(loss_of, [(options.eval_steps, report)])
+    if finished:
+        figures = report()
         metadata = {"model": options.model, "explained": f"{figures['heldout_explained']:.4f}"}
-        with run.ema.applied():
+        with loop.ema.applied():
             dtype = torch.float16 if options.save_dtype == "fp16" else torch.float32
             export(light, config, dtype, out / "encoder", metadata)
-        print(f"wrote {out / 'encoder'} after {run.step} steps and {run.elapsed() / 60:.1f} minutes")
-    return run.exit_code
+        print(f"wrote {out / 'encoder'} after {loop.step} steps and {loop.minutes():.1f} minutes")
+    return loop.exit_code
 
 
 if __name__ == "__main__":

@@ -34,21 +34,19 @@ with importing(__name__):
     from torch import Tensor, nn
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-    from cleandift_backbones.data.compositing import contact_sheet
-    from cleandift_backbones.distill.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
-    from cleandift_backbones.distill.run_arguments import (
-        add_picture_arguments,
-        add_run_arguments,
-        picture_sets,
-        run_options,
-        whole_numbers,
-    )
-    from cleandift_backbones.distill.starting import start_from, start_text
-    from cleandift_backbones.distill.trainer import CHECKPOINT, Run, autocast, pick_device
+    from cleandift_backbones.features.extractor import resolve_device
     from cleandift_backbones.utils.atomic import replacing, save_png
     from cleandift_backbones.utils.errors import InputError, MissingFileError, file_errors, resource_errors
     from cleandift_backbones.utils.locks import hold
-    from cleandift_backbones.utils.seeding import mix_seed, step_generator
+    from cleandift_backbones.utils.seeding import step_generator
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # for those who run this file by its path
+
+    from tools.tiny.arguments import add_picture_arguments, add_run_arguments, picture_sets, whole_numbers
+    from tools.tiny.captions import LENGTH, STYLE_NAMES, Captions, build_tokenizer, caption
+    from tools.tiny.emoji_folder import contact_sheet
+    from tools.tiny.starting import start_from, start_text
+    from tools.tiny.training import CHECKPOINT, Loop, start
 
 CONTEXT = 96  # width of the prompt's embedding
 COLUMNS = 5  # samples of a photograph's caption on the sheet
@@ -93,7 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--sample-rows", type=int, default=12, help="texts on the sample sheet, a row each (default: 12)")
     options = parser.parse_args(arguments)
     if options.max_steps is None and options.max_minutes is None:
-        options.max_minutes = 14.0 if pick_device(options.device).type == "cuda" else 480.0
+        options.max_minutes = 14.0 if resolve_device(options.device).type == "cuda" else 480.0
     return options
 
 
@@ -295,17 +293,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    device, out = pick_device(options.device), Path(options.out)
+    out = Path(options.out)
     if options.export and not (out / CHECKPOINT).is_file():
         raise MissingFileError(f"--export: {out} holds no checkpoint to write the folder from; train first")
+    accelerator = start(options)
+    device = accelerator.device
     if options.cuda_graph and device.type != "cuda":
         raise InputError(f"--cuda-graph needs a GPU, and the device is {device}: leave it out")
     if not (Path(options.vae) / "config.json").is_file():
         raise MissingFileError(
             f"{options.vae} is no VAE folder (no config.json): run tools/tiny/train_vae.py and pass its OUT/vae"
         )
-    torch.manual_seed(mix_seed(options.seed, 0))
-    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     with file_errors(options.vae):
         vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32).requires_grad_(False).eval()
@@ -353,23 +351,15 @@ def train(options: argparse.Namespace) -> int:
         noise = torch.randn(latents.shape, device=device, generator=step_generator(device, options.seed, 1, 3))
         heldout[kind] = latents, noise, heldout_captions.sample(index.to(device), None, 0, 0, 0, 0)
 
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
-    )
     names = ("seed", "batch_size", "lr", "warmup", "widths", "min_snr", "ema", "photo_share", "start", "drop_caption")
-    run = Run(
-        out,
-        {"unet": unet, "text_encoder": text_encoder},
-        optimizer,
-        settings={k: getattr(options, k) for k in names} | {"pictures": len(pictures), "size": pictures.size},
-        **run_options(options),
-    )
+    settings = {k: getattr(options, k) for k in names} | {"pictures": len(pictures), "size": pictures.size}
+    modules = {"unet": unet, "text_encoder": text_encoder}
+    loop = Loop(options, accelerator, modules, settings, weight_decay=0.01)
 
     @torch.no_grad()
-    def evaluate(done: int) -> None:
+    def evaluate() -> None:
         losses = {}
-        with run.ema.applied(), autocast(device):
+        with loop.ema.applied(), accelerator.autocast():
             for kind, (latents, noise, ids) in heldout.items():
                 context = torch.cat([text_encoder(part)[0] for part in ids.split(options.batch_size)])
                 for timestep in TIMESTEPS:
@@ -380,8 +370,8 @@ def train(options: argparse.Namespace) -> int:
                     ]
                     losses[f"{kind}_t{timestep}"] = float(torch.cat(errors).mean())
         losses["heldout"] = sum(losses.values()) / len(losses)
-        run.log.write(step=done, minutes=run.elapsed() / 60, **losses)
-        print(f"step {done}: { ({k: round(v, 4) for k, v in losses.items()}) }", flush=True)
+        loop.log(**losses)
+        print(f"step {loop.step}: { ({k: round(v, 4) for k, v in losses.items()}) }", flush=True)
 
     names = list(STYLE_NAMES)
     styles = sorted({e["style"] for e in entries if e["style"]}, key=lambda s: names.index(s) if s in names else 99)
@@ -389,36 +379,33 @@ def train(options: argparse.Namespace) -> int:
 
     def sample() -> None:
         text_encoder.eval()
-        with run.ema.applied():
+        with loop.ema.applied():
             sheet = sample_sheet(pipeline, rows, options.seed, options.guidance)
         save_png(sheet, out / "samples.png")
         text_encoder.train()
 
-    with resource_errors("lower --batch-size or --size"), run:
-        for step in () if options.export else run:
-            generator = step_generator(device, options.seed, step)
-            with torch.no_grad(), autocast(device):
-                images, index = pictures.batch(step, options.batch_size, options.seed, generator)
-                latents = encode(images)
-            noise = torch.randn(latents.shape, device=device, generator=generator)
-            timesteps = torch.randint(1000, (len(index),), device=device, generator=generator)
-            with autocast(device):
-                context = text_encoder(captions.sample(index, generator, whole=options.drop_caption))[0]
-                weighted, plain = diffusion_terms(forward, alphas, latents, noise, timesteps, context, options.min_snr)
-            loss = weighted.mean()
-            run.update(loss)
-            run.track(len(index), loss=loss, mse=plain.mean())
-            if (step + 1) % options.eval_steps == 0:
-                evaluate(step + 1)
-            if (step + 1) % options.sample_steps == 0:
-                sample()
-    if run.finished or options.export:
-        evaluate(run.step)
+    def loss_of(step: int) -> tuple[Tensor, int, dict[str, Tensor]]:
+        generator = step_generator(device, options.seed, step)
+        with torch.no_grad(), accelerator.autocast():
+            images, index = pictures.batch(step, options.batch_size, options.seed, generator)
+            latents = encode(images)
+        noise = torch.randn(latents.shape, device=device, generator=generator)
+        timesteps = torch.randint(1000, (len(index),), device=device, generator=generator)
+        with accelerator.autocast():
+            context = text_encoder(captions.sample(index, generator, whole=options.drop_caption))[0]
+            weighted, plain = diffusion_terms(forward, alphas, latents, noise, timesteps, context, options.min_snr)
+        return weighted.mean(), len(index), {"mse": plain.mean()}
+
+    reports = [(options.eval_steps, evaluate), (options.sample_steps, sample)]
+    with resource_errors("lower --batch-size or --size"):
+        finished = options.export or loop.run(loss_of, reports)
+    if finished:
+        evaluate()
         sample()
-        with run.ema.applied(), file_errors(out):
+        with loop.ema.applied(), file_errors(out):
             export(pipeline, torch.float16 if options.save_dtype == "fp16" else torch.float32, out)
-        print(f"wrote {out} after {run.step} steps and {run.elapsed() / 60:.1f} minutes")
-    return run.exit_code
+        print(f"wrote {out} after {loop.step} steps and {loop.minutes():.1f} minutes")
+    return loop.exit_code
 
 
 if __name__ == "__main__":

@@ -32,11 +32,15 @@ from cleandift_backbones.utils.guard import guard, importing
 with importing(__name__):
     from cleandift_backbones.data.listing import counted
     from cleandift_backbones.distill.checkpoint import Checkpoints
-    from cleandift_backbones.distill.run_arguments import above_zero
-    from cleandift_backbones.distill.trainer import CHECKPOINT, pick_device
+    from cleandift_backbones.features.extractor import resolve_device
     from cleandift_backbones.utils.atomic import readable_size, replacing
     from cleandift_backbones.utils.errors import InputError, MissingFileError, StateError, file_errors
     from cleandift_backbones.utils.locks import hold
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # for those who run this file by its path
+
+    from tools.tiny.arguments import above_zero
+    from tools.tiny.training import CHECKPOINT
 
 TOOLS = Path(__file__).resolve().parents[1]
 RECIPE = TOOLS.parent / "configs/finetune/cleandift_tiny.yaml"
@@ -125,7 +129,7 @@ def train_teacher(options: argparse.Namespace, minutes: float) -> None:
     out = options.out / "teacher"
     given = ["--vae", options.vae, "--out", out, "--device", options.device, "--save-dtype", "fp16"]
     given += sets(options.packed)
-    given += [*GPU_OPTIONS] * (pick_device(options.device).type == "cuda") + options.teacher
+    given += [*GPU_OPTIONS] * (resolve_device(options.device).type == "cuda") + options.teacher
     code = run("train_teacher", "--max-minutes", f"{minutes - options.start_minutes:.3f}", *given, minutes=minutes)
     if not (out / "model_index.json").exists() and (out / CHECKPOINT).exists():
         print(f"the teacher is not finished (exit code {code}): its last checkpoint is used", flush=True)

@@ -22,23 +22,21 @@ with importing(__name__):
     from diffusers import AutoencoderKL
     from torch import Tensor
 
-    from cleandift_backbones.data.compositing import contact_sheet
-    from cleandift_backbones.distill.run_arguments import (
-        add_picture_arguments,
-        add_run_arguments,
-        picture_sets,
-        run_options,
-        whole_numbers,
-    )
-    from cleandift_backbones.distill.starting import start_from
-    from cleandift_backbones.distill.trainer import Run, autocast, pick_device
-    from cleandift_backbones.models.entrypoints import ARCHITECTURES
+    from cleandift_backbones.features.extractor import resolve_device
+    from cleandift_backbones.models.architectures import ARCHITECTURES
     from cleandift_backbones.utils.atomic import replacing, save_png
     from cleandift_backbones.utils.errors import InputError, resource_errors
     from cleandift_backbones.utils.locks import hold
-    from cleandift_backbones.utils.seeding import batch_indices, mix_seed, step_generator
+    from cleandift_backbones.utils.seeding import batch_indices, step_generator
 
-SCALING_FACTOR = ARCHITECTURES["tiny"]["vae"]["scaling_factor"]
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # for those who run this file by its path
+
+    from tools.tiny.arguments import add_picture_arguments, add_run_arguments, picture_sets, whole_numbers
+    from tools.tiny.emoji_folder import contact_sheet
+    from tools.tiny.starting import start_from
+    from tools.tiny.training import Loop, start
+
+SCALING_FACTOR = ARCHITECTURES["tiny"].vae["scaling_factor"]
 HELDOUT = 128  # pictures of a kind that the held-out figures are taken on
 PREVIEW = 16  # pictures of a kind on the sheet
 
@@ -55,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--gradient", type=float, default=1.0, help="weight of the finite-difference term (default: 1)")
     options = parser.parse_args(arguments)
     if options.max_steps is None and options.max_minutes is None:
-        options.max_minutes = 3.0 if pick_device(options.device).type == "cuda" else 90.0
+        options.max_minutes = 3.0 if resolve_device(options.device).type == "cuda" else 90.0
     return options
 
 
@@ -146,9 +144,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    device, out = pick_device(options.device), Path(options.out)
-    torch.manual_seed(mix_seed(options.seed, 0))
-    torch.set_float32_matmul_precision("high")
+    accelerator, out = start(options), Path(options.out)
+    device = accelerator.device
     pictures = picture_sets(options).to(device)
     side = pictures.size
     if side % 4 or options.crop % 4 or not 0 <= options.crop <= side:
@@ -166,56 +163,47 @@ def train(options: argparse.Namespace) -> int:
     terms = torch.compile(vae_terms) if options.compile else vae_terms
     if options.compile:
         pictures.render = torch.compile(pictures.render)
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
-    )
     names = ("seed", "batch_size", "lr", "warmup", "widths", "kl", "gradient", "crop", "ema", "photo_share", "start")
-    run = Run(
-        out,
-        {"vae": vae},
-        optimizer,
-        settings={k: getattr(options, k) for k in names} | {"pictures": len(pictures), "size": side},
-        **run_options(options),
-    )
+    settings = {k: getattr(options, k) for k in names} | {"pictures": len(pictures), "size": side}
+    loop = Loop(options, accelerator, {"vae": vae}, settings, weight_decay=1e-4)
 
-    def report(done: int) -> float:
-        told, rows, power = {}, [], 0.0
+    def report() -> float:
+        found, rows, power = {}, [], 0.0
         for kind, shown in heldout.items():
-            with run.ema.applied():
+            with loop.ema.applied():
                 figures, rebuilt = evaluate(vae, shown)
             power += pictures.shares[kind] * figures["latent_rms"] ** 2
-            told |= {f"{kind}_{name}": value for name, value in figures.items()}
+            found |= {f"{kind}_{name}": value for name, value in figures.items()}
             for first in range(0, min(PREVIEW, len(shown)), 8):
                 rows += [shown[first : first + 8], rebuilt[first : first + 8]]
-        run.log.write(step=done, minutes=run.elapsed() / 60, latent_rms=power**0.5, **told)
+        loop.log(latent_rms=power**0.5, **found)
         save_png(contact_sheet(torch.cat(rows), min(8, len(rows[0]))), out / "reconstructions.png")
-        print(f"step {done}: {told}", flush=True)
+        print(f"step {loop.step}: {found}", flush=True)
         return power**0.5
 
-    with resource_errors("lower --batch-size or --size"), run:
-        for step in run:
-            generator = step_generator(device, options.seed, step)
-            images, _ = pictures.batch(step, options.batch_size, options.seed, generator)
-            if options.crop:  # one place for the whole batch: the placement within the picture varies anyway
-                top, left = batch_indices(step, 2, side - options.crop + 1, options.seed).tolist()
-                images = images[..., top : top + options.crop, left : left + options.crop]
-            images = images.contiguous(memory_format=torch.channels_last)
-            noise = torch.randn(
-                len(images), 4, *(length // 4 for length in images.shape[2:]), device=device, generator=generator
-            )
-            with autocast(device):
-                parts = terms(vae, images, noise)
-            loss = parts["l1"] + options.gradient * parts["gradient"] + options.kl * parts["kl"]
-            run.update(loss)
-            run.track(len(images), loss=loss, **parts)
-            if (step + 1) % options.eval_steps == 0:
-                report(step + 1)
-    if run.finished:
+    def loss_of(step: int) -> tuple[Tensor, int, dict[str, Tensor]]:
+        generator = step_generator(device, options.seed, step)
+        images, _ = pictures.batch(step, options.batch_size, options.seed, generator)
+        if options.crop:  # one place for the whole batch: the placement within the picture varies anyway
+            top, left = batch_indices(step, 2, side - options.crop + 1, options.seed).tolist()
+            images = images[..., top : top + options.crop, left : left + options.crop]
+        images = images.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(
+            len(images), 4, *(length // 4 for length in images.shape[2:]), device=device, generator=generator
+        )
+        with accelerator.autocast():
+            parts = terms(vae, images, noise)
+        loss = parts["l1"] + options.gradient * parts["gradient"] + options.kl * parts["kl"]
+        return loss, len(images), parts
+
+    with resource_errors("lower --batch-size or --size"):
+        finished = loop.run(loss_of, [(options.eval_steps, report)])
+    if finished:
         dtype = torch.float16 if options.save_dtype == "fp16" else torch.float32
-        with run.ema.applied():
-            export(vae, report(run.step), dtype, out / "vae")
-        print(f"wrote {out / 'vae'} after {run.step} steps and {run.elapsed() / 60:.1f} minutes")
-    return run.exit_code
+        with loop.ema.applied():
+            export(vae, report(), dtype, out / "vae")
+        print(f"wrote {out / 'vae'} after {loop.step} steps and {loop.minutes():.1f} minutes")
+    return loop.exit_code
 
 
 if __name__ == "__main__":

@@ -22,12 +22,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from ...data.sources import ImageSource, file_source
 from ...utils.atomic import DamagedFileError, open_tensors, replacing
 from ...utils.errors import needs
 from ...utils.records import split_words
 from ..bootstrap import Tally
-from ..items import DataError, Item, file_item, read_lines, read_target, require
-from ..probes import Recipe, train_probe
+from ..items import DataError, check_answers, limit_scenes, read_lines, read_target, require
+from ..probes import ProbeOptions, ProbeSettings, train_probe
+from ..task import Task, option, register_task
 
 PROMPT = "A photo of a room"
 BINS, NEAREST, FARTHEST = 256, 0.1, 10.0
@@ -43,7 +45,7 @@ LAYOUT = (
 class DepthSet:
     """Pictures with depths: `depths[i]()` gives H x W float32 in metres, 0 where unknown; `files`: where they lie."""
 
-    items: list[Item]
+    items: list[ImageSource]
     depths: list[Callable[[], np.ndarray]]
     files: list[tuple[Path, Path]] = field(default_factory=list)
 
@@ -77,7 +79,7 @@ def read_nyu(root: str | Path, split: str = "test") -> DepthSet:
         depths.append(root / words[1].lstrip("/"))
     require([(path, table) for path in images], "pictures", LAYOUT)
     require([(path, table) for path in depths], "depth maps", LAYOUT)
-    items = [file_item(path, root, PROMPT) for path in images]
+    items = [file_source(path, root, PROMPT) for path in images]
     return DepthSet(items, [partial(read_depth, path) for path in depths], list(zip(images, depths, strict=True)))
 
 
@@ -106,18 +108,25 @@ def _read_labelled(mat: Path, splits: Path, split: str) -> DepthSet:
     if len(indices) == 0 or indices.min() < 0 or indices.max() >= count:
         raise DataError(f"{splits}: {split}Ndxs must number the {count} pictures of {mat.name}, from 1 on")
 
-    def picture(index: int) -> Image.Image:
-        with h5py.File(mat, "r") as file:
-            return Image.fromarray(np.ascontiguousarray(file["images"][index].transpose(2, 1, 0)))
-
     def depth(index: int) -> np.ndarray:
         with h5py.File(mat, "r") as file:
             return np.ascontiguousarray(file["depths"][index].T).astype(np.float32)
 
-    facts = mat.stat()
-    stamp = f"{facts.st_size} {facts.st_mtime_ns}"
-    items = [Item(f"{mat.name}/{i}", partial(picture, i), stamp, PROMPT) for i in indices.tolist()]
+    items = [_LabelledSource(f"{mat.name}/{i}", str(mat), caption=PROMPT, index=i) for i in indices.tolist()]
     return DepthSet(items, [partial(depth, i) for i in indices.tolist()])
+
+
+@dataclass(frozen=True)
+class _LabelledSource(ImageSource):
+    """An image of NYUv2's labelled .mat."""
+
+    index: int = 0
+
+    def read(self) -> Image.Image:
+        import h5py
+
+        with h5py.File(self.path, "r") as file:
+            return Image.fromarray(np.ascontiguousarray(file["images"][self.index].transpose(2, 1, 0)))
 
 
 class BinsProbe(nn.Module):
@@ -190,7 +199,7 @@ def cell_depths(depth: np.ndarray, cells: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy((total / np.maximum(counts, 1)).astype(np.float32)).view(h, w)
 
 
-def train_depth(features, data: DepthSet, recipe: Recipe | None = None, progress=True) -> BinsProbe:
+def train_depth(features, data: DepthSet, settings: ProbeSettings | None = None, progress=True) -> BinsProbe:
     """The bins probe, trained by `sig_loss` over each batch's cells. Raises DataError if no depth is known."""
     cells = tuple(features[0].shape[1:])
     truth = torch.stack([cell_depths(depth(), cells) for depth in data.depths])
@@ -203,7 +212,7 @@ def train_depth(features, data: DepthSet, recipe: Recipe | None = None, progress
         known = target > 0
         return sig_loss(expected_depth(scores, depths)[known], target[known]) if known.sum() > 1 else None
 
-    return BinsProbe(train_probe(features, BINS, loss, recipe, progress))
+    return BinsProbe(train_probe(features, BINS, loss, settings, progress))
 
 
 def measures(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -230,3 +239,49 @@ def evaluate_depth(probe: BinsProbe, features, data: DepthSet, eigen_crop: bool 
     if not sums["rmse"][1].any():
         raise DataError(f"all {len(data.items)} depth maps are empty: no pixel lies between 1 mm and {FARTHEST:g} m")
     return {name: Tally(*values) for name, values in sums.items()}
+
+
+@dataclass(frozen=True)
+class DepthOptions(ProbeOptions):
+    """Of the task depth."""
+
+    probe: str | None = option(None, "a probe's safetensors, used as it is: nothing is trained", metavar="FILE")
+    no_eigen_crop: bool = option(False, "count the borders of 480x640 depths too")
+
+
+@register_task
+class Depth(Task):
+    """The bins probe's errors; trained, or `probe_file` taken as it is."""
+
+    name = "depth"
+    about = "a linear probe on NYUv2's layout: RMSE, AbsRel, delta"
+    text = """A 1x1 convolution on the map to 256 bins over 0.1..10 m, trained by the scale-invariant log loss on
+cached features; predictions upsampled bilinearly. Measures are means over pictures."""
+    Options = DepthOptions
+    timestep = 299
+    memory_option = "--probe-batch"
+
+    lower = frozenset({"RMSE (m)", "AbsRel"})
+
+    def __init__(self, train: DepthSet | None, test: DepthSet, settings: ProbeSettings, probe_file=None, crop=True):
+        super().__init__((train.items if train else []) + test.items)
+        check_answers((train.files if train else []) + test.files, "depth maps")
+        self.train, self.test, self.settings, self.probe_file, self.crop = train, test, settings, probe_file, crop
+        self.facts |= dict(train_pictures=len(train.items) if train else 0, test_pictures=len(test.items))
+        self.facts |= dict(probe=str(probe_file or settings), eigen_crop=crop)
+
+    @classmethod
+    def read(cls, data, options, limit=None, seed=0):
+        train = None if options.probe else limit_scenes(read_nyu(data, "train"), limit, seed)
+        test = limit_scenes(read_nyu(data, "test"), limit, seed)
+        return cls(train, test, options.probe_settings(seed), options.probe, not options.no_eigen_crop)
+
+    def measure(self, features, size, progress=True):
+        count = len(self.train.items) if self.train else 0
+        if self.train:
+            probe = train_depth(features.part(0, count), self.train, self.settings, progress)
+        else:
+            probe = BinsProbe.load(self.probe_file, features[0].shape[0])
+        found = evaluate_depth(probe, features.part(count), self.test, self.crop)
+        names = dict(rmse="RMSE (m)", abs_rel="AbsRel", delta1="delta < 1.25", delta2="delta < 1.25^2")
+        return {names.get(key, "delta < 1.25^3"): value for key, value in found.items()}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ...features.correspondence import EPS, interpolated_norm, interpolation_matrix, pck, window_matrix
 from ...utils.progress import tqdm
 from ..bootstrap import Tally
-from ..cache import Features
+from ..features import MapFeatures
 from ..items import DataError
 from .pairs import PairSet, Size, categories
 
@@ -40,7 +40,7 @@ def frame(size: Size, cells: Size, mode: str = "squash", whole: Size = (0, 0)) -
 
 
 def match_pairs(
-    features: Features | Sequence[torch.Tensor],
+    features: MapFeatures | Sequence[torch.Tensor],
     data: PairSet,
     mode: str = "squash",
     whole: Size = (0, 0),

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from ...data.listing import left_out_report
+from ...data.sources import ImageSource
+from ...features.engines.local import process_place
 from ...features.extractor import Extractor, ModelError, Pictures, extract
 from ...utils.errors import InputError
+from ...utils.progress import tqdm
+from ..items import DataError, list_images
+from ..task import Options, Task, limited, option, register_task
+from .noise_report import Entry, Shares, shares_table, write_shares
 
 CHUNK = 2**16  # numbers of each feature in memory in double precision at a time
-
-
-@dataclass
-class Shares:
-    """Parts of a noisy feature's variance, each 0..1, together 1: image, noise, and what both do only together.
-
-    `intervals` holds the 95 % interval of each over the choice of images, by the part's name; none of two images.
-    """
-
-    image: float
-    noise: float
-    both: float
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def variance_shares(features: torch.Tensor) -> Shares:
@@ -100,3 +97,56 @@ def noise_shares(
         for name, maps in extract(extractor, pictures, batch_size, label, "cpu").items():
             runs[name].append(maps)
     return {name: variance_shares(torch.stack(parts, 1)) for name, parts in runs.items()}
+
+
+@dataclass(frozen=True)
+class NoiseOptions(Options):
+    """Of the task noise."""
+
+    noises: int = option(8, "noises per picture, at least 2", low=2)
+
+
+@register_task
+class Noise(Task):
+    """The shares of all maps of noisy models over their timesteps. Each image goes through the model once per noise."""
+
+    name = "noise"
+    about = "how much of a noisy feature's variance is the noise: any folder of images, or shards"
+    Options = NoiseOptions
+    counted = "pictures"
+    limit = 32
+    stored = False
+    noisy_only = True
+
+    def __init__(self, images: Sequence[ImageSource], noises: int = 8):
+        super().__init__(images)
+        self.noises, self.info = noises, {}
+
+    @classmethod
+    def read(cls, data, options, limit=None, seed=0):
+        left_out: Counter[str] = Counter()
+        images = list_images(data, left_out)
+        if len(images) < 2:
+            words = left_out_report(left_out)
+            raise DataError(f"{data}: {len(images)} pictures; a share of variance needs at least two {words}".strip())
+        if left_out:
+            tqdm.write(f"{data}: {left_out_report(left_out)}", file=sys.stderr)
+        return cls([images[i] for i in limited(images, limit, seed)], options.noises)
+
+    def run(self, session) -> list[Entry] | None:
+        if process_place().rank:
+            return None
+        images, shares, config = [image.read() for image in self.items], [], session.config
+        for run in tqdm(session.plan, desc="runs", unit="run", disable=not config.progress):
+            extractor = session.load(run)
+            found = noise_shares(extractor, images, self.noises, config.batch_size, progress=config.progress)
+            shares += [(run.name, name, run.settings["timestep"], share) for name, share in found.items()]
+        self.info = dict(task=self.name, command=session.command, pictures=len(images), noises=self.noises)
+        self.info |= dict(seed=config.seed, device=str(session.device))
+        return shares
+
+    def write(self, report, folder):
+        return write_shares(folder, report, self.info)
+
+    def lines(self, report):
+        return [shares_table(report)]

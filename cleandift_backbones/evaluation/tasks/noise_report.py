@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...utils.atomic import replacing, write_text
 from ..report import facts_list, versions
-from .noise import Shares
 
 ABOUT = """# The noise in noisy features
 
@@ -17,6 +17,21 @@ part that the noise decides whatever the picture, and the part that only both to
 the choice of pictures (jackknife). Two-way decomposition, see `cleandift_backbones.evaluation.tasks.noise`."""
 PARTS = {"image": "#c2410c", "both": "#a1a1aa", "noise": "#1d4ed8"}
 NAMES = {"image": "picture alone", "both": "both together", "noise": "noise alone"}
+
+
+@dataclass
+class Shares:
+    """Parts of a noisy feature's variance, each 0..1, together 1: image, noise, and what both do only together.
+
+    `intervals` holds the 95 % interval of each over the choice of images, by the part's name; none of two images.
+    """
+
+    image: float
+    noise: float
+    both: float
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
 Entry = tuple[str, str, int, Shares]  # model, map, timestep
 
 

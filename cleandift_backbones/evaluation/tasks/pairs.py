@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ...data.sources import ImageSource
 from ...utils.atomic import is_file
 from ...utils.errors import CleanDIFTError, needs
 from ...utils.records import read_json
-from ..items import DataError, Item, file_item, picture_size, read_lines, read_table, require, require_folder
+from ..items import DataError, picture_size, read_lines, read_table, require, require_folder, sized_source
 
 Size = tuple[int, int]
 PROMPT = "A photo of a {category}."
@@ -56,7 +57,7 @@ class PairSet:
     """Pairs of a data set; `sizes` are (height, width) of the items; `skipped` counts points outside their pictures."""
 
     name: str
-    items: list[Item]
+    items: list[ImageSource]
     sizes: list[Size]
     pairs: list[Pair]
     skipped: int = 0
@@ -75,7 +76,7 @@ class _Builder:
         if key not in self.places:
             self.places[key] = len(self.set.items)
             prompt = PROMPT.format(category=category) if category else ""
-            self.set.items.append(file_item(path, self.root, prompt, size))
+            self.set.items.append(sized_source(path, self.root, prompt, size))
             self.set.sizes.append(size)
         return self.places[key]
 

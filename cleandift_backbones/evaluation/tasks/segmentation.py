@@ -19,12 +19,14 @@ from torch import nn
 
 from ...data.decoding import endings
 from ...data.listing import list_names
+from ...data.sources import ImageSource, file_source
 from ...utils.atomic import is_file
 from ...utils.errors import CleanDIFTError
 from ...utils.records import read_text, split_lines
 from ..bootstrap import Tally
-from ..items import DataError, Item, file_item, read_lines, read_target, require, require_folder
-from ..probes import Recipe, train_probe
+from ..items import DataError, check_answers, limit_scenes, read_lines, read_target, require, require_folder
+from ..probes import ProbeOptions, ProbeSettings, train_probe
+from ..task import Size, Task, option, register_task
 
 IGNORED = 255
 VOC = "VOC: JPEGImages/*.jpg, SegmentationClass/*.png, ImageSets/Segmentation/{train,val}.txt"
@@ -60,7 +62,7 @@ class Scenes:
         origin: where the number comes from: "classes.txt", "--classes", "VOC" or "ADE20K".
     """
 
-    items: list[Item]
+    items: list[ImageSource]
     masks: list[Callable[[], np.ndarray]]
     classes: int
     files: list[tuple[Path, Path]] = field(default_factory=list)
@@ -115,7 +117,7 @@ def read_scenes(root: str | Path, split: str, classes: int | None = None) -> Sce
     else:
         class_names, origin, classes = [], layout.partition(":")[0], _own_classes(root, images, layout)
     masks = [lambda path=path: read_mask(path, classes, shift, origin) for path in files]
-    items = [file_item(path, root) for path in images]
+    items = [file_source(path, root) for path in images]
     return Scenes(items, masks, classes, list(zip(images, files, strict=True)), class_names, origin)
 
 
@@ -196,7 +198,9 @@ def all_labels(scenes: Scenes, cells: tuple[int, int]) -> list[Labels]:
     return labels
 
 
-def train_segmenter(features, labels: Sequence[Labels], classes: int, recipe: Recipe | None = None, progress=True):
+def train_segmenter(
+    features, labels: Sequence[Labels], classes: int, settings: ProbeSettings | None = None, progress=True
+):
     """The probe, C -> classes: cross entropy, mean over the pixels of each batch that have a class."""
 
     def loss(logits: torch.Tensor, indices: list[int]) -> torch.Tensor | None:
@@ -207,7 +211,7 @@ def train_segmenter(features, labels: Sequence[Labels], classes: int, recipe: Re
             total += int(one.counts.sum())
         return -torch.stack(parts).sum() / total if total else None
 
-    return train_probe(features, classes, loss, recipe, progress)
+    return train_probe(features, classes, loss, settings, progress)
 
 
 def overlaps(one: Labels, predicted: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,3 +242,64 @@ def accuracy(iou: Tally, labels: Sequence[Labels]) -> Tally:
 def foreground_labels(alpha: np.ndarray, cells: tuple[int, int]) -> Labels:
     """Two classes, ground 0 and figure 1, from opacity H x W in 0..1: figure from one half on."""
     return cell_labels((alpha >= 0.5).astype(np.uint8), cells, 2)
+
+
+@dataclass(frozen=True)
+class SegmentationOptions(ProbeOptions):
+    """Of the task segmentation."""
+
+    classes: int | None = option(
+        None, "number of classes, background included; default: as many as classes.txt in the data's folder has lines, "
+        "or 21 of VOC, 150 of ADE20K", int, low=2, high=MOST_CLASSES, metavar="N",
+    )  # fmt: skip
+
+
+@register_task
+class Segmentation(Task):
+    """The linear probe's mIoU."""
+
+    name = "segmentation"
+    about = "a linear probe on VOC's or ADE20K's layout, with classes of your own too: mIoU"
+    text = """A 1x1 convolution on the map, trained on cached features; predictions upsampled by nearest
+neighbour. mIoU over the classes that occur."""
+    Options = SegmentationOptions
+    timestep = 100
+    memory_option = "--probe-batch"
+
+    def __init__(self, train: Scenes, val: Scenes, settings: ProbeSettings):
+        super().__init__(train.items + val.items)
+        check_answers(train.files + val.files, "masks", train.masks + val.masks)
+        self.train, self.val, self.settings = train, val, settings
+        self.facts |= dict(classes=train.classes)
+        if train.names:
+            self.facts |= dict(class_names=f"{', '.join(train.names)} ({train.origin})")
+        self.facts |= dict(train_pictures=len(train.items), val_pictures=len(val.items), probe=str(settings))
+        self.known: tuple[Size, list, list] | None = None
+
+    @classmethod
+    def read(cls, data, options, limit=None, seed=0):
+        train, val = (
+            limit_scenes(read_scenes(data, split, options.classes), limit, seed) for split in ("train", "val")
+        )
+        return cls(train, val, options.probe_settings(seed))
+
+    def _labels(self, cells: Size):
+        if self.known is None or self.known[0] != cells:  # runs of a sweep share them
+            self.known = (cells, *(all_labels(scenes, cells) for scenes in (self.train, self.val)))
+            self.facts["empty_masks"] = sum(not len(one.counts) for labels in self.known[1:] for one in labels)
+        return self.known[1:]
+
+    def measure(self, features, size, progress=True):
+        train, val = self._labels(tuple(features[0].shape[1:]))
+        count, classes = len(self.train.items), self.train.classes
+        probe = train_segmenter(features.part(0, count), train, classes, self.settings, progress)
+        iou = miou(probe, features.part(count), val, classes)
+        by_class = {f"IoU, {name}": iou.group(number) for number, name in enumerate(self.train.names)}
+        occurring = {key: tally for key, tally in by_class.items() if tally.trials.any()}
+        return {"mIoU": iou, "pixel accuracy": accuracy(iou, val), **occurring}
+
+    def main(self, metrics):
+        return ("mIoU", "pixel accuracy")
+
+    def heading(self, metric):
+        return f"mIoU of {self.train.classes} classes" if metric == "mIoU" else metric

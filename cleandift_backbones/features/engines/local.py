@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data.images import ImageError
-from ...data.loading import Batch, Read, Resize, ahead, batches, reads
-from ...data.sources import Entry
+from ...data.loading import PreparedBatch, Read, Resize, ahead, batches, reads
+from ...data.sources import ImageSource
 from ...utils.progress import tqdm
 from ..extractor import Extractor, ModelError, OutOfMemory, memory_told
 from ..formats import DTYPES, Computed
 from ..store import Store
 
 BEHIND = 2  # batches of features that wait to be stored
+Prepare = Callable[[Sequence[ImageSource]], None]
+
+
+class Place(NamedTuple):
+    """Of a process: its number among all, how many there are, and its number on this machine."""
+
+    rank: int
+    world: int
+    local: int
+
+
+def process_place(part: tuple[int, int] = (0, 1)) -> Place:
+    """This process's place, by what torchrun and accelerate launch leave in the environment.
+
+    Args:
+        part: (i, n): this machine's processes take part i of n, whatever others have.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    number, parts = part
+    return Place(number + parts * rank, parts * world, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def default_workers(device: torch.device) -> int:
+    """How many processes read images: one beside a CPU, which the model needs, up to 8 beside a GPU."""
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 @dataclass
-class Report:
+class ExtractionReport:
     """What a run did, and where its time went: seconds from the first picture's reading to the last shard's writing.
 
     `computing` is the time that the device spent on the model, pooling and rounding; `reading` and `storing` are the
-    times that it waited for pictures and for the disk.
+    times that it waited for pictures and for the disk. `lines` are sentences for people, of `features.extract`.
     """
 
     pictures: int = 0
@@ -36,6 +67,7 @@ class Report:
     computing: float = 0.0
     reading: float = 0.0
     storing: float = 0.0
+    lines: list[str] = field(default_factory=list)
 
     @property
     def busy(self) -> float:
@@ -57,17 +89,19 @@ class Computer:
         extractor: the model.
         pool: keep spatial means instead of maps.
         dtype: of the numbers to store, a name of `formats.DTYPES`.
-        prompt: for pictures without one of their own; None where no picture has one.
-        say: takes sentences.
+        prepare: called with the images of each pass in front of it, such as to set their prompts; or None.
+        log: called with messages.
     """
 
-    def __init__(self, extractor: Extractor, pool: bool, dtype: str, prompt: str | None, say: Callable[[str], None]):
-        self.extractor, self.pool, self.dtype, self.prompt, self.say = extractor, pool, DTYPES[dtype], prompt, say
+    def __init__(
+        self, extractor: Extractor, pool: bool, dtype: str, prepare: Prepare | None, log: Callable[[str], None]
+    ):
+        self.extractor, self.pool, self.dtype, self.prepare, self.log = extractor, pool, DTYPES[dtype], prepare, log
         self.cuda = extractor.device.type == "cuda"
         self.most_pixels: int | None = None  # of a batch, known once memory ran out
         self.seconds = 0.0
 
-    def __call__(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, Tensor], Callable[[], None]]]:
+    def __call__(self, batch: PreparedBatch) -> Iterator[tuple[PreparedBatch, dict[str, Tensor], Callable[[], None]]]:
         """Yields (part of the batch, {map: N x ...} on its way to the CPU, a function that waits for it to be there).
 
         All of it at once, unless memory runs out: then halves, and no larger batch is tried again.
@@ -88,7 +122,7 @@ class Computer:
                 found = None  # outside of this block the error, and all that it holds, is gone
             if found is None:
                 self.most_pixels = len(part.entries) // 2 * pixels
-                self.say(f"out of memory with {len(part.entries)} pictures at once; going on with halves of that")
+                self.log(f"out of memory with {len(part.entries)} pictures at once; going on with halves of that")
                 if self.cuda:
                     torch.cuda.empty_cache()
                 continue
@@ -96,9 +130,9 @@ class Computer:
             start += len(part.entries)
 
     @torch.inference_mode()
-    def _features(self, batch: Batch) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        if self.prompt is not None:
-            self.extractor.set_prompts([entry.prompt or self.prompt for entry in batch.entries])
+    def _features(self, batch: PreparedBatch) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        if self.prepare is not None:
+            self.prepare(batch.entries)
         if self.cuda:
             begin, end, there = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             begin.record()
@@ -124,7 +158,9 @@ class Computer:
         return {name: found.to(self.dtype, memory_format=torch.contiguous_format) for name, found in maps.items()}
 
 
-def _store(store: Store, computer: Computer, batch: Batch, maps: dict[str, Tensor], wait: Callable[[], None]) -> None:
+def _store(
+    store: Store, computer: Computer, advice: str | None, batch: PreparedBatch, maps: dict[str, Tensor], wait: Callable
+) -> None:
     wait()
     for name, found in maps.items():
         finite = found.isfinite().flatten(1).all(1)
@@ -132,14 +168,15 @@ def _store(store: Store, computer: Computer, batch: Batch, maps: dict[str, Tenso
             key = batch.entries[int(finite.int().argmin())].key
             half = "--store-dtype float32" if computer.dtype == torch.float16 else ""
             half += " --dtype bfloat16 or float32" if computer.extractor.dtype == torch.float16 else ""
-            remedy = f"too large for float16? Give {half.strip()} and another --out" if half else "look at the weights"
+            half = f"too large for float16? Give {half.strip()} and another --out" if half else ""
+            remedy = (half if advice is None else advice) or "look at the weights"
             raise ModelError(f"{computer.extractor.name}: {name} of {key} is not finite; {remedy}")
     keys = [entry.key for entry in batch.entries]
     store.add(Computed(keys, batch.sizes, tuple(batch.pictures.shape[-2:]), maps))
 
 
 def run(
-    entries: Sequence[Entry],
+    entries: Sequence[ImageSource],
     extractor: Extractor,
     resize: Resize,
     store: Store,
@@ -147,11 +184,13 @@ def run(
     dtype: str = "float16",
     batch_size: int = 8,
     workers: int = 2,
-    prompt: str | None = None,
+    prepare: Prepare | None = None,
     strict: bool = False,
     progress: bool = True,
-    say: Callable[[str], None] = tqdm.write,
-) -> Report:
+    log: Callable[[str], None] = tqdm.write,
+    group: Callable[[ImageSource], Hashable] | None = None,
+    advice: str | None = None,
+) -> ExtractionReport:
     """Features of all entries, into the store.
 
     At most 4 pictures per worker, 4 batches that wait for pictures of their size, 2 batches in front of the model, and
@@ -160,15 +199,19 @@ def run(
     Args:
         batch_size: pictures of one size per pass.
         workers: processes that read pictures; 0: a thread does.
+        prepare: see `Computer`; so for the others.
         strict: stop at the first picture that cannot be read. Otherwise the store notes it.
-        progress: show a bar. say: takes sentences. Others: see `Computer`.
+        progress: show a bar.
+        log: called with messages.
+        group: a pass takes images of one group only.
+        advice: what to do about features that are not finite, in place of the options of extraction.
 
     Raises:
         ImageError: with `strict`. ModelError: out of memory for one picture, features that are not finite. OSError: the
             disk does not take them. What was computed until then is stored, if it can be.
     """
-    report = Report()
-    computer = Computer(extractor, pool, dtype, prompt, say)
+    report = ExtractionReport()
+    computer = Computer(extractor, pool, dtype, prepare, log)
     clock = time.perf_counter()
     with (
         tqdm(total=len(entries), desc=extractor.name, unit="img", disable=not progress) as bar,
@@ -183,7 +226,7 @@ def run(
                 raise ImageError(read.error)
 
         found = reads(entries, resize, workers)
-        source = ahead(batches(found, batch_size, 4 * batch_size, failed, computer.cuda))
+        source = ahead(batches(found, batch_size, 4 * batch_size, failed, computer.cuda, group))
         pending: deque = deque()
         try:
             while True:
@@ -193,7 +236,7 @@ def run(
                 if batch is None:
                     break
                 for done in computer(batch):
-                    pending.append(writer.submit(_store, store, computer, *done))
+                    pending.append(writer.submit(_store, store, computer, advice, *done))
                     report.pictures += len(done[0].entries)
                     waiting = time.perf_counter()
                     while len(pending) > BEHIND:

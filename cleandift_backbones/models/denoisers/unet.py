@@ -8,8 +8,7 @@ last layer): `us1, us2, us3 | us4, us5, us6 | us7, us8, us9`, and after layer 0 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,35 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...utils.errors import InputError, StateError
-
-
-class MapInfo(NamedTuple):
-    """Where a map is read and what it looks like: `stride` is relative to the latents."""
-
-    name: str
-    channels: int
-    stride: int
-    module: str
-
-
-def map_infos(config: dict) -> tuple[MapInfo, ...]:
-    """The maps of a UNet2DConditionModel config (needs `block_out_channels`), in execution order.
-
-    Works for any number of levels: L levels of n + 1 layers give 2 + (L - 1) * (n + 1) maps (SD: 11).
-    """
-    widths = list(config["block_out_channels"])
-    layers = config.get("layers_per_block", 2) + 1
-    levels = len(widths)
-    infos = [MapInfo("mid", widths[-1], 2 ** (levels - 1), "mid_block")]
-    for i, width in enumerate(reversed(widths)):
-        stride = 2 ** (levels - 1 - i)
-        kind = "attentions" if config["up_block_types"][i].startswith("CrossAttn") else "resnets"
-        last_block = i == levels - 1
-        for j in range(1 if last_block else layers - 1):
-            infos.append(MapInfo(f"us{len(infos)}", width, stride, f"up_blocks.{i}.{kind}.{j}"))
-        if not last_block:
-            infos.append(MapInfo(f"us{len(infos)}", width, stride // 2, f"up_blocks.{i}.upsamplers.0"))
-    return tuple(infos)
+from .maps import unet_maps
 
 
 def _layers(block: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
@@ -64,7 +35,7 @@ class FeatureUNet(UNet2DConditionModel):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.infos = map_infos(self.config)  # all maps of the architecture, in execution order, held or cut
+        self.infos = unet_maps(self.config)  # all maps of the architecture, in execution order, held or cut
         self.last_map = self.infos[-1].name
         self.dropped_keys: frozenset[str] = frozenset()
         self.grad_checkpointing = False
@@ -73,7 +44,7 @@ class FeatureUNet(UNet2DConditionModel):
     __init__.__signature__ = inspect.signature(UNet2DConditionModel.__init__)
 
     @classmethod
-    def build(cls, config: dict, last_map: str | None = None) -> FeatureUNet:
+    def build(cls, config: Mapping, last_map: str | None = None) -> FeatureUNet:
         """Makes a randomly initialised UNet that holds parameters only as deep as `last_map` (default: the deepest).
 
         The full model is laid out on the meta device, which allocates nothing, cut, and only then given memory, on
@@ -133,11 +104,21 @@ class FeatureUNet(UNet2DConditionModel):
         self.dropped_keys = self.dropped_keys | (before - set(self.state_dict()))
         return self
 
+    def layer_groups(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of tensor names, shallow to deep, for layer-wise learning rates: one group per layer, or block."""
+        layer = "" if coarse else r"\.(?:resnets|attentions|downsamplers|upsamplers)\.(\d+)"
+        return dict(
+            stem=r"conv_in|time_embedding",
+            down=rf"down_blocks\.(\d+){layer}",
+            mid=r"mid_block",
+            up=rf"up_blocks\.(\d+){layer}",
+        )
+
     def forward(
         self,
         latents: Tensor,
         timestep: Tensor | float,
-        prompt_embeds: Tensor,
+        conditions: Mapping[str, Tensor] | Tensor,
         maps: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
         """One walk down and up, ending after the deepest map asked for.
@@ -145,7 +126,7 @@ class FeatureUNet(UNet2DConditionModel):
         Args:
             latents: B x C x h x w, scaled by the VAE's scaling factor; any h, w.
             timestep: a scalar or one per sample, 0..999, floats allowed.
-            prompt_embeds: 1 or B x L x C, output of the text encoder.
+            conditions: `prompt_embeds`, 1 or B x L x C, output of the text encoder; or that tensor itself.
             maps: names of the maps to return (default: all that are held).
 
         Returns:
@@ -159,7 +140,13 @@ class FeatureUNet(UNet2DConditionModel):
         batch = latents.shape[0]
         time = torch.as_tensor(timestep, device=latents.device).reshape(-1).expand(batch)
         temb = self.time_embedding(self.time_proj(time).to(latents.dtype))
-        return self.walk(latents, temb, prompt_embeds.to(latents.dtype).expand(batch, -1, -1), maps)
+        return self.walk(latents, temb, self.text_of(conditions, latents), maps)
+
+    @staticmethod
+    def text_of(conditions: Mapping[str, Tensor] | Tensor, latents: Tensor) -> Tensor:
+        """The prompt B x L x C, for the batch and in the dtype of the latents."""
+        text = conditions if isinstance(conditions, Tensor) else conditions["prompt_embeds"]
+        return text.to(latents.dtype).expand(len(latents), -1, -1)
 
     def walk(
         self, latents: Tensor, temb: Tensor | None, text: Tensor | None, maps: Collection[str]

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.captioned import Picture, pictures_of
-from ..data.compositing import Compositor, compose_plain, load_pictures
-from ..data.decoding import read_image
-from ..utils.errors import InputError
-from ..utils.progress import tqdm
-from ..utils.seeding import batch_indices, step_generator
+from cleandift_backbones.data.captioned import sources_of
+from cleandift_backbones.data.compositing import Compositor, compose_plain
+from cleandift_backbones.data.decoding import read_image
+from cleandift_backbones.data.sources import ImageSource
+from cleandift_backbones.utils.errors import InputError
+from cleandift_backbones.utils.progress import tqdm
+from cleandift_backbones.utils.seeding import batch_indices, step_generator
+from tools.tiny.emoji_folder import load_pictures
 
 __all__ = ["Photos", "PictureSets", "fit"]
 
@@ -40,7 +42,7 @@ class Photos:
         ImageError: a picture cannot be read.
     """
 
-    def __init__(self, pictures: Sequence[Picture], size: int, scale: tuple[float, float] = (0.5, 1.0)):
+    def __init__(self, pictures: Sequence[ImageSource], size: int, scale: tuple[float, float] = (0.5, 1.0)):
         self.size, self.scale = size, scale
         side = round(LONGEST * size)
         self.images = torch.zeros(len(pictures), 3, side, side, dtype=torch.uint8)  # in the top left corner
@@ -88,7 +90,7 @@ class Photos:
         return F.grid_sample(images, grid, align_corners=False).mul(2 / 255).sub(1)
 
 
-def _read_photo(picture: Picture, size: int) -> Tensor:
+def _read_photo(picture: ImageSource, size: int) -> Tensor:
     image = fit(read_image(picture.source, min_side=1, name=picture.name), size)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -122,7 +124,7 @@ class PictureSets:
 
     Raises:
         InputError: neither of the two, photographs without held-out ones, a strange share; see also `load_pictures`,
-            `pictures_of`.
+            `sources_of`.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class PictureSets:
                 ("photos", photos, self.entries),
                 ("heldout_photos", photos_heldout, self.heldout_entries),
             ):
-                pictures = pictures_of(place)
+                pictures = sources_of(place)
                 setattr(self, name, Photos(pictures, self.size))
                 entries.extend(dict(text=picture.caption, style="") for picture in pictures)
         self.compositor = Compositor()

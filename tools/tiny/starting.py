@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-from .. import checkpoints
-from ..checkpoints.hub import fetch_checkpoint
-from ..utils.errors import InputError, file_errors
+from cleandift_backbones import checkpoints
+from cleandift_backbones.checkpoints.hub import fetch_checkpoint
+from cleandift_backbones.utils.errors import InputError, file_errors
 
 __all__ = ["start_from", "start_text"]
 

@@ -7,14 +7,8 @@ import math
 import re
 from collections.abc import Callable
 
-from ..utils.errors import InputError
-from .picture_sets import PictureSets
-
-
-def run_options(options: argparse.Namespace) -> dict:
-    """The arguments of `Run` that `add_run_arguments` reads."""
-    same = ("max_steps", "max_minutes", "stop_minutes", "warmup", "save_steps", "resume")
-    return {name: getattr(options, name) for name in same} | {"ema_decay": options.ema}
+from cleandift_backbones.utils.errors import InputError
+from tools.tiny.picture_sets import PictureSets
 
 
 def above_zero(kind: type) -> Callable[[str], float]:
@@ -73,6 +67,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, batch_size: int, lr: f
         type=above_zero(float),
         help="save and stop this command after so long",
     )
+    add("--stop-after", type=above_zero(int), help="save and stop this command after so many steps in all")
     add("--resume", choices=("auto", "never"), default="auto", help="go on from --out's checkpoint (default: auto)")
     add(
         "--save-steps",
