@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo app test test-app lint table table-full pictures test-mmseg test-mmdet clean
+.PHONY: demo app test test-all test-app lint table table-full pictures test-mmseg test-mmdet clean
 
 demo: $(VENV)/.ready
 	$(BIN)/cleandift demo --out demo
@@ -20,8 +20,12 @@ test-app: $(VENV)/.ready-dev $(VENV)/.ready-app
 	$(BIN)/python -c "import gradio, playwright"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/visualize/test_app.py tests/app
 
+# The fast tests: minutes on two free cores.
 test: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=20
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
