@@ -338,7 +338,7 @@ def differences(old: object, new: object, path: str = "") -> Iterator[str]:
         for number, pair in enumerate(zip(old, new)):
             yield from differences(*pair, f"{path} [{number}]")
     elif isinstance(old, list) and isinstance(new, list) and all(isinstance(one, str) for one in [*old, *new]):
-        changed = [line for line in difflib.unified_diff(old, new, "was", "is", "", 0) if line[:1] in "+-"]
+        changed = [line for line in difflib.unified_diff(old, new, "was", "is", n=0) if line[:1] in "+-"]
         yield "\n    ".join([f"{path}:", *changed[2:]])
     elif old != new:
         yield f"{path}: was {str(old)[:200]}, is {str(new)[:200]}"

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option(result, "--map", "those that are shown (default: up to three)", default=[])
     result.add_argument(
-        "--match-map", metavar="MAP", help="map to match points on (default: us6, or the middle one shown)"
+        "--match-map", metavar="MAP", help="map to match points on (default: the model's, or the middle one shown)"
     )
     result.add_argument("--size", type=int, help="side of the model's input in pixels (default: the model's own)")
     option(result, "--weights")

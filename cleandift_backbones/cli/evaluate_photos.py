@@ -216,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     option(result, "--out", "a folder for results.json, results.md and results.png", default="results/photos")
     evaluate_suites.add_options(
         result, [PIXELS, "random:cleandift_tiny", "dift_tiny", "cleandift_tiny"], "",
-        f"{' '.join(map(str, TIMESTEPS))} unless given", ["us3", "us5", "us6", "us7", "us8"],
+        f"{' '.join(map(str, TIMESTEPS))} unless given", [],
     )  # fmt: skip
     result.add_argument(
         "--sizes", "--size", nargs="+", type=evaluate.numbers(int), action=evaluate.Flat, metavar="PIXELS",
@@ -253,13 +253,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def maps_of(args: argparse.Namespace, model: str) -> list[str]:
-    """The maps to choose from: those of `--maps`, and all of a model of another package, whose maps have other names.
+    """The maps to choose from: those of `--maps`, or the architecture's; all of a model of another package.
 
     Raises:
         ModelError: a map that the model does not have.
     """
     infos = list_maps(model)
-    names = [info["name"] for info in infos]
-    if args.maps == ["all"] or defaults_of(model) is None:
+    names, defaults = [info["name"] for info in infos], defaults_of(model)
+    if args.maps == ["all"] or defaults is None:
         return names
-    return pick_maps(model, infos, args.maps, names[-1])
+    return pick_maps(model, infos, args.maps or list(defaults.searched), names[-1])

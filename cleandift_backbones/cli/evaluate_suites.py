@@ -50,7 +50,7 @@ def add_options(
         **several,
     )  # fmt: skip
     parser.add_argument("--ensemble", **several, metavar="N", help="noises averaged by dift_* models; 1 8 unless given")
-    option(parser, "--map", "or all", dest="maps", default=list(maps))
+    option(parser, "--map", "or all" if maps else "or all (default: some of each stride)", dest="maps", default=maps)
     parser.add_argument(
         "--student-weights", metavar="FILE", help="safetensors for the cleandift_* models, instead of the shipped"
     )

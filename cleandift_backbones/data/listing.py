@@ -131,11 +131,6 @@ def list_folder(
     return found
 
 
-def find_pictures(root: str | os.PathLike, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
-    """The images of `list_folder`, sorted."""
-    return list_folder(root, unreadable).images
-
-
 def list_names(folder: str | os.PathLike, ending: str | tuple[str, ...]) -> list[str]:
     """Paths of the files right in a folder whose names end so, in any case, sorted; without hidden ones."""
     with file_errors(folder, "cannot be listed", "check the path"), os.scandir(folder) as entries:

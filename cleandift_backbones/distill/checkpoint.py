@@ -58,7 +58,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict] | None:
             return None
         try:
             state = json.loads(file.metadata()["state"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         # Copies: the file may be dropped while its tensors are in use.
         return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..utils.atomic import save_png, set_aside, write_text
-from ..utils.errors import InputError
+from ..utils.errors import CleanDIFTError, InputError
 from ..visualize import figures
 
 _logger = logging.getLogger(__name__)
@@ -138,10 +138,11 @@ class Monitor:
             for tracker in accelerator.trackers:
                 if settings and tracker.name != "tensorboard":  # it would show them as a run of its own
                     tracker.store_init_configuration(dict(settings))
-        except OSError:
+        except CleanDIFTError:
             raise
         except Exception as error:  # of many types, one library's each
-            raise InputError(f"{', '.join(trackers)}: a tracker does not start: {error}") from error
+            reason = f"a tracker does not start ({error}): log in there, or leave it out"
+            raise InputError(f"log.jsonl, {', '.join(trackers)}: {reason}") from error
 
     def track(self, images: int, **values: Tensor) -> None:
         """Adds one step; nothing waits for the device here."""

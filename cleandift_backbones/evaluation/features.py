@@ -138,12 +138,11 @@ class FeatureStores:
             remove_store(folder)
 
     def _settings(self, extractor: Extractor, more: dict) -> dict:
-        own = type(extractor.core).__module__.startswith("cleandift_backbones.")
         return dict(
             model=extractor.name, maps=list(extractor.maps), size=list(extractor.size), resize=self.mode,
             pool="mean" if self.pool else "none", store_dtype=self.dtype, format=FORMAT,
             # Equal weights need not mean equal features: whose code computes them, with its version.
-            code=f"cleandift_backbones {__version__}" if own else f"timm {timm.__version__}",
+            code=f"cleandift_backbones {__version__}" if extractor.spec else f"timm {timm.__version__}",
             mean=list(extractor.mean), std=list(extractor.std), compute_dtype=str(extractor.dtype).split(".")[-1],
             optimize=extractor.optimized, settings=more, weights=extractor.weights_digest(),
         )  # fmt: skip

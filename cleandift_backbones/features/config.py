@@ -25,7 +25,7 @@ class ExtractConfig:
 
     Attributes:
         model: any timm model; random:NAME has random weights.
-        maps: names or indices of maps; empty: us6, or else the last.
+        maps: names or indices of maps; empty: the model's default map, or else the last.
         pool: "none", or "mean" for a vector per image and map.
         prompt: text for models that take text; "none": the empty one.
         timestep: of dift_* models, 0..999.

@@ -23,6 +23,7 @@ import cleandift_backbones
 
 from ..data.images import stack_pixels, to_tensor, unit_range
 from ..data.resize import resize
+from ..models.architectures import ModelSpec, find_spec
 from ..models.inputs import map_index
 from ..utils.errors import InputError, MissingWeightsError, is_out_of_memory
 from ..utils.progress import tqdm
@@ -100,6 +101,11 @@ class Extractor:
         """The model, out of timm's wrapper for features_only."""
         return getattr(self.model, "model", self.model)
 
+    @property
+    def spec(self) -> ModelSpec | None:
+        """The model's entry if it is one of this package, else None."""
+        return find_spec((getattr(self.core, "pretrained_cfg", None) or {}).get("architecture") or "")
+
     def weights_digest(self) -> str:
         """Hash of the weights, prompt and timestep that were loaded or set, whether or not they are optimised now."""
         return self._weights or weights_digest(self.model)
@@ -117,7 +123,7 @@ class Extractor:
         vae = getattr(self.core, "vae", None)
         if isinstance(vae, RememberedLatents):
             raise ModelError(f"{self.name} remembers latents already: optimize it before")
-        if not hasattr(vae, "map_infos"):
+        if self.spec is None:
             if compile:
                 raise ModelError(f"{self.name} is no model of this package: only these are compiled")
             return
@@ -137,7 +143,7 @@ class Extractor:
         vae = getattr(self.core, "vae", None)
         if isinstance(vae, RememberedLatents):
             raise ModelError(f"{self.name} remembers latents already")
-        if hasattr(vae, "map_infos"):  # a LatentEncoder, whose module imports diffusers
+        if self.spec is not None:
             if self.optimized == "compile":
                 raise ModelError(f"{self.name} is compiled: what it encodes cannot be remembered; optimize without")
             self.core.vae = RememberedLatents(vae, memory)
@@ -145,7 +151,7 @@ class Extractor:
     @property
     def takes_prompts(self) -> bool:
         """Whether the model is conditioned on text and knows a text encoder."""
-        return bool(getattr(self.core, "text_encoder", None)) and hasattr(self.core, "set_prompt")
+        return self.spec is not None and bool(self.core.text_encoder)
 
     def set_prompts(self, prompts: Sequence[str]) -> None:
         """Conditions the model on texts, one per picture of the next batch; none: on what it was conditioned at first.
@@ -167,10 +173,10 @@ class Extractor:
 
     def reseed(self, seed: int) -> bool:
         """Draws other noises from now on, if the model is one that uses noise (DIFT); says whether it is."""
-        noisy = [module for module in self.model.modules() if hasattr(module, "noise_seed")]
-        for module in noisy:
-            module.noise_seed = seed
-        return bool(noisy)
+        noisy = self.spec is not None and self.spec.noisy
+        if noisy:
+            self.core.noise_seed = seed
+        return noisy
 
 
 def weights_digest(model: nn.Module) -> str:

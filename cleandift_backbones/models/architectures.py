@@ -55,11 +55,11 @@ def add_architecture(arch: Architecture) -> list[ModelSpec]:
     if not arch.name.isidentifier():
         raise InputError(f"architecture {arch.name!r}: a name has letters, digits and underscores only")
     names, wanted = [info.name for info in arch.denoiser.maps()], arch.defaults
-    unknown = {wanted.map, wanted.final_map, *wanted.shown, *(wanted.out or ())} - set(names)
+    unknown = {wanted.map, wanted.final_map, *wanted.shown, *wanted.searched, *(wanted.out or ())} - set(names)
     if unknown:
         raise InputError(
             f"architecture {arch.name!r}: its defaults name the maps {', '.join(sorted(unknown))}, and its denoiser "
-            f"has {', '.join(names)}: give Defaults(map=, shown=, final_map=)"
+            f"has {', '.join(names)}: give Defaults(map=, shown=, searched=, final_map=)"
         )
     if arch.listed:
         clean, noisy = f"cleandift_{arch.name}", f"dift_{arch.name}"

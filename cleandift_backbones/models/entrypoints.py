@@ -213,7 +213,7 @@ def register_architecture(arch: Architecture) -> list[str]:
         arch = Architecture(
             "mine", "my Stable Diffusion", DenoiserSpec(unet_config((320, 640, 1280), "-xx", cross_attention_dim=768)),
             vae=dict(block_out_channels=(128, 256, 512, 512)), conditions=TextConditions(77, 768), schedule=Schedule(),
-            image_size=512, defaults=Defaults(map="us3", shown=("us3", "us6")),
+            image_size=512, defaults=Defaults(map="us3", shown=("us3", "us6"), searched=("us3",)),
         )
         register_architecture(arch)
         timm.create_model("cleandift_mine", features_only=True)

@@ -65,6 +65,7 @@ class Defaults:
     Attributes:
         map: for one map per image, as in matching and extraction.
         shown: maps to look at side by side, coarse to fine.
+        searched: maps that a search for the best map chooses from.
         final_map: the map that a model without features_only ends at and pools.
         out: maps of features_only, fine to coarse; None: the last map of each block.
         timestep: of noisy features, and where the training of a student's timestep starts (DIFT, section 4).
@@ -74,6 +75,7 @@ class Defaults:
 
     map: str = "us6"
     shown: tuple[str, ...] = ("us3", "us6", "us9")
+    searched: tuple[str, ...] = ("us3", "us5", "us6", "us7", "us8")
     final_map: str = "mid"
     out: tuple[str, ...] | None = None
     timestep: float = 261.0

@@ -62,6 +62,9 @@ def test_ema_follows_its_formula_and_gives_the_weights_back():
     own = layer.weight.detach().clone()
     with ema.applied():
         assert torch.allclose(layer.weight, expected)
+        with ema.applied():  # an export within a report
+            assert torch.allclose(layer.weight, expected)
+        assert torch.allclose(layer.weight, expected)
     assert torch.equal(layer.weight, own)
     with pytest.raises(ValueError, match="decay 1"):
         EMA({}, 1)

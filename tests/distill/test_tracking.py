@@ -75,7 +75,8 @@ def test_a_tracker_that_fails_later_costs_no_step(pictures, tmp_path, board, cap
     assert len(log(tmp_path / "run", "loss")) == 2
     assert "wandb is not written: the server is gone; the run goes on" in caplog.text
     board.broken = "at the start"
-    refused(pictures, tmp_path / "other", capsys, "a tracker does not start: nobody is logged in", "report_to=wandb")
+    message = "wandb: a tracker does not start (nobody is logged in): log in there"
+    refused(pictures, tmp_path / "other", capsys, message, "report_to=wandb")
 
 
 def test_trackers_that_are_not_there(pictures, tmp_path, capsys, monkeypatch, caplog):

@@ -39,7 +39,15 @@ MINE = Architecture(
     conditions=TextConditions(5, 12),
     schedule=Schedule(),
     image_size=96,
-    defaults=Defaults(map="us2", shown=("us2", "us4"), final_map="us1", timestep=100, ensemble_size=2, min_side=32),
+    defaults=Defaults(
+        map="us2",
+        shown=("us2", "us4"),
+        searched=("us1", "us2"),
+        final_map="us1",
+        timestep=100,
+        ensemble_size=2,
+        min_side=32,
+    ),
 )
 
 
@@ -124,7 +132,7 @@ def test_mistakes_are_named(mine):
     with pytest.raises(ValueError, match="architecture 'mine' exists already"):
         register_architecture(MINE)
     with pytest.raises(ValueError, match="name the maps us9, and its denoiser has mid, us1, us2, us3, us4, us5"):
-        register_architecture(replace(MINE, name="other", defaults=Defaults(map="us2", shown=("us9",))))
+        register_architecture(replace(MINE, name="other", defaults=Defaults(map="us2", shown=("us9",), searched=())))
     with pytest.raises(ValueError, match="letters, digits and underscores"):
         register_architecture(replace(MINE, name="my model"))
     assert "other" not in ARCHITECTURES and "cleandift_other" not in MODELS
