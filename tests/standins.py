@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,14 +13,31 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save
+from timm.models import _registry
 from torch import Tensor
 
+from cleandift_backbones.models import entrypoints
 from cleandift_backbones.models.architectures import ARCHITECTURES, MODELS, Architecture, Published, published
 from cleandift_backbones.models.projection_heads import ProjectionHeads
 
 CFG = ARCHITECTURES["test"]
 TIMESTEP = 247.5
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@contextmanager
+def registry_kept() -> Iterator[None]:
+    """Forgets afterwards what is registered inside of it."""
+    tables = [ARCHITECTURES, MODELS, entrypoints.default_cfgs, _registry._model_entrypoints]
+    tables += [_registry._model_to_module, _registry._model_default_cfgs]
+    before, names = [dict(table) for table in tables], set(_registry._module_to_models["entrypoints"])
+    try:
+        yield
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            table.clear()
+            table.update(kept)
+        _registry._module_to_models["entrypoints"] = names
 
 
 def put(patch, arch: Architecture) -> None:

@@ -37,6 +37,11 @@ def test_pages_are_found():
 @pytest.fixture
 def stand_ins(hub, tmp_path, monkeypatch):
     """The names in the documentation lead somewhere: the Hub's repositories to small stand-ins, OWNER/REPO to here."""
+    with standins.registry_kept():
+        yield from _places(hub, tmp_path, monkeypatch)
+
+
+def _places(hub, tmp_path, monkeypatch):
     for arch in ("sd15", "sd21"):
         standins.use_parts(monkeypatch, arch, ARCHITECTURES["test"])
         names = (f"cleandift_{arch}_{which}.safetensors" for which in ("unet", "full"))
@@ -48,6 +53,7 @@ def stand_ins(hub, tmp_path, monkeypatch):
     hub.place("USER/REPO", {path.name: path.read_bytes() for path in folder.iterdir()}, private=True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda github, *args, **kwargs: str(ROOT))
+    yield
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -109,8 +109,7 @@ class Task:
         Options: a dataclass of `option` fields.
         timestep: of noisy models, unless asked for; None: the default of the model.
         ensemble: noises that noisy models average, unless asked for.
-        last_map: the model's last map is the default; otherwise the model's default map, or the one of the stride
-            nearest to 16.
+        last_map: the model's last map is the default; otherwise the model's own default, or the stride nearest to 16.
         pool: spatial means are enough.
         unit: what the bootstrap draws.
         lower: metrics of which less is better, see `report.Report`.

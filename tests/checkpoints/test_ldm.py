@@ -261,7 +261,7 @@ def test_to_ldm_refuses(tmp_path, known, capsys, monkeypatch):
 
     out = ["--out", str(tmp_path / "out.safetensors"), "--model", "test_cleandift"]
     refused("is one file: give an output NAME.safetensors", str(known), *out[2:], "--out", str(tmp_path / "out"))
-    refused("--timestep has no meaning with --to ldm", str(known), *out, "--timestep", "3")
+    refused("--timesteps has no meaning with --to ldm", str(known), *out, "--timestep", "3")
     tiny = timm.create_model("test_cleandift", latent_encoder="tiny", final_map="us10")
     save_folder(tiny, tmp_path / "tiny")
     refused("for which LDM has no keys: give --vae SOURCE", str(tmp_path / "tiny"), *out, "--fill", str(known))

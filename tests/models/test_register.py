@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import standins
 import timm
 import torch
 from diffusers import UNet2DConditionModel
@@ -20,7 +21,6 @@ from cleandift_backbones.models import (
     DenoiserSpec,
     Schedule,
     TextConditions,
-    default_cfgs,
     model_names,
     register_architecture,
     unet_config,
@@ -52,24 +52,10 @@ MINE = Architecture(
 
 
 @pytest.fixture
-def mine(monkeypatch):
+def mine():
     """Registers MINE, and forgets it afterwards."""
-    from timm.models import _registry
-
-    for table in (ARCHITECTURES, MODELS, default_cfgs):
-        for name in [name for name in table if "mine" in name]:
-            monkeypatch.delitem(table, name)
-    before = {id(table): set(table) for table in (ARCHITECTURES, MODELS, default_cfgs)}
-    names = register_architecture(MINE)
-    yield names
-    for table in (ARCHITECTURES, MODELS, default_cfgs):
-        for name in set(table) - before[id(table)]:
-            del table[name]
-    for name in names:
-        _registry._model_entrypoints.pop(name)
-        _registry._model_to_module.pop(name)
-        _registry._module_to_models["entrypoints"].discard(name)
-        _registry._model_default_cfgs.pop(name, None)
+    with standins.registry_kept():
+        yield register_architecture(MINE)
 
 
 def test_its_models_are_models_like_any_other(mine):
