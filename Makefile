@@ -48,7 +48,7 @@ $(MM_VENV)/.ready: pyproject.toml setup.py tools/build_mmcv.sh
 	$(PYTHON) -m venv $(MM_VENV)
 	$(MM) -m pip install --quiet torch torchvision
 	tools/build_mmcv.sh $(MM)
-	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet,text]" pytest pytest-xdist "setuptools>=77"
+	$(MM) -m pip install --quiet --editable ".[mmseg,mmdet,text]" pytest pytest-xdist "setuptools>=77,<82"
 	touch $@
 
 # The held-out pictures (needs npm), and the tables of docs/results.md: on 120 concepts (minutes on two cores), and on

@@ -37,10 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from ..data.images import check_folder
         from ..features.options import model_arguments
+        from ..optimization.cpu_malloc import keep_freed_memory
         from ..publish.training_data import training_data
         from ..utils.atomic import save_png
         from ..visualize import demo
     check_folder(args.out)
+    keep_freed_memory()  # of the whole process, which is this command's
     pairs = demo.pairs_of(args.data, torch.tensor(points) if points else None) if args.data else demo.sample_pairs()
     name = args.model.removeprefix("random:")
     pretrained = name == args.model and not args.random_weights

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +14,7 @@ from ..data.sources import ImageSource
 from ..features.engines.local import process_place
 from ..features.extractor import Extractor, ModelError
 from ..features.options import load_model
+from ..utils.guard import command_line
 from ..utils.progress import tqdm
 from .features import FeatureStores
 from .plans import Run
@@ -42,7 +41,7 @@ class EvaluationSession:
     @property
     def command(self) -> str:
         """The command that this process runs."""
-        return shlex.join(["python", *sys.argv])
+        return command_line()
 
     def load(self, run: Run) -> Extractor:
         """A run's model on the device, optimised if that is asked for."""

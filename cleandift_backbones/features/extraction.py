@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from ..data.loading import Resize
 from ..data.sources import ImageSource, SourceError, list_sources
 from ..utils.atomic import readable_size
 from ..utils.errors import InputError
+from ..utils.guard import command_line
 from ..utils.locks import hold
 from ..utils.progress import tqdm
 from ..version import __version__
@@ -127,7 +127,7 @@ def _extract(data: str, out: str, config: ExtractConfig, log: Callable[[str], No
         format=config.format, mean=extractor.mean, std=extractor.std,
     )  # fmt: skip
     info = dict(
-        command=shlex.join(["python", *sys.argv]), data=data, pictures=len(entries), device=_named(device),
+        command=command_line(), data=data, pictures=len(entries), device=_named(device),
         started=time.strftime("%Y-%m-%d %H:%M:%S"), channels=dict(zip(extractor.maps, extractor.channels)),
         versions=dict(
             cleandift_backbones=__version__, python=platform.python_version(),
