@@ -39,6 +39,7 @@ print(kept - resident())
 """
 
 
+@pytest.mark.slow
 def test_a_second_pass_takes_no_new_pages_if_that_was_asked_for():
     """optimize() alone leaves the process's allocator as it is."""
     found = {}

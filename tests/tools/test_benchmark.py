@@ -14,6 +14,7 @@ import benchmark
 from benchmarks import ways
 
 
+@pytest.mark.slow
 def test_report(tmp_path, capsys):
     names = ["whole", "dift", "timm", "optimized", "direct", "light"]
     command = "inference --model test_cleandift --size 64 128 --batch-size 1 2 --repeat 2 --threads 1 --clock cpu"
@@ -52,6 +53,7 @@ def test_a_noisy_first_way_is_no_reference(capsys, tmp_path):
     assert "freed memory is returned" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_compiled_ways(monkeypatch, tmp_path):
     """Traced as ever, but run by torch's own operations: compiling them for the processor takes many minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
