@@ -115,6 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> Report | None:
     logging.getLogger("timm").setLevel(logging.ERROR)
     config = config_of(args)
     with resource_errors("lower --batch-size, --workers or --shard-size, or give --max-side"):
-        report = extract(args.data, args.out, config)
+        report = extract(args.data, args.out, config, note=print)
     print(*report.lines, sep="\n")
     return report

@@ -6,8 +6,7 @@ import pytest
 import torch
 from extract_runs import extract, make_pictures, same
 
-from cleandift_backbones.cli import extract as command
-from cleandift_backbones.features import Features
+from cleandift_backbones.features import Features, extraction
 from cleandift_backbones.optimization.optimize import OptimizedCleanDIFT
 
 TINY = ["--model", "cleandift_tiny"]
@@ -21,8 +20,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def seen(monkeypatch):
     """The models that run."""
-    found, run = [], command.run
-    monkeypatch.setattr(command, "run", lambda e, extractor, *args: found.append(extractor) or run(e, extractor, *args))
+    found, run = [], extraction.run
+    monkeypatch.setattr(
+        extraction, "run", lambda e, extractor, *args: found.append(extractor) or run(e, extractor, *args)
+    )
     return found
 
 
