@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> ExtractionReport | None:
         keep_freed_memory()  # of the whole process, which is this command's
     config = config_of(args)
     with resource_errors("lower --batch-size, --workers or --shard-size, or give --max-side"):
-        report = extract(args.data, args.out, config)
+        report = extract(args.data, args.out, config, note=print)
     print(*report.lines, sep="\n")
     return report
 

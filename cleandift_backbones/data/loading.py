@@ -71,15 +71,15 @@ class Read(NamedTuple):
     error: str = ""
 
 
-class PreparedBatch(NamedTuple):
+class SizedBatch(NamedTuple):
     """Pictures of one size: B x 3 x H x W, uint8 or in 0..1; their entries; their own (width, height)."""
 
     pictures: Tensor
     entries: list[ImageSource]
     sizes: list[tuple[int, int]]
 
-    def part(self, start: int, stop: int) -> PreparedBatch:
-        return PreparedBatch(*(field[start:stop] for field in self))
+    def part(self, start: int, stop: int) -> SizedBatch:
+        return SizedBatch(*(field[start:stop] for field in self))
 
 
 class Pictures(Dataset):
@@ -119,7 +119,7 @@ def batches(
     failed: Callable[[Read], None],
     pin: bool = False,
     group: Callable[[ImageSource], Hashable] | None = None,
-) -> Iterator[PreparedBatch]:
+) -> Iterator[SizedBatch]:
     """Gathers pictures by size. What is batched with what depends on the order of the pictures alone.
 
     Args:
@@ -133,10 +133,10 @@ def batches(
     buckets: dict[tuple, list[Read]] = {}  # in the order of their first pictures
     count = 0
 
-    def take(shape: tuple) -> PreparedBatch:
+    def take(shape: tuple) -> SizedBatch:
         bucket = buckets.pop(shape)
         pictures = stack_pixels([read.picture for read in bucket])
-        return PreparedBatch(
+        return SizedBatch(
             pictures.pin_memory() if pin else pictures, [read.entry for read in bucket], [read.size for read in bucket]
         )
 

@@ -45,6 +45,7 @@ def extract(
     config: ExtractConfig,
     engine: str = "local",
     log: Callable[[str], None] = to_stderr,
+    note: Callable[[str], None] | None = None,
 ) -> ExtractionReport:
     """Features of many images into a folder, which `Features(out)` reads; goes on where an earlier call stopped.
 
@@ -55,7 +56,8 @@ def extract(
         out: the folder, new or with features of the same settings.
         config: what to compute, and how.
         engine: what runs the batches: "local", this process.
-        log: called with messages.
+        log: called with warnings.
+        note: called with what is done, before it is done; None: `log` is.
 
     Returns:
         What this process did; its `lines` are sentences about that, and about the folder.
@@ -79,7 +81,7 @@ def extract(
     images = json.dumps([os.path.abspath(data), config.limit, config.shard_names])
     share = f"{hashlib.sha256(images.encode()).hexdigest()[:8]}-{rank}-of-{world}"
     with hold(out, share):
-        return _extract(data, out, config, log)
+        return _extract(data, out, config, log, note or log)
 
 
 def load(config: ExtractConfig, device: torch.device) -> tuple[Extractor, Resize]:
@@ -103,7 +105,9 @@ def load(config: ExtractConfig, device: torch.device) -> tuple[Extractor, Resize
     return extractor, Resize("keep", None, config.max_side, config.multiple, least, extractor.mean)
 
 
-def _extract(data: str, out: str, config: ExtractConfig, log: Callable[[str], None]) -> ExtractionReport:
+def _extract(
+    data: str, out: str, config: ExtractConfig, log: Callable[[str], None], note: Callable[[str], None]
+) -> ExtractionReport:
     rank, world, local = process_place(config.part)
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is None:
@@ -144,7 +148,7 @@ def _extract(data: str, out: str, config: ExtractConfig, log: Callable[[str], No
     mine = [entry for entry in entries[rank::world] if entry.key not in done]
     known = sum(entry.key in done for entry in entries[rank::world])
     if known and mine:
-        log(f"{known:,} of {known + len(mine):,} images are in {out} already; computing the others")
+        note(f"{known:,} of {known + len(mine):,} images are in {out} already; computing the others")
 
     def prepare(images: Sequence[ImageSource]) -> None:
         extractor.set_prompts([image.caption or prompt for image in images])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.images import ImageError
-from ...data.loading import PreparedBatch, Read, Resize, ahead, batches, reads
+from ...data.loading import Read, Resize, SizedBatch, ahead, batches, reads
 from ...data.sources import ImageSource
 from ...utils.progress import tqdm
 from ..extractor import Extractor, ModelError, OutOfMemory, memory_told
@@ -101,7 +101,7 @@ class Computer:
         self.most_pixels: int | None = None  # of a batch, known once memory ran out
         self.seconds = 0.0
 
-    def __call__(self, batch: PreparedBatch) -> Iterator[tuple[PreparedBatch, dict[str, Tensor], Callable[[], None]]]:
+    def __call__(self, batch: SizedBatch) -> Iterator[tuple[SizedBatch, dict[str, Tensor], Callable[[], None]]]:
         """Yields (part of the batch, {map: N x ...} on its way to the CPU, a function that waits for it to be there).
 
         All of it at once, unless memory runs out: then halves, and no larger batch is tried again.
@@ -130,7 +130,7 @@ class Computer:
             start += len(part.entries)
 
     @torch.inference_mode()
-    def _features(self, batch: PreparedBatch) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    def _features(self, batch: SizedBatch) -> tuple[dict[str, Tensor], Callable[[], None]]:
         if self.prepare is not None:
             self.prepare(batch.entries)
         if self.cuda:
@@ -159,7 +159,7 @@ class Computer:
 
 
 def _store(
-    store: Store, computer: Computer, advice: str | None, batch: PreparedBatch, maps: dict[str, Tensor], wait: Callable
+    store: Store, computer: Computer, advice: str | None, batch: SizedBatch, maps: dict[str, Tensor], wait: Callable
 ) -> None:
     wait()
     for name, found in maps.items():
