@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on(data, whole, tmp_path, capsys):
     kill(first)
     there = only_whole_shards(out)
     assert extract(data, out, *OPTIONS).pictures == MANY - there
-    assert f"{there} of {MANY} images are in" in capsys.readouterr().err
+    assert f"{there} of {MANY} images are in" in capsys.readouterr().out
     same(out, whole)
     keys = [key for shard in sorted(out.glob("features-*")) for key in _keys(shard)]
     assert len(keys) == len(set(keys)) == MANY  # nothing was computed twice
