@@ -289,6 +289,7 @@ def test_features_are_removed_and_nothing_else(tmp_path):
 
 def test_the_default_rows():
     args = evaluate_photos.parser().parse_args(["--suite", "photos", "--data", "x"])
-    assert args.models == MODELS and args.sizes == [128, 192, 256] and args.maps == ["us3", "us5", "us6", "us7", "us8"]
+    assert args.models == MODELS and args.sizes == [128, 192, 256] and args.maps == []
+    assert evaluate_photos.maps_of(args, "dift_tiny") == ["us3", "us5", "us6", "us7", "us8"]
     assert args.choose_on == ["animal_pose", "cub"] and args.measure == ["pf_willow"]
     assert len(evaluate_photos.TIMESTEPS) >= 6
