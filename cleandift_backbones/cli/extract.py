@@ -13,7 +13,7 @@ from dataclasses import fields
 from cleandift_command import guard
 
 from ..features.config import POOLS, RESIZES, ExtractConfig
-from ..features.engines.local import Report
+from ..features.engines.local import ExtractReport
 from ..features.extraction import extract
 from ..features.extractor import load_extractor
 from ..features.formats import DTYPES, FORMATS
@@ -109,7 +109,7 @@ def config_of(args: argparse.Namespace) -> ExtractConfig:
 
 
 @guard("what was computed is stored, the same command goes on")
-def main(arguments: Sequence[str] | None = None) -> Report | None:
+def main(arguments: Sequence[str] | None = None) -> ExtractReport | None:
     """Extracts. See `cleandift_command.guard` for exit codes."""
     args = parser().parse_args(arguments)
     logging.getLogger("timm").setLevel(logging.ERROR)

@@ -91,7 +91,7 @@ class ImageSource:
         return read_image(self.source, min_side=1, name=self.name)
 
 
-class Sources(NamedTuple):
+class ImageList(NamedTuple):
     """What `list_sources` found.
 
     Attributes:
@@ -109,7 +109,7 @@ def list_sources(
     captions: bool = False,
     shard_names: bool = False,
     left_out: Counter[str] | None = None,
-) -> Sources:
+) -> ImageList:
     """The images of a folder (see `listing.list_folder`), of .tar shards (see `shards.shards_of`), or of a list.
 
     A list is a text file with a path per line, or a table (.jsonl, .csv, .parquet) with `path` (or `file_name`), and
@@ -156,7 +156,7 @@ def list_sources(
             f"{data} holds no pictures ({', '.join(endings())}, or .tar shards of them) {reasons}".strip()
         )
     _check_keys(data, images, shard_names)
-    return Sources(images, notes)
+    return ImageList(images, notes)
 
 
 def _check_keys(data: str, images: Sequence[ImageSource], shard_names: bool) -> None:

@@ -20,7 +20,7 @@ from . import tasks  # noqa: F401 (registers this package's tasks)
 from .features import STORED
 from .plans import make_plan
 from .report import Report, check_report
-from .runs import Session, check_models
+from .runs import RunContext, check_models
 from .task import defaults, task_of
 
 RANGES = (
@@ -155,7 +155,7 @@ def evaluate(
     with hold(out, task if not rank else f"{task}-{rank}-of-{world}"):
         ready = kind.read(data, chosen, limit, config.seed)
         check_models(config, plan)
-        report = ready.run(Session(config, plan, device, out))
+        report = ready.run(RunContext(config, plan, device, out))
         if report is None or rank:
             return None
         return EvaluationResult(report, ready.write(report, out), ready.lines(report))

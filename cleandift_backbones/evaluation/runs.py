@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .api import EvaluateConfig
 
 
-class Session:
+class RunContext:
     """What a task's `run` has at hand.
 
     Attributes:

@@ -14,7 +14,7 @@ from .bootstrap import Tally
 
 if TYPE_CHECKING:
     from .features import MapFeatures
-    from .runs import Session
+    from .runs import RunContext
 
 Size = tuple[int, int]  # height, width
 #: every task by its name, in the order of the command's help; those of this package register in `evaluation.tasks`
@@ -178,9 +178,9 @@ class Task:
         """A key of `measure` as tables show it."""
         return metric
 
-    def run(self, session: Session):
+    def run(self, context: RunContext):
         """All models measured, as a report; None from a process that only computed features."""
-        return session.report(self)
+        return context.report(self)
 
     def write(self, report, folder: Path) -> list[Path]:
         """Writes what `run` returned into a folder, as NAME.json, NAME.md and NAME.png; returns their paths."""

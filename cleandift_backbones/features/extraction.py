@@ -25,7 +25,7 @@ from ..utils.locks import hold
 from ..utils.progress import tqdm
 from ..version import __version__
 from .config import ExtractConfig
-from .engines.local import Report, default_workers, process_place, run
+from .engines.local import ExtractReport, default_workers, process_place, run
 from .extractor import Extractor, ModelError, list_maps, resolve_device
 from .formats import DTYPES
 from .options import load_model, model_arguments, pick_maps
@@ -46,7 +46,7 @@ def extract(
     engine: str = "local",
     log: Callable[[str], None] = to_stderr,
     note: Callable[[str], None] | None = None,
-) -> Report:
+) -> ExtractReport:
     """Features of many images into a folder, which `Features(out)` reads; goes on where an earlier call stopped.
 
     Under torchrun or accelerate launch each process takes its share of the images.
@@ -107,7 +107,7 @@ def load(config: ExtractConfig, device: torch.device) -> tuple[Extractor, Resize
 
 def _extract(
     data: str, out: str, config: ExtractConfig, log: Callable[[str], None], note: Callable[[str], None]
-) -> Report:
+) -> ExtractReport:
     rank, world, local = process_place(config.part)
     device = resolve_device(config.device)
     if device.type == "cuda" and device.index is None:
@@ -178,7 +178,7 @@ def _named(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _finish(store: Store, entries: list[ImageSource], report: Report, who: str) -> list[str]:
+def _finish(store: Store, entries: list[ImageSource], report: ExtractReport, who: str) -> list[str]:
     """Gathers the index of the folder; returns sentences about this process and the folder."""
     done, failures = store.merge()
     failed = {failure["key"] for failure in failures}

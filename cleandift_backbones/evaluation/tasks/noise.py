@@ -133,16 +133,16 @@ class Noise(Task):
             tqdm.write(f"{data}: {left_out_report(left_out)}", file=sys.stderr)
         return cls([images[i] for i in limited(images, limit, seed)], options.noises)
 
-    def run(self, session) -> list[Entry] | None:
+    def run(self, context) -> list[Entry] | None:
         if process_place().rank:
             return None
-        images, shares, config = [image.read() for image in self.items], [], session.config
-        for run in tqdm(session.plan, desc="runs", unit="run", disable=not config.progress):
-            extractor = session.load(run)
+        images, shares, config = [image.read() for image in self.items], [], context.config
+        for run in tqdm(context.plan, desc="runs", unit="run", disable=not config.progress):
+            extractor = context.load(run)
             found = noise_shares(extractor, images, self.noises, config.batch_size, progress=config.progress)
             shares += [(run.name, name, run.settings["timestep"], share) for name, share in found.items()]
-        self.info = dict(task=self.name, command=session.command, pictures=len(images), noises=self.noises)
-        self.info |= dict(seed=config.seed, device=str(session.device))
+        self.info = dict(task=self.name, command=context.command, pictures=len(images), noises=self.noises)
+        self.info |= dict(seed=config.seed, device=str(context.device))
         return shares
 
     def write(self, report, folder):

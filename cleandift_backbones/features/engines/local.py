@@ -54,7 +54,7 @@ def default_workers(device: torch.device) -> int:
 
 
 @dataclass
-class Report:
+class ExtractReport:
     """What a run did, and where its time went: seconds from the first picture's reading to the last shard's writing.
 
     `computing` is the time that the device spent on the model, pooling and rounding; `reading` and `storing` are the
@@ -190,7 +190,7 @@ def run(
     log: Callable[[str], None] = tqdm.write,
     group: Callable[[ImageSource], Hashable] | None = None,
     advice: str | None = None,
-) -> Report:
+) -> ExtractReport:
     """Features of all entries, into the store.
 
     At most 4 pictures per worker, 4 batches that wait for pictures of their size, 2 batches in front of the model, and
@@ -210,7 +210,7 @@ def run(
         ImageError: with `strict`. ModelError: out of memory for one picture, features that are not finite. OSError: the
             disk does not take them. What was computed until then is stored, if it can be.
     """
-    report = Report()
+    report = ExtractReport()
     computer = Computer(extractor, pool, dtype, prepare, log)
     clock = time.perf_counter()
     with (
