@@ -14,6 +14,7 @@ import timm
 from ..features.extractor import PIXELS, ModelError, list_maps
 from ..features.model_names import defaults_of, is_noisy, model_spec
 from ..features.options import check_noise, model_arguments, pick_maps
+from ..models.architectures import model_of
 from ..utils.atomic import is_file
 from ..utils.errors import FileError
 from .task import task_of
@@ -106,12 +107,10 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
                     label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
                     kwargs = model_arguments(step, count) | weights
                     plan.append(Run(name, label, "noisy", name, settings=settings, kwargs=kwargs))
-            twin = f"{name}'s UNet on the clean picture"
+            twin, clean = f"{name}'s UNet on the clean picture", _clean_model(name)
             for step in args.timesteps:
                 kwargs = dict(timestep=step) | (weights or _twin_weights(name))
-                plan.append(
-                    Run(twin, f"{twin}, best t", "teacher", f"clean{name}", None, True, dict(timestep=step), kwargs)
-                )
+                plan.append(Run(twin, f"{twin}, best t", "teacher", clean, None, True, dict(timestep=step), kwargs))
         elif model_spec(name):
             plan.append(Run(name, name, "clean", name, kwargs=model_arguments(weights=args.student_weights)))
             if twins:
@@ -121,8 +120,17 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
     return plan
 
 
+def _clean_model(name: str) -> str:
+    """The clean model of a noisy one's architecture, with its tag."""
+    clean, dot, tag = model_of(model_spec(name).arch, "clean"), *name.partition(".")[1:]
+    return clean if ":" in name else f"{clean}{dot}{tag}"
+
+
 def _twin_weights(name: str) -> dict:
-    """Where the weights of a dift_* model come from, for its clean twin to load."""
+    """Where the weights of a noisy model come from, for its clean twin to load."""
+    source, colon, place = name.partition(":")
+    if colon:
+        return dict(pretrained_cfg_overlay=dict(file=place) if source == "local-dir" else dict(hf_hub_id=place))
     config = timm.get_pretrained_cfg(name).to_dict()
     found = {key: config[key] for key in ("file", "hf_hub_id", "hf_hub_filename") if config.get(key)}
     return dict(pretrained_cfg_overlay=found) if found else {}

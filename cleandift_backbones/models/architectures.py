@@ -70,9 +70,19 @@ def add_architecture(arch: Architecture) -> list[ModelSpec]:
         ModelSpec(f"{clean}_pyramid", arch, "clean", pyramid=True),
         ModelSpec(noisy, arch, "noisy"),
     ]
+    taken = [spec.name for spec in specs if spec.name in MODELS]
+    if taken:
+        raise InputError(f"architecture {arch.name!r}: {taken[0]} is a model already: choose another name")
     ARCHITECTURES[arch.name] = arch
     MODELS.update((spec.name, spec) for spec in specs)
     return specs
+
+
+def remove_architecture(name: str) -> None:
+    """Takes an architecture and its models off the two lists."""
+    del ARCHITECTURES[name]
+    for model in [model for model, spec in MODELS.items() if spec.arch.name == name]:
+        del MODELS[model]
 
 
 def find_spec(model: str) -> ModelSpec | None:

@@ -4,7 +4,6 @@ the first model is built."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from timm.models import (
 
 from ..checkpoints.dtypes import check_dtype
 from ..utils.errors import InputError
-from .architectures import MODELS, Architecture, ModelSpec, Published, add_architecture
+from .architectures import MODELS, Architecture, ModelSpec, Published, add_architecture, remove_architecture
 from .inputs import refuse_unknown_ways, take_state, unknown_arguments
 
 if TYPE_CHECKING:
@@ -189,19 +188,18 @@ def _documented(spec: ModelSpec) -> str:
     return _summary(spec) + arguments + (_NOISY_ARGUMENTS if spec.noisy else "")
 
 
-def _register(spec: ModelSpec) -> Callable[..., nn.Module]:
-    """Registers a model with timm; returns its entrypoint."""
+def _register(spec: ModelSpec, cfgs: dict[str, dict], doc: str) -> None:
+    """Registers a model with timm."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create(spec.name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = spec.name
-    entrypoint.__doc__ = _documented(spec)
-    default_cfgs.update(generate_default_cfgs(_cfgs(spec)))
+    entrypoint.__doc__ = doc
+    default_cfgs.update(generate_default_cfgs(cfgs))
     globals()[spec.name] = register_model(entrypoint)
     if not spec.arch.listed:  # timm.list_models() leaves out deprecated names; they can be created all the same
         getattr(_registry, "_deprecated_models", {})[spec.name] = None
-    return entrypoint
 
 
 def register_architecture(arch: Architecture) -> list[str]:
@@ -225,11 +223,16 @@ def register_architecture(arch: Architecture) -> list[str]:
         InputError: the name is taken; defaults name maps that the denoiser does not have.
     """
     specs = add_architecture(arch)
-    for spec in specs:
-        _register(spec)
+    try:
+        ready = [(spec, _cfgs(spec), _documented(spec)) for spec in specs]
+    except Exception:
+        remove_architecture(arch.name)
+        raise
+    for one in ready:
+        _register(*one)
     return [spec.name for spec in specs]
 
 
 default_cfgs: dict[str, Any] = {}
 for _spec in list(MODELS.values()):
-    _register(_spec)
+    _register(_spec, _cfgs(_spec), _documented(_spec))

@@ -100,6 +100,10 @@ class Published:
     license: str
     data: str = ""
 
+    def __post_init__(self):
+        if "unet" not in self.parts:
+            raise InputError(f"weights {self.tag!r}: parts has no 'unet': name its file or place on the Hub")
+
     @property
     def description(self) -> str:
         return f"{TRAINED_ON}{self.data}" if self.data else ""
@@ -139,6 +143,30 @@ class Architecture:
     published: Mapping[Kind, tuple[Published, ...]] = field(default_factory=dict)
     base_model: str | None = None
     listed: bool = True
+
+    def __post_init__(self):
+        for kind, weights in self.published.items():
+            if kind not in ("clean", "noisy"):
+                raise InputError(f"architecture {self.name!r}: published[{kind!r}]: the kinds are 'clean' and 'noisy'")
+            if not isinstance(weights, tuple) or not all(isinstance(one, Published) for one in weights):
+                raise InputError(f"architecture {self.name!r}: published[{kind!r}] must be a tuple of Published")
+        config, width = self.denoiser.config, self.conditions.width
+        if config.get("cross_attention_dim", width) != width:
+            raise InputError(
+                f"architecture {self.name!r}: conditions are {width} wide, and cross_attention_dim is "
+                f"{config['cross_attention_dim']}: give both the same"
+            )
+        if config.get("addition_embed_type"):
+            raise InputError(
+                f"architecture {self.name!r}: addition_embed_type={config['addition_embed_type']!r} is not supported"
+            )
+        if not isinstance(config.get("layers_per_block", 2), int):
+            raise InputError(f"architecture {self.name!r}: layers_per_block must be one number for all levels")
+        if not 0 <= self.defaults.timestep < self.schedule.steps:
+            raise InputError(
+                f"architecture {self.name!r}: the default timestep {self.defaults.timestep} is none of the schedule's "
+                f"0..{self.schedule.steps - 1}"
+            )
 
     def encoder_config(self, latent_encoder: str = "default") -> Mapping[str, Any]:
         """Config of the image encoder: "default" (AutoencoderKL's), or "tiny" (AutoencoderTiny's form).

@@ -28,7 +28,9 @@ class _Watch(MetaPathFinder):
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != self.name:
             return None
-        others = (getattr(finder, "find_spec", None) for finder in [*sys.meta_path] if finder is not self)
+        # Only the finders behind this one: another watch would ask this one again.
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :] if self in sys.meta_path else sys.meta_path
+        others = (getattr(finder, "find_spec", None) for finder in behind)
         spec = next(filter(None, (find(name, path, target) for find in others if find)), None)
         if spec is None or not hasattr(spec.loader, "exec_module"):
             return spec

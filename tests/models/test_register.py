@@ -19,6 +19,7 @@ from cleandift_backbones.models import (
     Architecture,
     Defaults,
     DenoiserSpec,
+    Published,
     Schedule,
     TextConditions,
     model_names,
@@ -121,9 +122,42 @@ def test_mistakes_are_named(mine):
         register_architecture(replace(MINE, name="other", defaults=Defaults(map="us2", shown=("us9",), searched=())))
     with pytest.raises(ValueError, match="letters, digits and underscores"):
         register_architecture(replace(MINE, name="my model"))
+    with pytest.raises(ValueError, match="cleandift_tiny_pyramid is a model already"):
+        register_architecture(replace(MINE, name="tiny_pyramid"))
+    for change, message in (
+        (dict(published={"student": ()}), "the kinds are 'clean' and 'noisy'"),
+        (dict(published={"clean": Published("x", dict(unet="a/b/c"), "mit")}), "must be a tuple of Published"),
+        (dict(conditions=TextConditions(5, 13)), "conditions are 13 wide, and cross_attention_dim is 12"),
+        (dict(defaults=replace(MINE.defaults, timestep=5000)), "the default timestep 5000 is none of the schedule's"),
+        (dict(denoiser=DenoiserSpec({**CONFIG, "layers_per_block": (1, 2, 1)})), "one number for all levels"),
+        (dict(denoiser=DenoiserSpec({**CONFIG, "addition_embed_type": "text_time"})), "'text_time' is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(MINE, name="other", **change)
+    with pytest.raises(ValueError, match="parts has no 'unet'"):
+        Published("x", dict(vae="a/b"), "mit")
     assert "other" not in ARCHITECTURES and "cleandift_other" not in MODELS
     with pytest.raises(ValueError, match="mine has no light encoder"):
         timm.create_model("cleandift_mine", latent_encoder="tiny")
+
+
+def test_a_failed_registration_leaves_nothing_behind():
+    wrong = replace(MINE, name="nowhere", published={"clean": (Published("x", dict(unet="file"), "mit"),)})
+    with standins.registry_kept():
+        with pytest.raises(ValueError):
+            register_architecture(wrong)
+        assert "nowhere" not in ARCHITECTURES and not [name for name in MODELS if "nowhere" in name]
+        assert register_architecture(replace(wrong, published={}))
+
+
+def test_published_places(mine):
+    with standins.registry_kept():
+        parts = dict(unet="me/repo/unet.safetensors")
+        register_architecture(replace(MINE, name="hub", published={"clean": (Published("v1", parts, "mit", "cats"),)}))
+        config = timm.get_pretrained_cfg("cleandift_hub")
+        assert (config.hf_hub_id, config.hf_hub_filename) == ("me/repo", "unet.safetensors")
+        assert config.license == "mit" and config.description == "Trained on cats"
+        assert timm.is_model_pretrained("cleandift_hub.v1") and not timm.is_model_pretrained("dift_hub")
 
 
 def test_flow_is_a_line():

@@ -62,3 +62,15 @@ except ModuleNotFoundError:
 def test_a_function_is_called_once_after_the_first_import(tmp_path):
     (tmp_path / "other.py").write_text("value = 1")
     run(CALLS, tmp_path)
+
+
+def test_two_watches_of_one_module():
+    """As after a reload of the package."""
+    code = """if True:
+        import importlib, sys
+        import cleandift_backbones
+        importlib.reload(cleandift_backbones)
+        import timm
+        assert timm.is_model("cleandift_tiny")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
