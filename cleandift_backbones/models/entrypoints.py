@@ -37,7 +37,12 @@ def _cfg(spec: ModelSpec, weights: Published | None = None) -> dict:
     place = dict(license=weights.license if weights else "apache-2.0")  # random weights: the code's own
     if weights is not None:
         place |= dict(description=weights.description)
-        unet = weights.parts["unet"]
+        unet = weights.parts.get("unet", "")
+        if "/" not in unet and not os.path.isabs(unet):
+            raise InputError(
+                f"weights {spec.name}.{weights.tag}: parts['unet'] is {unet!r}: give an absolute path, or "
+                "OWNER/NAME/PATH on the Hub"
+            )
         if os.path.isabs(unet):
             place |= dict(file=unet)
         else:

@@ -100,10 +100,6 @@ class Published:
     license: str
     data: str = ""
 
-    def __post_init__(self):
-        if "unet" not in self.parts:
-            raise InputError(f"weights {self.tag!r}: parts has no 'unet': name its file or place on the Hub")
-
     @property
     def description(self) -> str:
         return f"{TRAINED_ON}{self.data}" if self.data else ""
