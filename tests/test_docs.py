@@ -70,11 +70,16 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, stand
 
 
 def offline_blocks(page):
-    """Python blocks of a page that use only models of the package: no published weights, no repository."""
+    """Python blocks of a page that use only models of the package: no published weights, no repository.
+
+    Of a page without any of these all blocks, in order: later ones may need what earlier ones define.
+    """
     if page.stem == "extract":  # tests/features/test_extract_processes.py runs it, with images
         return []
     code = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    return [c for c in code if "_tiny" in c and not re.search(r"_sd\d\d|hf-hub:|local-dir:|USER/|OWNER/", c)]
+    offline = [c for c in code if not re.search(r"_sd\d\d|hf-hub:|local-dir:|USER/|OWNER/", c)]
+    included = [c for c in offline if "_tiny" in c]
+    return code if included and offline == code else included
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if offline_blocks(p)], ids=lambda page: page.stem)
