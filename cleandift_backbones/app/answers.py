@@ -77,7 +77,7 @@ class Answers:
             be: ask again a moment later. None if that work was stopped, or failed: the session was told.
 
         Raises:
-            ImageError, ModelError, ValueError: something that cannot be had.
+            ImageError, ModelError, ValueError: something that is unavailable.
         """
         if session.closed:
             return None
@@ -175,7 +175,7 @@ class Work(threading.Thread):
             raise Cancelled
 
     def _wanted(self) -> bool | None:
-        """Whether the session still wants this job. None if what it wants now cannot be had: whoever asked was told."""
+        """Whether the session still wants this job. None if what it wants now is unavailable, which was reported."""
         wanted = Job(self.session.settings, tuple(self.session.pictures))
         try:
             return wanted.key == self.job.key

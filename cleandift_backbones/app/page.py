@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Read when Gradio is imported: nothing is told to anybody.
+# Read when Gradio is imported: telemetry is disabled.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 from ..utils.errors import InputError, needs

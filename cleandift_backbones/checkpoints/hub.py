@@ -91,7 +91,7 @@ def _explain(file: HubFile, error: Exception) -> str:
 
 
 class HubError(FileError):
-    """A file on the Hub cannot be had; the message says why in one line."""
+    """A file on the Hub is unavailable; the message says why in one line."""
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def check(file: HubFile, cache_dir: str | Path | None = None) -> None:
     """Asks for a file's metadata only.
 
     Raises:
-        HubError: it is neither cached nor to be had.
+        HubError: it is not cached, and unavailable.
     """
     if cached(file, cache_dir) is None:
         with explained(file):

@@ -29,7 +29,7 @@ class RemoteFile:
     The interface is that of safetensors' `safe_open`.
 
     Raises:
-        HubError: the file is not to be had, or the server does not serve ranges.
+        HubError: the file is unavailable, or the server does not serve ranges.
         CheckpointError: not a safetensors file.
     """
 

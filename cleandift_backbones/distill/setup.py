@@ -79,7 +79,7 @@ def load_student_encoder(recipe: Recipe) -> nn.Module | None:
     """The student's light encoder in float32, from `latent_encoder_weights` or where it is published, or None.
 
     Raises:
-        RuntimeError: no weights to be had. CheckpointError: of another kind.
+        RuntimeError: weights are unavailable. CheckpointError: of another kind.
     """
     if recipe.latent_encoder == "default":
         return None

@@ -12,9 +12,8 @@ from pathlib import Path
 import timm
 
 from ..features.extractor import PIXELS, ModelError, list_maps
-from ..features.model_names import defaults_of, is_noisy, model_spec
+from ..features.model_names import defaults_of, is_noisy, model_spec, twin
 from ..features.options import check_noise, model_arguments, pick_maps
-from ..models.architectures import model_of
 from ..utils.atomic import is_file
 from ..utils.errors import FileError
 from .task import task_of
@@ -107,10 +106,10 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
                     label = f"{name}, t={step}, {count} noise{'s' if count > 1 else ''}"
                     kwargs = model_arguments(step, count) | weights
                     plan.append(Run(name, label, "noisy", name, settings=settings, kwargs=kwargs))
-            twin, clean = f"{name}'s UNet on the clean picture", _clean_model(name)
+            label, clean = f"{name}'s UNet on the clean picture", twin(name, "clean")
             for step in args.timesteps:
                 kwargs = dict(timestep=step) | (weights or _twin_weights(name))
-                plan.append(Run(twin, f"{twin}, best t", "teacher", clean, None, True, dict(timestep=step), kwargs))
+                plan.append(Run(label, f"{label}, best t", "teacher", clean, None, True, dict(timestep=step), kwargs))
         elif model_spec(name):
             plan.append(Run(name, name, "clean", name, kwargs=model_arguments(weights=args.student_weights)))
             if twins:
@@ -118,12 +117,6 @@ def make_suite_plan(args: argparse.Namespace, twins: bool = False) -> list[Run]:
         else:
             plan.append(Run(name, "pixels, 32 x 32" if name == PIXELS else name, "baseline", name))
     return plan
-
-
-def _clean_model(name: str) -> str:
-    """The clean model of a noisy one's architecture, with its tag."""
-    clean, dot, tag = model_of(model_spec(name).arch, "clean"), *name.partition(".")[1:]
-    return clean if ":" in name else f"{clean}{dot}{tag}"
 
 
 def _twin_weights(name: str) -> dict:

@@ -34,7 +34,7 @@ Pictures = Sequence[Image.Image | np.ndarray | torch.Tensor] | torch.Tensor
 
 
 class ModelError(InputError):
-    """A model, map or device that cannot be had; the message says what to give instead."""
+    """A model, map or device that is unavailable; the message says what to give instead."""
 
 
 class OutOfMemory(ModelError):
@@ -157,7 +157,7 @@ class Extractor:
         """Conditions the model on texts, one per picture of the next batch; none: on what it was conditioned at first.
 
         Raises:
-            ModelError: a model that takes no text, or whose text encoder cannot be had.
+            ModelError: a model that takes no text, or whose text encoder is unavailable.
         """
         if not self.takes_prompts:
             raise ModelError(f"{self.name} takes no prompts, or knows no text encoder; give --prompt none")
@@ -293,7 +293,7 @@ def load_extractor(
         **create_kwargs: for `timm.create_model` (timestep, ensemble_size, pretrained_cfg_overlay, ...).
 
     Raises:
-        ModelError: unknown model, map or device; weights that cannot be had; arguments that the model does not know.
+        ModelError: unknown model, map or device; weights that are unavailable; arguments that the model does not know.
     """
     infos = list_maps(model_name, **create_kwargs)
     indices = map_indices(infos, map)

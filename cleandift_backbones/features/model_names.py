@@ -10,7 +10,7 @@ import timm
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from ..checkpoints.hub import parse_source
-from ..models.architectures import Defaults, ModelSpec, find_spec, model_of
+from ..models.architectures import Defaults, Kind, ModelSpec, find_spec, model_of
 from ..models.feature_info import FeatureInfo
 from ..models.last_map import checked_last_map
 from .extractor import PIXELS, ModelError, list_maps
@@ -83,10 +83,15 @@ def own_size(model: str) -> int:
     return _known(model).side
 
 
-def twin(model: str) -> str | None:
-    """The noisy model with the same architecture, and tag, as a clean one, with its published weights, or None."""
+def twin(model: str, kind: Kind = "noisy") -> str | None:
+    """The model of the other kind with the same architecture, and tag, with its published weights.
+
+    Args:
+        model: a clean model, or a noisy one.
+        kind: of the model wanted; None is returned for a model of that kind, and for those of other packages.
+    """
     spec = model_spec(model)
-    name = model_of(spec.arch, "noisy") if spec and not spec.noisy else None
+    name = model_of(spec.arch, kind) if spec and spec.kind != kind else None
     if name is None:
         return None
     tagged = f"{name}.{model.partition('.')[2]}" if timm.is_model(model) else name

@@ -102,7 +102,7 @@ class CleanDIFT(BaseModule):
 
     Raises:
         ValueError: unknown model, map or part; dtype without frozen; init_cfg of another kind.
-        RuntimeError, checkpoints.CheckpointError: weights that are not to be had, or do not fit.
+        RuntimeError, checkpoints.CheckpointError: weights that are unavailable, or do not fit.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ __all__ = [
     "Architecture",
     "Defaults",
     "DenoiserSpec",
+    "Kind",
     "ModelSpec",
     "Published",
     "add_architecture",
@@ -113,17 +114,14 @@ def model_names() -> list[str]:
     return sorted(name for name, spec in MODELS.items() if spec.arch.listed)
 
 
-def published(model: str, tag: str | None = None) -> Mapping[str, str]:
+def published(model: str) -> Mapping[str, str]:
     """Where the parts of a model's weights are published, see `Published.parts`; {} if none are.
 
     Args:
-        model: its name, with or without a tag ("cleandift_tiny", "cleandift_tiny.emoji").
-        tag: of its weights; None: that of the name, or the default one.
+        model: its name, with a tag ("cleandift_tiny.emoji"), or without one for the default weights.
     """
     spec = find_spec(model)
-    weights = spec and spec.weights(model.partition(".")[2] or None)
-    if weights and tag:
-        weights = spec.weights(tag) or weights
+    weights = spec and spec.weights(model.partition(".")[2])
     return weights.parts if weights else {}
 
 

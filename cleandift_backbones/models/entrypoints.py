@@ -38,16 +38,16 @@ def _cfg(spec: ModelSpec, weights: Published | None = None) -> dict:
     if weights is not None:
         place |= dict(description=weights.description)
         unet = weights.parts.get("unet", "")
-        if "/" not in unet and not os.path.isabs(unet):
+        if os.path.isabs(unet):
+            place |= dict(file=unet)
+        elif "/" in unet:
+            owner, repo, *path = unet.split("/", 2)
+            place |= dict(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path[0] if path else None)
+        else:
             raise InputError(
                 f"weights {spec.name}.{weights.tag}: parts['unet'] is {unet!r}: give an absolute path, or "
                 "OWNER/NAME/PATH on the Hub"
             )
-        if os.path.isabs(unet):
-            place |= dict(file=unet)
-        else:
-            owner, repo, *path = unet.split("/", 2)
-            place |= dict(hf_hub_id=f"{owner}/{repo}", hf_hub_filename=path[0] if path else None)
     return dict(
         url="",
         num_classes=0,

@@ -26,7 +26,7 @@ def load_latent_encoder(
         cache_dir: of the Hub's files.
 
     Raises:
-        ValueError: unknown encoder. RuntimeError: no weights are known, or to be had.
+        ValueError: unknown encoder. RuntimeError: no weights are known, or they are unavailable.
         checkpoints.CheckpointError: weights of another kind, or another size.
     """
     config = spec_of(model).arch.encoder_config(latent_encoder)

@@ -193,7 +193,7 @@ def open_encoder(source: str, latent_encoder: str, cache_dir: str | Path | None 
     """Weights that hold an encoder of this kind ("default" or "tiny").
 
     Raises:
-        CheckpointError: they hold another kind, or none. HubError, FileNotFoundError: not to be had.
+        CheckpointError: they hold another kind, or none. HubError, FileNotFoundError: unavailable.
     """
     weights = checkpoints.open_checkpoint(hub.fetch_checkpoint(hub.parse_source(source), cache_dir))
     held = weights.latent_encoder()

@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
     as its largest pass was; `return_freed_memory` gives back what is free at that moment.
 
     Returns:
-        Whether that is so now: only glibc (most of Linux) is told; an allocator loaded in its place does not hear it.
+        Whether that is so now: only glibc (most of Linux) takes it; an allocator loaded in its place ignores it.
     """
     library = _glibc()
     return library is not None and bool(library.mallopt(_M_MMAP_MAX, 0) and library.mallopt(_M_TRIM_THRESHOLD, -1))

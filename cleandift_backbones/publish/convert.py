@@ -142,7 +142,7 @@ def to_native(
         the model's name, and the weights that were found in the source itself.
 
     Raises:
-        CheckpointError: unfit weights. RuntimeError: a part is not to be had. OSError: not written.
+        CheckpointError: unfit weights. RuntimeError: a part is unavailable. OSError: not written.
         ValueError: timestep out of range.
     """
     if timestep is not None and not 0 <= timestep <= 999:

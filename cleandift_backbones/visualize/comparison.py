@@ -96,7 +96,7 @@ def compare(
         timestep, ensemble_size: of the noisy one: 0..999, and the number of noises averaged (default: the model's).
 
     Raises:
-        ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: a point outside its picture.
+        ImageError, ModelError: pictures, models or maps that are unavailable. ValueError: a point outside its picture.
     """
     opened = open_pictures(pictures)
     specs = two_specs(model, prompt, timestep, ensemble_size)

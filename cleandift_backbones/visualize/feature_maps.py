@@ -106,7 +106,7 @@ def maps(
         prompt, timestep, ensemble_size, device, features: see `match`.
 
     Raises:
-        ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: show or clusters unknown.
+        ImageError, ModelError: pictures, models or maps that are unavailable. ValueError: show or clusters unknown.
     """
     opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()

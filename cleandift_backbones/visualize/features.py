@@ -107,7 +107,7 @@ class FeatureProvider:
                 raise, which ends it, or at once leaves what cannot be interrupted, like the loading of a model.
 
         Raises:
-            ModelError: a model, its weights or a prompt that cannot be had; out of memory. And what `watch` raises.
+            ModelError: a model, its weights or a prompt that is unavailable; out of memory. And what `watch` raises.
         """
         spec, watch = spec.settled(), watch or (lambda share, doing: None)
         keys = _keys(spec, pictures)
@@ -209,7 +209,7 @@ def _aside(lock: threading.Lock, function: Callable[[], T], waiting: Callable[[]
 
 @contextmanager
 def _held(lock: threading.Lock, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds a lock; while it cannot be had, `waiting` is called, which may raise."""
+    """Holds a lock; while another holds it, `waiting` is called, which may raise."""
     while not lock.acquire(timeout=LOOK):
         waiting()
     try:

@@ -132,7 +132,7 @@ def match(
         features: where features come from, and stay; None: computed for this call, on `device`.
 
     Raises:
-        ImageError, ModelError: pictures, models or maps that cannot be had. ValueError: a point outside its picture.
+        ImageError, ModelError: pictures, models or maps that are unavailable. ValueError: a point outside its picture.
     """
     opened = open_pictures(pictures)
     spec = Spec(model, prompt, timestep, ensemble_size).settled()

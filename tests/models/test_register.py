@@ -92,6 +92,20 @@ def test_its_defaults_hold_everywhere(mine):
     assert recipe.teacher == "dift_mine" and recipe.timestep == 100
 
 
+@pytest.mark.parametrize(
+    "clean, noisy",
+    [
+        ("cleandift_tiny", "dift_tiny"),
+        ("cleandift_tiny.emoji", "dift_tiny.emoji"),
+        ("cleandift_sd21", "dift_sd21.sd"),  # the tag of the one is none of the other
+        ("test_cleandift", "test_dift"),
+    ],
+)
+def test_models_of_the_other_kind(clean, noisy):
+    assert twin(noisy, "clean") == clean and twin(clean) == noisy.removesuffix(".sd")
+    assert twin(noisy) is None and twin(clean, "clean") is None and twin("resnet18", "clean") is None
+
+
 def test_its_weights_are_recognised_and_loaded(mine, tmp_path):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**CONFIG)
